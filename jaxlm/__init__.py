@@ -1,0 +1,1 @@
+"""jaxlm: pretrain and fine-tune BERT and GPT models on any mesh."""

@@ -1,0 +1,324 @@
+"""The stages between raw text and a corpus, each on its own; `prepare` runs them in order.
+
+clean (a unit of raw text to cleaned documents) -> select (what becomes of each) -> tokenizer (given, or made of the text) ->
+tokenize (a unit's documents to tokens) -> shards (stretches of a split's stream). Documents and tokens pass from one stage to the
+next as files beside a task's stem (see work.py).
+"""
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from itertools import chain
+from math import floor
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.data import cleaning
+from jaxlm.data.corpus import SPLITS
+from jaxlm.data.sources import Reading, Unit, read_documents
+from jaxlm.data.tokenizer_training import train_tokenizer
+from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.work import Result, beside
+from jaxlm.errors import UserError
+from jaxlm.reporting.files import write_atomically
+from jaxlm.reporting.progress import progress_bar
+from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, CleaningSettings, DataSettings
+
+TRAIN, VALIDATION, EXACT_DUPLICATE, NEAR_DUPLICATE = range(4)  # what becomes of a cleaned document
+STRETCH_CHARACTERS = 2**20  # longer documents are tokenized in stretches: tokenizers need a hundred bytes of memory a character
+
+
+# ---------------------------------------------------------------------------------------------------------------- clean
+
+@dataclass(frozen=True)
+class CleanTask:
+    unit: Unit
+    reading: Reading
+    cleaning: CleaningSettings
+
+
+def clean_unit(task: CleanTask, stem: Path) -> Result:
+    """Reads a unit and keeps its clean documents: `.text` (UTF-8, one after the other), `.lengths.npy` (int64, bytes),
+    `.digests.npy` (S16) and `.signatures.npy` (uint32, empty unless near duplicates are looked for)."""
+    dropped: Counter[str] = Counter()
+    count = repaired = 0
+    lengths, digests, signatures = array("q"), bytearray(), bytearray()
+    with open(beside(stem, ".text"), "wb") as file:
+        for document in read_documents(task.unit, task.reading):
+            text, reason = cleaning.clean(document.text, task.cleaning)
+            count += 1
+            repaired += reason is None and (document.repaired or text != document.text)
+            if reason:
+                dropped[reason] += 1
+                continue
+            lengths.append(file.write(text.encode()))
+            digests += cleaning.text_digest(text)
+            if task.cleaning.near_duplicates is not None:
+                signatures += cleaning.signature(text).tobytes()
+    np.save(beside(stem, ".lengths.npy"), np.array(lengths, np.int64))
+    np.save(beside(stem, ".digests.npy"), np.frombuffer(digests, "S16"))
+    np.save(beside(stem, ".signatures.npy"), np.frombuffer(signatures, np.uint32).reshape(-1, cleaning.PERMUTATIONS))
+    sources = [{"path": part.file.name, "bytes": part.file.bytes, "sha256": file_digest(Path(part.file.path))}
+               for part in task.unit.parts if part.start == 0]
+    return {"documents": count, "kept": len(lengths), "repaired": repaired, "dropped": dropped, "sources": sources}
+
+
+@dataclass(frozen=True)
+class Cleaned:
+    """The clean documents of all units, in order. Those of unit u are numbers first[u] .. first[u + 1]."""
+
+    stems: list[Path]
+    first: list[int]
+
+    def lengths(self) -> np.ndarray:
+        """int64 [documents]: bytes of UTF-8."""
+        return np.concatenate([np.load(beside(stem, ".lengths.npy")) for stem in self.stems])
+
+    def digests(self) -> np.ndarray:
+        """S16 [documents]."""
+        return np.concatenate([np.load(beside(stem, ".digests.npy")) for stem in self.stems])
+
+    def texts(self, wanted: np.ndarray) -> Iterator[str]:
+        """The documents at these (rising) numbers."""
+        for unit, stem in enumerate(self.stems):
+            start, stop = np.searchsorted(wanted, self.first[unit:unit + 2])
+            yield from unit_texts(stem, wanted[start:stop] - self.first[unit])
+
+
+def unit_texts(stem: Path, wanted: np.ndarray) -> Iterator[str]:
+    """The clean documents of one unit at these (rising) numbers."""
+    lengths = np.load(beside(stem, ".lengths.npy"))
+    starts = np.cumsum(lengths) - lengths
+    with open(beside(stem, ".text"), "rb") as file:
+        for number in wanted:
+            file.seek(starts[number])
+            yield file.read(lengths[number]).decode()
+
+
+# --------------------------------------------------------------------------------------------------------------- select
+
+def select(cleaned: Cleaned, num_validation: int, data: DataSettings) -> np.ndarray:
+    """uint8 [documents]: TRAIN, VALIDATION, EXACT_DUPLICATE or NEAR_DUPLICATE.
+
+    The first `num_validation` documents are the user's own validation text, if there is one: standing first, it stays, and
+    training text that repeats it goes. UserError when a split ends up empty.
+    """
+    digests = cleaned.digests()
+    fate = np.full(len(digests), TRAIN, np.uint8)
+    fate[:num_validation] = VALIDATION
+    if data.cleaning.exact_duplicates:
+        fate[~cleaning.first_occurrences(digests)] = EXACT_DUPLICATE
+    if data.cleaning.near_duplicates is not None:
+        drop_near_duplicates(fate, cleaned, data.cleaning.near_duplicates)
+    why = "the files are empty, or data.cleaning drops everything"
+    if not np.any(fate == TRAIN):
+        raise UserError(f"data.raw: no document is left to train on ({why})")
+    if isinstance(data.validation, str) and not np.any(fate == VALIDATION):
+        raise UserError(f"data.validation: no document is left of '{data.validation}' ({why})")
+    if not isinstance(data.validation, str) and data.validation > 0 and data.validation_split == "documents":
+        hold_out(fate, digests, data.validation)
+    return fate
+
+
+def drop_near_duplicates(fate: np.ndarray, cleaned: Cleaned, threshold: float) -> None:
+    known = cleaning.NearDuplicates(threshold)
+    with progress_bar("compare", total=len(fate), unit="documents") as advance:
+        for unit, stem in enumerate(cleaned.stems):
+            numbers = range(*cleaned.first[unit:unit + 2])
+            for number, values in zip(numbers, np.load(beside(stem, ".signatures.npy")), strict=True):
+                if fate[number] != EXACT_DUPLICATE and not known.add(values):
+                    fate[number] = NEAR_DUPLICATE
+            advance(len(numbers))
+
+
+def hold_out(fate: np.ndarray, digests: np.ndarray, share: float) -> None:
+    """Moves a share of the documents from TRAIN to VALIDATION, at least one, and not all.
+
+    Chosen by hash: equal texts share a side, and a document keeps its side as the corpus grows.
+    """
+    candidates = np.flatnonzero(fate == TRAIN)
+    if len(candidates) == 1:
+        raise UserError(f"data.validation: {share} of a single document cannot be held out as a whole; "
+                        "use data.validation_split=tail to hold out its end, or data.validation=0")
+    values = digest_numbers(digests[candidates])[:, 1]
+    chosen = values < int(Fraction(repr(share)) * 2**64)
+    if not chosen.any():
+        chosen[np.argmin(values)] = True
+    if chosen.all():
+        chosen[np.argmax(values)] = False
+    fate[candidates[chosen]] = VALIDATION
+
+
+def digest_numbers(digests: np.ndarray) -> np.ndarray:
+    """uint64 [documents, 2]: two independent random numbers for each digest."""
+    return np.frombuffer(digests.tobytes(), "<u8").reshape(len(digests), 2)
+
+
+def tail_share(data: DataSettings) -> Fraction | None:
+    """What `split_text` holds out of every document; None when documents are held out whole, or nothing is."""
+    if isinstance(data.validation, str) or data.validation == 0 or data.validation_split != "tail":
+        return None
+    return Fraction(repr(data.validation))
+
+
+def split_text(text: str, fate: int, tail: Fraction | None) -> tuple[str, str]:
+    """What of a document goes to the train and to the validation split.
+
+    With a tail, the last share of its characters is held out. Exact: 0.1 means a tenth, not the nearest float.
+    """
+    if tail is not None:
+        stop = floor(len(text) * (1 - tail))
+        return text[:stop], text[stop:]
+    return (text, "") if fate == TRAIN else ("", text)
+
+
+# ------------------------------------------------------------------------------------------------------------ tokenizer
+
+def given_tokenizer(data: DataSettings) -> Tokenizer | None:
+    """The tokenizer that needs no text; None when one is trained or made of the text's characters."""
+    if data.tokenizer == "bytes":
+        return ByteTokenizer({})
+    if data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
+        return None
+    return load_tokenizer(data.tokenizer)
+
+
+def make_tokenizer(cleaned: Cleaned, fate: np.ndarray, data: DataSettings, vocab_size: int | None) -> Tokenizer:
+    """Trained on a sample of the training text, or made of all characters of all that was kept."""
+    kept = np.flatnonzero(fate <= VALIDATION)
+    if data.tokenizer == "characters":
+        characters: set[str] = set()
+        for text in cleaned.texts(kept):
+            characters.update(text)
+        return CharacterTokenizer.of(characters, end_mark=len(kept) > 1)
+    sample = sample_texts(cleaned, np.flatnonzero(fate == TRAIN), data.tokenizer_sample, tail_share(data))
+    with progress_bar(f"train {data.tokenizer} tokenizer", total=None, unit="characters") as advance:
+        tokenizer = train_tokenizer(data.tokenizer, sample, vocab_size, data.lowercase)
+        advance(sum(map(len, sample)))
+    return tokenizer
+
+
+def sample_texts(cleaned: Cleaned, candidates: np.ndarray, max_bytes: int, tail: Fraction | None) -> list[str]:
+    """Training documents chosen by their hash until `max_bytes` are reached, the last one cut; in the order of the corpus."""
+    by_hash = candidates[np.argsort(digest_numbers(cleaned.digests()[candidates])[:, 0], kind="stable")]
+    reached = np.cumsum(cleaned.lengths()[by_hash])
+    last = min(int(np.searchsorted(reached, max_bytes)), len(by_hash) - 1)
+    room = max_bytes - int(reached[last - 1] if last else 0)
+    wanted = np.sort(by_hash[:last + 1])
+    texts = [split_text(text, TRAIN, tail)[0] for text in cleaned.texts(wanted)]
+    place = int(np.searchsorted(wanted, by_hash[last]))
+    texts[place] = texts[place].encode()[:room].decode(errors="ignore")
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------------------- tokenize
+
+@dataclass(frozen=True)
+class TokenizeTask:
+    cleaned: Path  # the unit's stem
+    fate: np.ndarray  # of the unit's documents
+    tokenizer: Path
+    tail: Fraction | None
+    dtype: np.dtype
+
+
+def tokenize_unit(task: TokenizeTask, stem: Path) -> Result:
+    """Writes, for each split, the unit's `.tokens` (raw) and `.lengths.npy` (int64, tokens of each document)."""
+    tokenizer = tokenizer_at(task.tokenizer)
+    end = [] if tokenizer.special.eos is None else [tokenizer.special.eos]
+    wanted = np.flatnonzero(task.fate <= VALIDATION)
+    lengths = {split: array("q") for split in SPLITS}
+    num_bytes = dict.fromkeys(SPLITS, 0)
+    with ExitStack() as stack:
+        files = {split: stack.enter_context(open(beside(stem, f".{split}.tokens"), "wb")) for split in SPLITS}
+        for number, text in zip(wanted, unit_texts(task.cleaned, wanted), strict=True):
+            for split, piece in zip(SPLITS, split_text(text, task.fate[number], task.tail), strict=True):
+                if piece:
+                    stretches = chain(token_stretches(tokenizer, piece), [end])
+                    size = sum(files[split].write(np.array(ids, task.dtype)) for ids in stretches)
+                    lengths[split].append(size // task.dtype.itemsize)
+                    num_bytes[split] += len(piece.encode())
+    for split in SPLITS:
+        np.save(beside(stem, f".{split}.lengths.npy"), np.array(lengths[split], np.int64))
+    return {split: {"documents": len(lengths[split]), "tokens": sum(lengths[split]), "bytes": num_bytes[split]}
+            for split in SPLITS}
+
+
+@lru_cache(maxsize=1)
+def tokenizer_at(folder: Path) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def token_stretches(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
+    """The ids of a text; those of a very long one in stretches that end with a line or a word."""
+    start = 0
+    while len(text) - start > STRETCH_CHARACTERS:
+        limit = start + STRETCH_CHARACTERS
+        stop = text.rfind("\n", start, limit) + 1 or max(text.rfind(" ", start + 1, limit), 0) or limit
+        yield tokenizer.encode(text[start:stop])
+        start = stop
+    yield tokenizer.encode(text[start:])
+
+
+# --------------------------------------------------------------------------------------------------------------- shards
+
+Span = tuple[Path, int, int]  # raw token file, first token, end
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    spans: list[Span]
+    path: Path
+    dtype: np.dtype
+
+    @property
+    def tokens(self) -> int:
+        return sum(stop - start for _, start, stop in self.spans)
+
+
+def shard_spans(stems: list[Path], counts: list[int], split: str, shard_tokens: int) -> list[list[Span]]:
+    """The stream of the units' tokens, cut every `shard_tokens`."""
+    shards: list[list[Span]] = []
+    position = 0
+    for stem, count in zip(stems, counts, strict=True):
+        start = 0
+        while start < count:
+            if position % shard_tokens == 0:
+                shards.append([])
+            stop = min(count, start + shard_tokens - position % shard_tokens)
+            shards[-1].append((beside(stem, f".{split}.tokens"), start, stop))
+            position += stop - start
+            start = stop
+    return shards
+
+
+def write_shard(task: ShardTask, stem: Path) -> Result:
+    """Copies the spans into one .npy."""
+    def write(path: Path) -> None:
+        tokens = np.lib.format.open_memmap(path, mode="w+", dtype=task.dtype, shape=(task.tokens,))
+        position = 0
+        for file, start, stop in task.spans:
+            tokens[position:position + stop - start] = np.memmap(file, task.dtype, mode="r")[start:stop]
+            position += stop - start
+        tokens.flush()
+
+    write_atomically(task.path, write)
+    return {"file": task.path.name, "tokens": task.tokens, "sha256": file_digest(task.path)}
+
+
+def document_offsets(stems: list[Path], split: str) -> np.ndarray:
+    """int64 [documents + 1]: where each document begins in the split's stream, and the end of the last."""
+    lengths = [np.load(beside(stem, f".{split}.lengths.npy")) for stem in stems]
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
+
+
+def file_digest(path: Path) -> str:
+    """sha256 (hex) of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

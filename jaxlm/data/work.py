@@ -1,0 +1,113 @@
+"""Work in several processes that goes on where it was killed, and never tramples another process's work.
+
+A phase is a list of tasks. A task writes files named after its stem and returns a small JSON-able result, which is put beside
+them as `stem.json`, last and atomically: where that file is, the task is done, and a later run takes the result from there.
+"""
+
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, Self
+
+from jaxlm.errors import UserError
+from jaxlm.reporting.files import write_json
+from jaxlm.reporting.progress import progress_bar
+
+Result = dict[str, Any]
+
+
+class Workers:
+    """A context manager around up to `processes` processes, started when first needed. Results stand in `folder`."""
+
+    def __init__(self, folder: Path, processes: int):
+        self.folder = folder
+        self.processes = processes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if "pool" in self.__dict__:
+            self.pool.shutdown(cancel_futures=True)
+
+    @cached_property
+    def pool(self) -> ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")  # a fork would copy threads and locks of JAX
+        return ProcessPoolExecutor(self.processes, mp_context=context, initializer=become_worker)
+
+    def run(self, phase: str, function: Callable[[Any, Path], Result], tasks: Sequence[Any], sizes: Sequence[int],
+            unit: str) -> list[Result]:
+        """`function(task, stem)` for every task that is not done yet; the results of all, in order.
+
+        `sizes` (in `unit`) move the progress bar. The first error in the order of the tasks is raised.
+        """
+        stems = [self.stem(phase, number) for number in range(len(tasks))]
+        pending = [number for number, stem in enumerate(stems) if not done(stem)]
+        with progress_bar(phase, total=sum(sizes[number] for number in pending), unit=unit, enabled=bool(pending)) as advance:
+            if self.processes == 1 or len(pending) == 1:
+                for number in pending:
+                    perform(function, tasks[number], stems[number])
+                    advance(sizes[number])
+            else:
+                futures = [self.pool.submit(perform, function, tasks[number], stems[number]) for number in pending]
+                for number, future in zip(pending, futures, strict=True):
+                    future.result()
+                    advance(sizes[number])
+        return [json.loads(marker(stem).read_text(encoding="utf-8")) for stem in stems]
+
+    def stem(self, phase: str, number: int) -> Path:
+        """Where task `number` of a phase writes: its files are this path and a suffix."""
+        return self.folder / f"{phase}-{number:05d}"
+
+
+def beside(stem: Path, suffix: str) -> Path:
+    return stem.with_name(stem.name + suffix)
+
+
+def marker(stem: Path) -> Path:
+    return beside(stem, ".json")
+
+
+def done(stem: Path) -> bool:
+    return marker(stem).is_file()
+
+
+def perform(function: Callable[[Any, Path], Result], task: Any, stem: Path) -> None:
+    write_json(marker(stem), function(task, stem))
+
+
+def become_worker() -> None:
+    """Ctrl-C ends a worker at once and without a traceback; so does the end of the process that started it, however it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it for this process; UserError when another one does. The end of a process frees it."""
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / "lock"
+        with open(path, "w", encoding="ascii") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another process is preparing this corpus; wait for it, or stop it") from None
+            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else its last owner just removed it
+                yield
+                return

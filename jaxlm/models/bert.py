@@ -1,0 +1,116 @@
+"""BERT exactly (Devlin et al. 2019); with next_sentence=false, RoBERTa's objective (Liu et al. 2019)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.models.layers import (
+    MLP,
+    Attention,
+    Context,
+    Embedding,
+    Linear,
+    Norm,
+    dropout,
+    norm_epsilon,
+    output_stddev,
+    padded_vocab_size,
+    run_stack,
+    stack,
+)
+from jaxlm.models.loss import Head, Sums, cross_entropy
+from jaxlm.parallel.sharding import constrain
+from jaxlm.settings import ModelSettings
+
+
+class Block(nnx.Module):
+    """Post-norm block: norm(x + attention(x)), then norm(x + mlp(x))."""
+
+    def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
+        stddev = output_stddev(settings)
+        self.attention = Attention(settings, causal=False, output_stddev=stddev, rngs=rngs)
+        self.attention_norm = _norm(settings)
+        self.mlp = MLP(settings, activation=settings.activation or "gelu", output_stddev=stddev, rngs=rngs)
+        self.mlp_norm = _norm(settings)
+        self.dropout_rate = settings.dropout
+
+    def __call__(self, x: jax.Array, context: Context, cache: None = None) -> tuple[jax.Array, None]:
+        attended, _ = self.attention(x, context)
+        x = self.attention_norm(x + dropout(attended, self.dropout_rate, context.dropout_keys, site=1))
+        return self.mlp_norm(x + dropout(self.mlp(x), self.dropout_rate, context.dropout_keys, site=2)), None
+
+
+class BERT(nnx.Module):
+    """Bidirectional encoder with the masked-language-model head and, on request, the next-sentence head."""
+
+    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, remat: str, loss_chunk: int | None, rngs: nnx.Rngs):
+        rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
+        self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
+        self.position_embedding = Embedding(settings.max_length, width, "positions", stddev=stddev, rngs=rngs)
+        self.type_embedding = Embedding(settings.type_vocab_size, width, "types", stddev=stddev, rngs=rngs)
+        self.embedding_norm = _norm(settings)
+        self.blocks = stack(lambda rngs: Block(settings, rngs), settings.num_layers, rngs)
+        self.mlm_transform = Linear({"embed": width}, {"residual": width}, bias=True, stddev=stddev, rngs=rngs)
+        self.mlm_norm = _norm(settings)
+        self.mlm_bias = nnx.Param(jnp.zeros(rows), axes=("vocab",))
+        paired = settings.next_sentence
+        self.pooler = Linear({"embed": width}, {"residual": width}, bias=True, stddev=stddev, rngs=rngs) if paired else None
+        self.next_sentence_head = Linear({"residual": width}, {None: 2}, bias=True, stddev=stddev, rngs=rngs) if paired else None
+        self.settings, self.dtype, self.remat = settings, dtype, remat
+        self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
+
+    def hidden(self, tokens: jax.Array, context: Context, token_types: jax.Array | None = None) -> jax.Array:
+        """int32 tokens [B, T] to states [B, T, D]. Missing token types are type 0, which is added, not skipped."""
+        types = jnp.zeros_like(tokens) if token_types is None else token_types
+        x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(types)
+        x = constrain(self.embedding_norm(x).astype(self.dtype), "batch", "sequence", "residual")
+        keys = context.dropout_keys
+        keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)
+        x, _ = run_stack(self.blocks, dropout(x, self.settings.dropout, keys, site=0), context, remat=self.remat)
+        return x
+
+    def transform(self, x: jax.Array) -> jax.Array:
+        """The part of the masked-language-model head before the (tied) output table. [B, P, D] to [B, P, D]."""
+        return self.mlm_norm(jax.nn.gelu(self.mlm_transform(x), approximate=False))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """States [B, P, D] to float32 logits [B, P, vocab_size]. Training never calls it."""
+        table = self.token_embedding.embedding[...].astype(x.dtype)
+        logits = jnp.einsum("btd,vd->btv", self.transform(x), table, preferred_element_type=jnp.float32) + self.mlm_bias[...]
+        return logits[..., : self.settings.vocab_size]
+
+    def next_sentence_logits(self, x: jax.Array) -> jax.Array:
+        """States [B, T, D] to float32 [B, 2]; label 0 means that the second text follows the first."""
+        return self.next_sentence_head(jnp.tanh(self.pooler(x[:, 0]))).astype(jnp.float32)
+
+    def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
+        """Loss sums of a batch; its keys are described in `jaxlm.data.loading`."""
+        tokens = batch["tokens"]
+        positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+        x = self.hidden(tokens, Context(positions, batch.get("segment_ids"), dropout_keys), batch.get("token_types"))
+        masked = jnp.take_along_axis(x, batch["masked_positions"][..., None], axis=1)  # only these reach the vocabulary
+        masked = self.transform(constrain(masked, "batch", None, "residual"))
+        sums = {"masked_token": cross_entropy(masked, self.token_embedding.embedding[...], self.mlm_bias[...],
+                                              batch["masked_targets"], batch["masked_mask"], self.head_facts)}
+        if self.next_sentence_head is not None:
+            sums["next_sentence"] = _next_sentence_sums(self.next_sentence_logits(x), batch)
+        return sums
+
+    @staticmethod
+    def counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """How many predictions of each kind a batch holds; what `losses` is to be divided by."""
+        counts = {"masked_token": batch["masked_mask"].sum()}
+        if "next_sentence" in batch:
+            counts["next_sentence"] = batch["next_sentence_mask"].sum()
+        return counts
+
+
+def _next_sentence_sums(logits: jax.Array, batch: dict[str, jax.Array]) -> Sums:
+    labels, mask = batch["next_sentence"], batch["next_sentence_mask"]
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)[:, 0]
+    loss, correct = jnp.where(mask, loss, 0).sum(), (mask & (logits.argmax(-1) == labels)).sum()
+    return Sums(loss, loss, correct.astype(jnp.float32), mask.sum().astype(jnp.float32))
+
+
+def _norm(settings: ModelSettings) -> Norm:
+    return Norm(settings.hidden_size, "residual", kind="layernorm", epsilon=norm_epsilon(settings), bias=True)

@@ -1,0 +1,98 @@
+"""GPT: GPT-2 exactly (Radford et al. 2019), and by its settings GPT-3 and Llama shapes."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.models.layers import (
+    MLP,
+    Attention,
+    Context,
+    Embedding,
+    Linear,
+    Norm,
+    dropout,
+    norm_epsilon,
+    output_stddev,
+    padded_vocab_size,
+    run_stack,
+    stack,
+)
+from jaxlm.models.loss import Head, Sums, cross_entropy
+from jaxlm.parallel.sharding import constrain
+from jaxlm.settings import ModelSettings
+
+
+class Block(nnx.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
+        stddev = output_stddev(settings)
+        self.attention_norm = _norm(settings)
+        self.attention = Attention(settings, causal=True, output_stddev=stddev, rngs=rngs)
+        self.mlp_norm = _norm(settings)
+        self.mlp = MLP(settings, activation=settings.activation or "gelu_tanh", output_stddev=stddev, rngs=rngs)
+        self.dropout_rate = settings.dropout
+
+    def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
+        attended, cache = self.attention(self.attention_norm(x), context, cache)
+        x = x + dropout(attended, self.dropout_rate, context.dropout_keys, site=1)
+        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, context.dropout_keys, site=2), cache
+
+
+class GPT(nnx.Module):
+    """Causal language model."""
+
+    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, remat: str, loss_chunk: int | None, rngs: nnx.Rngs):
+        rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
+        self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
+        learned = settings.positions == "learned"
+        self.position_embedding = Embedding(settings.max_length, width, "positions", stddev=stddev, rngs=rngs) if learned else None
+        self.blocks = stack(lambda rngs: Block(settings, rngs), settings.num_layers, rngs)
+        self.final_norm = _norm(settings)
+        tied = settings.tied_embeddings
+        self.head = None if tied else Linear({"embed": width}, {"vocab": rows}, bias=False, stddev=stddev, rngs=rngs)
+        self.settings, self.dtype, self.remat = settings, dtype, remat
+        self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
+
+    def hidden(self, tokens: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
+        """int32 tokens [B, T] to the states [B, T, D] that the head reads, and the updated KV cache."""
+        x = self.token_embedding(tokens)
+        if self.position_embedding is not None:
+            x = x + self.position_embedding(context.positions)
+        x = constrain(x.astype(self.dtype), "batch", "sequence", "residual")
+        x = dropout(x, self.settings.dropout, _fold(context.dropout_keys), site=0)
+        x, cache = run_stack(self.blocks, x, context, remat=self.remat, cache=cache)
+        return self.final_norm(x), cache
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """States [B, T, D] to float32 logits [B, T, vocab_size]. For generation; training never calls it."""
+        logits = jnp.einsum("btd,vd->btv", x, self._output_table().astype(x.dtype), preferred_element_type=jnp.float32)
+        if self.settings.logit_soft_cap:
+            logits = self.settings.logit_soft_cap * jnp.tanh(logits / self.settings.logit_soft_cap)
+        return logits[..., : self.settings.vocab_size]
+
+    def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
+        """Loss sums of a batch {tokens, targets, loss_mask [B, T], optionally segment_ids, positions}."""
+        tokens = batch["tokens"]
+        positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
+        x, _ = self.hidden(tokens, Context(positions, batch.get("segment_ids"), dropout_keys))
+        table = self._output_table()
+        return {"next_token": cross_entropy(x, table, jnp.zeros(table.shape[0]), batch["targets"], batch["loss_mask"], self.head_facts)}
+
+    @staticmethod
+    def counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """How many predictions of each kind a batch holds; what `losses` is to be divided by."""
+        return {"next_token": batch["loss_mask"].sum()}
+
+    def _output_table(self) -> jax.Array:
+        return self.token_embedding.embedding[...] if self.head is None else self.head.kernel[...].T
+
+
+def _norm(settings: ModelSettings) -> Norm:
+    return Norm(settings.hidden_size, "residual", kind=settings.normalization, epsilon=norm_epsilon(settings), bias=settings.bias)
+
+
+def _fold(keys: jax.Array | None) -> jax.Array | None:
+    """Keys of the embedding's dropout, apart from every layer's."""
+    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)

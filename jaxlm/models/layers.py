@@ -1,0 +1,278 @@
+"""The parts that GPT and BERT share: matrix products, norms, embeddings, dropout, attention, MLP, the stack of blocks.
+
+Shapes: B sequences, T tokens, D hidden size, N query heads, K key/value heads, H head width, F MLP width, V vocabulary.
+Parameters are float32; the compute type is the type of the activations, and every product casts its weights to it.
+Each parameter names its axes (`axes=`); `jaxlm.parallel.sharding` says what that means on a mesh.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.models.attention import attention
+from jaxlm.parallel.sharding import constrain, mesh_axes, spec
+from jaxlm.settings import ModelSettings
+
+
+class Context(NamedTuple):
+    """What every block of a stack needs to know beside its input."""
+
+    positions: jax.Array  # int32 [B, T]
+    segment_ids: jax.Array | None = None  # int32 [B, T]: tokens see only their own segment; 0 is padding
+    dropout_keys: jax.Array | None = None  # key [B], one per sequence; None: no dropout
+    cache_index: jax.Array | None = None  # int32 []: slot of the KV cache that the first token goes to
+
+
+# ---- matrix products -------------------------------------------------------------------------------------------------
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def contract(x: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
+    """tensordot of the last `num_axes` dimensions of `x` with the first of `kernel`.
+
+    Operands in x's type, float32 accumulation, result in x's type; the kernel's gradient comes out in the kernel's own
+    float32. Left to autodiff, the backward products of a float32-accumulated bfloat16 product mix types, which no
+    backend has a fast path for (on CPUs the difference is threefold: docs/lab-notes.md).
+    """
+    return _contract(x, kernel.astype(x.dtype), num_axes)
+
+
+def _contract(x: jax.Array, kernel: jax.Array, num_axes: int) -> jax.Array:
+    dimensions = (tuple(range(x.ndim - num_axes, x.ndim)), tuple(range(num_axes)))
+    return jax.lax.dot_general(x, kernel, (dimensions, ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def _contract_forward(x: jax.Array, kernel: jax.Array, num_axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return contract(x, kernel, num_axes), (x, kernel)
+
+
+def _contract_backward(num_axes: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    outputs = kernel.ndim - num_axes
+    output_dimensions = (tuple(range(grad.ndim - outputs, grad.ndim)), tuple(range(num_axes, kernel.ndim)))
+    grad_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), (output_dimensions, ((), ())), preferred_element_type=jnp.float32)
+    rows = tuple(range(x.ndim - num_axes))
+    grad_kernel = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
+
+
+class Linear(nnx.Module):
+    """y = x W + b over one or more trailing dimensions."""
+
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, stddev: float, rngs: nnx.Rngs):
+        """`inputs` and `outputs` map axis names to sizes, in order."""
+        axes = (*inputs, *outputs)
+        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
+        self.num_inputs = len(inputs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = contract(x, self.kernel[...], self.num_inputs)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+# ---- norms, embeddings, dropout --------------------------------------------------------------------------------------
+
+class Norm(nnx.Module):
+    """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension, in float32."""
+
+    def __init__(self, size: int, axis: str | None, *, kind: str, epsilon: float, bias: bool):
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
+        self.bias = nnx.Param(jnp.zeros(size), axes=(axis,)) if bias and kind == "layernorm" else None
+        self.centered = kind == "layernorm"
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        if self.centered:
+            y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon) * self.scale[...]
+        return (y if self.bias is None else y + self.bias[...]).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table of vectors. Looked up by index; as a matrix it is the tied output head."""
+
+    def __init__(self, size: int, hidden_size: int, axis: str, *, stddev: float, rngs: nnx.Rngs):
+        self.embedding = nnx.Param(stddev * jax.random.normal(rngs.params(), (size, hidden_size)), axes=(axis, "embed"))
+        self.axis = axis
+
+    def __call__(self, indices: jax.Array) -> jax.Array:
+        """int32 [B, T] to float32 [B, T, D].
+
+        Written per device, because the partitioner replicates a gather from a table that is cut both ways: each device
+        fetches the rows it has, the others add zeros (Megatron-LM, Shoeybi et al. 2019).
+        """
+        if jax.sharding.get_abstract_mesh().empty:
+            return self.embedding[...][indices]
+        rows, width = mesh_axes(self.axis), mesh_axes("embed")
+
+        def on_device(table: jax.Array, indices: jax.Array) -> jax.Array:
+            table = jax.lax.all_gather(table, width, axis=1, tiled=True) if width else table
+            if not rows:
+                return table[indices]
+            indices = indices - jax.lax.axis_index(rows) * table.shape[0]
+            here = (indices >= 0) & (indices < table.shape[0])
+            return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, indices, 0)], 0), rows)
+
+        tokens = spec("batch", "sequence")
+        return jax.shard_map(on_device, in_specs=(spec(self.axis, "embed"), tokens), out_specs=spec("batch", "sequence", None))(
+            self.embedding[...], indices)
+
+
+def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
+    """Zeroes elements of x [B, ...] with probability `rate`, scaling up the rest.
+
+    One key per sequence makes the mask a function of (seed, step, row, layer, site) alone: any mesh, any number of
+    micro-batches, the same mask.
+    """
+    if keys is None or rate == 0.0:
+        return x
+    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:]))(keys)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+
+
+def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021) in the rotate-half form of Llama. x [B, T, N, H], positions [B, T]."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+# ---- attention and MLP -----------------------------------------------------------------------------------------------
+
+class Attention(nnx.Module):
+    """Multi-head self-attention (Vaswani et al. 2017), with grouped-query heads (Ainslie et al. 2023) where K < N."""
+
+    def __init__(self, settings: ModelSettings, *, causal: bool, output_stddev: float, rngs: nnx.Rngs):
+        head_dim = settings.head_dim or settings.hidden_size // settings.num_heads
+        embed, stddev, bias = {"embed": settings.hidden_size}, settings.initializer_range, settings.bias
+        heads = {"heads": settings.num_heads, "head_dim": head_dim}
+        kv_heads = {"kv_heads": settings.num_kv_heads or settings.num_heads, "head_dim": head_dim}
+        self.query = Linear(embed, heads, bias=bias, stddev=stddev, rngs=rngs)
+        self.key = Linear(embed, kv_heads, bias=bias, stddev=stddev, rngs=rngs)
+        self.value = Linear(embed, kv_heads, bias=bias, stddev=stddev, rngs=rngs)
+        self.output = Linear(heads, embed, bias=bias, stddev=output_stddev, rngs=rngs)
+        epsilon = norm_epsilon(settings)
+        head_norm = functools.partial(Norm, head_dim, None, kind="rmsnorm", epsilon=epsilon, bias=False)
+        self.query_norm = head_norm() if settings.qk_norm else None
+        self.key_norm = head_norm() if settings.qk_norm else None
+        self.settings, self.causal = settings, causal
+        rate = settings.attention_dropout
+        self.dropout_rate = settings.dropout if rate is None else rate
+
+    def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
+        """x [B, T, D] to [B, T, D], and the KV cache with this call's keys and values written into it."""
+        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, N or K, H]
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        if self.settings.positions == "rope":
+            query, key = (rotate(heads, context.positions, self.settings.rope_theta) for heads in (query, key))
+        query = constrain(query, "batch", "sequence", "heads", None)
+        key, value = (constrain(heads, "batch", "sequence", "kv_heads", None) for heads in (key, value))
+        mask = None
+        if cache is not None:
+            at = (0, context.cache_index, 0, 0)
+            cache = {"key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), at),
+                     "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), at)}
+            key, value = cache["key"], cache["value"]
+            slots = context.cache_index + jnp.arange(x.shape[1])
+            mask = (jnp.arange(key.shape[1])[None, :] <= slots[:, None])[None, None]  # [1, 1, T, slots]
+        keep = None
+        if context.dropout_keys is not None and self.dropout_rate:
+            keep = functools.partial(dropout, rate=self.dropout_rate, keys=context.dropout_keys, site=0)
+        out = attention(query, key, value, causal=self.causal and cache is None, segment_ids=context.segment_ids, mask=mask,
+                        dropout=keep, implementation=self.settings.attention)
+        return self.output(constrain(out, "batch", "sequence", "heads", None)), cache
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "swiglu": jax.nn.silu,  # Shazeer 2020: the gated forms
+    "geglu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+class MLP(nnx.Module):
+    """Two linear layers around an activation, gated when the activation says so."""
+
+    def __init__(self, settings: ModelSettings, *, activation: str, output_stddev: float, rngs: nnx.Rngs):
+        embed = {"embed": settings.hidden_size}
+        inner = {"mlp": settings.intermediate_size or 4 * settings.hidden_size}
+        stddev, bias = settings.initializer_range, settings.bias
+        self.up = Linear(embed, inner, bias=bias, stddev=stddev, rngs=rngs)
+        self.gate = Linear(embed, inner, bias=bias, stddev=stddev, rngs=rngs) if activation in ("swiglu", "geglu") else None
+        self.down = Linear(inner, embed, bias=bias, stddev=output_stddev, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, T, D] to [B, T, D]."""
+        activate = _ACTIVATIONS[self.activation]
+        hidden = activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
+        return self.down(constrain(hidden, "batch", "sequence", "mlp"))
+
+
+# ---- the stack -------------------------------------------------------------------------------------------------------
+
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`num_layers` blocks as one module whose parameters have a leading axis, "layers"."""
+    return nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(num_layers))
+
+
+def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str = "none", cache: dict | None = None
+              ) -> tuple[jax.Array, dict | None]:
+    """Scans x [B, T, D] through the stacked blocks; compile time does not grow with the depth.
+
+    `cache` holds {"key", "value"}: [L, B, slots, K, H]; the updated cache is returned beside the output.
+    """
+    graph, params = nnx.split(blocks)
+    num_layers = jax.tree.leaves(params)[0].shape[0]
+
+    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, dict | None]:
+        index, layer_params, layer_cache = layer
+        keys = context.dropout_keys
+        if keys is not None:
+            keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
+        x, layer_cache = nnx.merge(graph, layer_params)(x, context._replace(dropout_keys=keys), layer_cache)
+        return constrain(x, "batch", "sequence", "residual"), layer_cache
+
+    if remat != "none":
+        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(body, x, (jnp.arange(num_layers), params, cache))
+
+
+def norm_epsilon(settings: ModelSettings) -> float:
+    """1e-5 as in GPT-2, 1e-12 as in BERT, unless set."""
+    return settings.norm_epsilon or {"gpt": 1e-5, "bert": 1e-12}[settings.family]
+
+
+def output_stddev(settings: ModelSettings) -> float:
+    """Initial scale of the layers that write into the residual stream: GPT-2 divides it by the root of their number."""
+    return settings.initializer_range / (math.sqrt(2 * settings.num_layers) if settings.family == "gpt" else 1)
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of the embedding table: the vocabulary rounded up to 128, so that any usual mesh cuts it evenly.
+
+    The padding is never a target, never sampled, and has no gradient.
+    """
+    return -(-vocab_size // 128) * 128

@@ -1,0 +1,152 @@
+"""Cross-entropy over a vocabulary whose logits never exist all at once.
+
+The head is a third of a small GPT's arithmetic and its logits are the largest array of the step. So the loss takes the
+hidden states and the head's matrix, forms the logits of a few positions at a time, and computes the gradient while they
+are there: three matrix products, as with full logits, none repeated. (The idea of gradients inside the forward pass:
+Liger Kernel, Hsu et al. 2024; the vocabulary split over devices: Megatron-LM, Shoeybi et al. 2019.)
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jaxlm.parallel.sharding import mesh_axes, spec
+
+CHUNK_BYTES = 64 * 2**20
+
+
+class Sums(NamedTuple):
+    """Sums over positions, float32 scalars; divided by global counts only at the end, so that no mean of means appears."""
+
+    loss: jax.Array  # what is minimized: cross-entropy and z-loss
+    cross_entropy: jax.Array  # nats
+    correct: jax.Array  # positions whose most likely token is the target
+    count: jax.Array
+
+
+class Head(NamedTuple):
+    """Static facts of the output head."""
+
+    vocab_size: int  # without padding
+    logit_soft_cap: float | None = None
+    z_loss: float = 0.0
+    chunk: int | None = None  # positions per chunk; None: by CHUNK_BYTES
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def cross_entropy(x: jax.Array, table: jax.Array, bias: jax.Array, targets: jax.Array, mask: jax.Array, head: Head) -> Sums:
+    """Loss sums of predicting `targets` from `x`.
+
+    Args:
+      x: [B, T, D] hidden states, in the compute type.
+      table: float32 [V, D], V padded; axes ("vocab", "embed").
+      bias: float32 [V].
+      targets: int32 [B, T].
+      mask: bool [B, T]; positions that count.
+      head: static facts.
+    """
+    return _sharded(x, table, bias, targets, mask, head, with_gradients=False)[0]
+
+
+def _forward(x, table, bias, targets, mask, head):
+    sums, gradients = _sharded(x, table, bias, targets, mask, head, with_gradients=True)
+    return sums, gradients
+
+
+def _backward(head, gradients, cotangents):
+    scale = cotangents.loss  # the other sums are metrics: nothing flows through them
+    return (*(gradient * scale.astype(gradient.dtype) for gradient in gradients), None, None)
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def _sharded(x, table, bias, targets, mask, head, with_gradients):
+    """Runs `_local` on each device's tokens and its part of the vocabulary."""
+    tokens, states = spec("batch", "sequence"), spec("batch", "sequence", None)
+    weights, biases, scalar = spec("vocab", "embed"), spec("vocab"), PartitionSpec()
+    run = functools.partial(_local, head=head, with_gradients=with_gradients)
+    arguments = (x, table, bias, targets, mask)
+    if jax.sharding.get_abstract_mesh().empty:
+        return run(*arguments, distributed=False)
+    return jax.shard_map(
+        functools.partial(run, distributed=True), check_vma=False, in_specs=(states, weights, biases, tokens, tokens),
+        out_specs=(Sums(scalar, scalar, scalar, scalar), (states, weights, biases) if with_gradients else None))(*arguments)
+
+
+def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
+    vocab, embed = (mesh_axes("vocab"), mesh_axes("embed")) if distributed else ((), ())
+    token_axes = mesh_axes("batch") + mesh_axes("sequence") if distributed else ()
+    table = _all_gather(table.astype(x.dtype), embed, axis=1)
+    first = jax.lax.axis_index(vocab) * table.shape[0] if vocab else 0
+    ids = first + jnp.arange(table.shape[0])
+
+    def one_chunk(carry, chunk):
+        sums, grad_table, grad_bias = carry
+        x, targets, mask = chunk
+        logits = jnp.einsum("btd,vd->btv", x, table, preferred_element_type=jnp.float32) + bias
+        slope = 1.0
+        if head.logit_soft_cap:
+            tanh = jnp.tanh(logits / head.logit_soft_cap)
+            logits, slope = head.logit_soft_cap * tanh, 1 - tanh**2
+        logits = jnp.where(ids < head.vocab_size, logits, -jnp.inf)
+        largest = _reduce(jax.lax.pmax, logits.max(-1), vocab)
+        exponentials = jnp.exp(logits - largest[..., None])
+        total = _reduce(jax.lax.psum, exponentials.sum(-1), vocab)
+        log_partition = largest + jnp.log(total)
+        is_target = ids == targets[..., None]
+        target_logit = _reduce(jax.lax.psum, jnp.where(is_target, logits, 0).sum(-1), vocab)
+        cross_entropy = log_partition - target_logit
+        sums = Sums(*(total + jnp.where(mask, term, 0).sum() for total, term in zip(sums, (
+            cross_entropy + head.z_loss * log_partition**2, cross_entropy, target_logit >= largest, mask), strict=True)))
+        if not with_gradients:
+            return (sums, None, None), None
+        # d loss / d logits = p (1 + 2 z log Z) - onehot
+        factor = jnp.where(mask, (1 + 2 * head.z_loss * log_partition) / total, 0)
+        grad = (exponentials * factor[..., None] - (is_target & mask[..., None])) * slope
+        if head.logit_soft_cap:
+            grad = jnp.where(ids < head.vocab_size, grad, 0)
+        grad_bias = grad_bias + grad.sum((0, 1))
+        grad = grad.astype(x.dtype)
+        grad_table = grad_table + jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
+        return (sums, grad_table, grad_bias), jnp.einsum("btv,vd->btd", grad, table, preferred_element_type=jnp.float32)
+
+    size = head.chunk or _chunk_size(x.shape[0], x.shape[1], table.shape[0])
+    chunks = [jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 1, 0) for array in (x, targets, mask)]
+    zeros = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
+    carry = (zeros, *((jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)))
+    if len(chunks[0]) == 1:
+        carry, grad_x = one_chunk(carry, [array[0] for array in chunks])
+        grad_x = grad_x[None] if with_gradients else None
+    else:
+        carry, grad_x = jax.lax.scan(one_chunk, carry, chunks)
+    sums, grad_table, grad_bias = carry
+    sums = Sums(*(_reduce(jax.lax.psum, total, token_axes) for total in sums))
+    if not with_gradients:
+        return sums, None
+    grad_x = _reduce(jax.lax.psum, jnp.moveaxis(grad_x, 0, 1).reshape(x.shape), vocab).astype(x.dtype)
+    # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed whole.
+    rest = tuple(axis for axis in token_axes if axis not in embed)
+    grad_table = _reduce(jax.lax.psum, _reduce_scatter(grad_table, embed, axis=1), rest)
+    return sums, (grad_x, grad_table, _reduce(jax.lax.psum, grad_bias, token_axes))
+
+
+def _chunk_size(rows: int, length: int, vocabulary: int) -> int:
+    """The largest divisor of `length` whose float32 logits stay near CHUNK_BYTES."""
+    most = max(1, CHUNK_BYTES // (4 * rows * vocabulary))
+    return max(size for size in range(1, min(length, most) + 1) if length % size == 0)
+
+
+def _reduce(operation, value, axes):
+    return operation(value, axes) if axes else value
+
+
+def _all_gather(value, axes, axis):
+    return jax.lax.all_gather(value, axes, axis=axis, tiled=True) if axes else value
+
+
+def _reduce_scatter(value, axes, axis):
+    return jax.lax.psum_scatter(value, axes, scatter_dimension=axis, tiled=True) if axes else value

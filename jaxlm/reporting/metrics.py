@@ -1,0 +1,86 @@
+"""RUN_DIR/metrics.jsonl and TensorBoard: one object a line, the same numbers in both."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Self
+
+from jaxlm.reporting.files import write_text
+
+FILE_NAME = "metrics.jsonl"
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl in the order they were written; [] when there is no file yet.
+
+    A line that a killed process left half-written is passed over.
+    """
+    path = Path(run_dir) / FILE_NAME
+    if not path.exists():
+        return []
+    rows = (parse_row(line) for line in path.read_bytes().splitlines())
+    return [row for row in rows if row is not None]
+
+
+def parse_row(line: bytes) -> dict[str, Any] | None:
+    """The object on one line, or None if the line was torn."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
+
+
+class MetricsWriter:
+    """Appends rows to metrics.jsonl and, if asked, the same scalars to TensorBoard. A context manager.
+
+    A run that goes on from `resume_step` loses the rows after it, because it writes them again. Only process 0 has a writer.
+    """
+
+    def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int):
+        run_dir = Path(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
+        write_text(run_dir / FILE_NAME, "".join(encode(row) for row in kept))
+        self.file = open(run_dir / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.events = open_tensorboard(run_dir, resume_step) if tensorboard else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def write(self, row: dict[str, Any]) -> None:
+        """`row` holds `step` and numbers (Python's, NumPy's or 0-d arrays), text or None. Flushed: readable at once."""
+        self.file.write(encode(row))
+        self.file.flush()
+        if self.events:
+            for key, value in row.items():
+                if key != "step" and not isinstance(value, str) and value is not None:
+                    self.events.add_scalar(key, float(value), int(row["step"]))
+            self.events.flush()
+
+    def close(self) -> None:
+        self.file.close()
+        if self.events:
+            self.events.close()
+
+
+def open_tensorboard(run_dir: Path, resume_step: int) -> Any:
+    """A writer that hides what earlier writers said about the steps after `resume_step`."""
+    from tensorboardX import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".from{resume_step}")
+
+
+def encode(row: dict[str, Any]) -> str:
+    """One line of JSON; what JSON has no number for (NaN, infinities) becomes null."""
+    return json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """NumPy and JAX scalars as Python numbers, non-finite floats as None."""
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value

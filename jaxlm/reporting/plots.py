@@ -1,0 +1,94 @@
+"""loss.png, and the loss curves of several runs in one picture. matplotlib is imported when a picture is made."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.reporting.files import write_atomically
+from jaxlm.reporting.metrics import read_metrics
+
+TRAIN_COLOR, VALIDATION_COLOR = "tab:blue", "tab:orange"
+
+
+def plot_loss(run_dir: str | Path) -> Path | None:
+    """Writes RUN_DIR/loss.png: training loss, light and smoothed, and the validation points. None: nothing to show yet."""
+    run_dir = Path(run_dir)
+    rows = read_metrics(run_dir)
+    steps, losses = series(rows, "loss")
+    validation_steps, validation_losses = series(rows, "val_loss")
+    if not len(steps) and not len(validation_steps):
+        return None
+    figure, axes = new_figure()
+    if len(steps):
+        axes.plot(steps, losses, color=TRAIN_COLOR, alpha=0.3, linewidth=1)
+        axes.plot(*smooth(steps, losses), color=TRAIN_COLOR, linewidth=1.8, label="training",
+                  marker="o" if len(steps) == 1 else None)
+    if len(validation_steps):
+        label = f"validation, lowest {validation_losses.min():.3f}"
+        axes.plot(validation_steps, validation_losses, "o-", color=VALIDATION_COLOR, markersize=4, linewidth=1.2, label=label)
+    finish(axes, run_dir.resolve().name, np.concatenate([losses, validation_losses]))
+    path = run_dir / "loss.png"
+    save(figure, path)
+    return path
+
+
+def plot_comparison(run_dirs: list[str | Path], path: str | Path) -> None:
+    """Writes one picture with a color for each run: smoothed training loss as a line, validation loss as points."""
+    figure, axes = new_figure()
+    everything = []
+    for number, run_dir in enumerate(run_dirs):
+        rows = read_metrics(run_dir)
+        (steps, losses), (validation_steps, validation_losses) = series(rows, "loss"), series(rows, "val_loss")
+        color = f"C{number % 10}"
+        label = Path(run_dir).resolve().name
+        if len(validation_losses):
+            label += f", validation {validation_losses[-1]:.3f}"
+        axes.plot(*smooth(steps, losses), color=color, linewidth=1.5, label=label)
+        axes.plot(validation_steps, validation_losses, "o", color=color, markersize=4)
+        everything += [losses, validation_losses]
+    finish(axes, "training (lines) and validation (points) loss", np.concatenate(everything))
+    save(figure, Path(path))
+
+
+def series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and finite values of one key, as arrays of equal length."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    steps, values = zip(*points, strict=True) if points else ((), ())
+    return np.array(steps, int), np.array(values, float)
+
+
+def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Median over 5 % of the curve around each of at most 1000 points; near the ends the window shrinks on both sides.
+
+    A median, because a mean turns one wild value into a plateau.
+    """
+    last = len(values) - 1
+    centers = np.unique(np.linspace(0, last, min(len(values), 1000)).round().astype(int))
+    halves = np.minimum(np.minimum(centers, last - centers), max(len(values) // 40, 1))
+    medians = [np.median(values[center - half : center + half + 1]) for center, half in zip(centers, halves, strict=True)]
+    return steps[centers], np.array(medians)
+
+
+def new_figure() -> tuple[Any, Any]:
+    from matplotlib.figure import Figure  # without pyplot: no global state, always the Agg canvas
+
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    return figure, figure.subplots()
+
+
+def finish(axes: Any, title: str, values: np.ndarray) -> None:
+    """Labels, and a vertical range that a few wild values cannot squash the rest of the curve with."""
+    axes.set(xlabel="step", ylabel="loss (nats per predicted token)", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    if len(values):
+        low, high = values.min(), max(np.percentile(values, 99.5), values[: max(len(values) // 100, 1)].max())
+        margin = 0.05 * (high - low) or 0.1
+        axes.set_ylim(low - margin, high + margin)
+        axes.legend(frameon=False)
+
+
+def save(figure: Any, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary))

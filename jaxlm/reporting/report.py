@@ -1,0 +1,159 @@
+"""RUN_DIR/report.md, one page about a run, and a table that compares runs."""
+
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxlm.reporting.files import write_text
+from jaxlm.reporting.runs import Run, read_run
+from jaxlm.reporting.units import format_count, format_duration, format_milliseconds
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+UNKNOWN = "not known"
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Writes RUN_DIR/report.md and returns its path. Raises UserError when `run_dir` is no run."""
+    run = read_run(run_dir)
+    total = run.config.get("train.steps", "?")
+    if run.summary:
+        wall = run.figure("wall_seconds")
+        state = f"Finished: {run.figure('steps')} steps" + (f" in {format_duration(wall)}." if wall is not None else ".")
+    else:
+        state = f"Not finished (running, or stopped): {run.steps} of {total} steps."
+    sections = [f"# {run.name}", state]
+    if (run.path / "loss.png").exists():
+        sections.append("![Training and validation loss](loss.png)")
+    sections += ["## Results", table(results(run)), "## What ran", table(what_ran(run)), "## Speed", table(speed(run))]
+    sections += ["## Again", again(run)]
+    samples = run.path / "samples.txt"
+    if samples.exists():
+        sections += ["## Samples", fenced(samples.read_text(encoding="utf-8"))]
+    path = run.path / "report.md"
+    write_text(path, "\n\n".join(sections) + "\n")
+    return path
+
+
+def results(run: Run) -> dict[str, str]:
+    """Every figure of the last evaluation, the lowest validation loss, and the last training loss."""
+    figures = {}
+    losses = run.values("loss")
+    if run.evaluations:
+        last, best = run.evaluations[-1], min(run.evaluations, key=lambda row: row["val_loss"])
+        figures["validation loss"] = f"{last['val_loss']:.4f} (step {last['step']})"
+        figures["lowest validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
+        if "perplexity" not in last and "val_perplexity" not in last and run.config.get("model.family") == "gpt":
+            figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"
+        others = {key: value for key, value in last.items() if key not in ("step", "val_loss", "loss") and value is not None}
+        figures |= {key.replace("_", " "): number(value) for key, value in others.items()}
+    elif run.figure("val_loss") is not None:
+        figures["validation loss"] = f"{run.figure('val_loss'):.4f}"
+    if losses:
+        figures["training loss"] = f"{losses[-1]:.4f} (first logged: {losses[0]:.4f})"
+    return figures or {"loss": "nothing logged yet"}
+
+
+def what_ran(run: Run) -> dict[str, str]:
+    config = run.config
+    parameters, tokens = run.figure("parameters"), run.figure("tokens")
+    shape = (f"{config.get('model.family', '?')}, {config.get('model.num_layers', '?')} layers, "
+             f"width {config.get('model.hidden_size', '?')}, {config.get('model.num_heads', '?')} heads")
+    batch = (f"{config.get('data.global_batch_size', '?')} sequences of {config.get('data.sequence_length', '?')} tokens")
+    optimizer = f"{config.get('optimizer.name', '?')}, learning rate {config.get('optimizer.learning_rate', '?')}, " \
+                f"{config.get('schedule.name', '?')} schedule"
+    return {
+        "model": shape,
+        "parameters": UNKNOWN if parameters is None else f"{parameters:,}",
+        "tokens": UNKNOWN if tokens is None else f"{format_count(tokens)} ({tokens:,})",
+        "batch": batch,
+        "optimizer": optimizer,
+        "precision": str(config.get("train.precision", "?")),
+        "devices": plain(run.figure("devices")),
+        "mesh": plain(run.figure("mesh")),
+        "seed": str(config.get("seed", "?")),
+    }
+
+
+def speed(run: Run) -> dict[str, str]:
+    """Medians over the logged rows; the wait for data is a part of the step time."""
+    tokens_per_second, mfu, compile_seconds = (run.figure(key) for key in ("tokens_per_second", "mfu", "compile_seconds"))
+    step_seconds, waits = run.values("step_seconds"), run.values("data_wait_seconds")
+    figures = {"tokens per second": UNKNOWN if tokens_per_second is None else f"{tokens_per_second:,.0f}"}
+    if step_seconds:
+        figures["step time"] = format_milliseconds(statistics.median(step_seconds))
+    if waits and sum(step_seconds) > 0:
+        figures["waiting for data"] = f"{100 * sum(waits) / sum(step_seconds):.1f} % of the step time"
+    figures["MFU"] = f"{UNKNOWN}: no published peak for this device" if mfu is None else f"{100 * mfu:.1f} %"
+    figures["compiling"] = UNKNOWN if compile_seconds is None else format_duration(compile_seconds)
+    return figures
+
+
+def again(run: Run) -> str:
+    config_file = run.path / "config.yaml"
+    return (f"`jaxlm train {config_file} run_dir=NEW_FOLDER` repeats the run; without `run_dir` it goes on where this one "
+            f"stopped. `jaxlm report {run.path} OTHER_RUN` compares.")
+
+
+def table(figures: dict[str, str]) -> str:
+    rows = [f"| {name} | {' '.join(value.split()).replace('|', '&#124;')} |" for name, value in figures.items()]
+    return "\n".join(["| | |", "| --- | --- |", *rows])
+
+
+def fenced(text: str) -> str:
+    """A code block whose fence the text cannot close."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}text\n{text.rstrip()}\n{fence}"
+
+
+def plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {size}" for key, size in value.items())
+    return UNKNOWN if value is None else str(value)
+
+
+def number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def compare(run_dirs: list[str | Path]) -> "Table":
+    """A rich table, one column a run: the config keys in which they differ, then results and speed.
+
+    Raises UserError when a folder is no run.
+    """
+    from rich.table import Table
+
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    grid = Table(show_edge=False)
+    grid.add_column("")
+    for run in runs:
+        grid.add_column(str(run.path) if len({other.name for other in runs}) < len(runs) else run.name, overflow="fold")
+    keys = list(dict.fromkeys(key for run in runs for key in run.config))
+    for key in keys:
+        values = [run.config.get(key, "-") for run in runs]
+        if key != "run_dir" and any(value != values[0] for value in values):
+            grid.add_row(key, *(yaml_scalar(value) for value in values))
+    grid.add_section()
+    for key, write in COMPARED.items():
+        figures = [run.steps if key == "steps" else run.figure(key) for run in runs]
+        grid.add_row(key, *("-" if figure is None else write(figure) for figure in figures))
+    return grid
+
+
+COMPARED = {
+    "steps": "{:,}".format,
+    "val_loss": "{:.4f}".format,
+    "tokens_per_second": "{:,.0f}".format,
+    "mfu": "{:.1%}".format,
+    "wall_seconds": format_duration,
+}
+
+
+def yaml_scalar(value: Any) -> str:
+    """As the key would stand in a config file: null, true, 0.1."""
+    return json.dumps(value) if value is None or isinstance(value, (bool, list, dict)) else str(value)

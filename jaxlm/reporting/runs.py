@@ -1,0 +1,90 @@
+"""What a run directory says about itself.
+
+Everything is read from its files, so that a run that is going on, or was killed, says what it has so far.
+"""
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jaxlm.errors import UserError, nearest
+from jaxlm.reporting.metrics import read_metrics
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files of one run directory, read once."""
+
+    path: Path
+    config: dict[str, Any]  # flat: "model.num_layers" -> 12
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any] | None  # None: still running, or stopped before the end
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    @property
+    def steps(self) -> int:
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row.get("val_loss") is not None]
+
+    def values(self, key: str) -> list[float]:
+        return [row[key] for row in self.rows if row.get(key) is not None]
+
+    def figure(self, key: str) -> Any:
+        """A figure of summary.json; before that file exists, the same figure from the rows so far; else None."""
+        if self.summary is not None:
+            return self.summary.get(key)
+        if key == "val_loss":
+            return self.evaluations[-1]["val_loss"] if self.evaluations else None
+        if key in ("tokens_per_second", "mfu"):
+            return statistics.median(self.values(key)) if self.values(key) else None
+        if key == "tokens":
+            batch, length = self.config.get("data.global_batch_size"), self.config.get("data.sequence_length")
+            return self.steps * batch * length if batch and length else None
+        return None
+
+
+def read_run(run_dir: str | Path) -> Run:
+    """Raises UserError when `run_dir` is not the directory of a run."""
+    path = Path(run_dir)
+    config_file = path / "config.yaml"
+    if not config_file.is_file():
+        runs = [str(sibling.parent) for sibling in path.parent.glob("*/config.yaml")]
+        what = "has no config.yaml" if path.is_dir() else "is not there"
+        raise UserError(f"{run_dir}: expected the directory of a run, but it {what}{nearest(str(path), runs)}")
+    try:
+        config = flatten(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise UserError(f"{config_file}: expected the YAML of a run's config: {' '.join(str(error).split())}") from None
+    rows = read_metrics(path)
+    summary = read_summary(path / "summary.json")
+    last_step = max((row["step"] for row in rows), default=0)
+    if summary and summary.get("steps", 0) < last_step:
+        summary = None  # of an earlier end: the run was told to go on
+    return Run(path, config, rows, summary)
+
+
+def read_summary(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{path}: expected one JSON object; delete the file to report from metrics.jsonl") from None
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat

@@ -1,0 +1,259 @@
+"""Every key of a run file, with its type, default, unit and meaning.
+
+Plain frozen dataclasses at the bottom of the house: every other module may import them, they import nothing of it.
+`jaxlm.config` reads, validates and prints them; `jaxlm VERB --help` is this file as a table.
+`None` means "derive it"; what it becomes is said in the key's help and printed when a run starts.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import AllowInfNan, BeforeValidator
+
+
+def _number(value: Any) -> Any:
+    """YAML's true is no number, though Python's is."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
+Positive = Annotated[Integer, Gt(0)]
+NotNegative = Annotated[Integer, Ge(0)]
+PositiveFloat = Annotated[Number, Gt(0)]
+NotNegativeFloat = Annotated[Number, Ge(0)]
+Fraction = Annotated[Number, Ge(0), Lt(1)]
+AxisSize = Annotated[Integer, Ge(-1)]
+
+TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
+BUILT_IN_TOKENIZERS = ("bytes", "characters")
+
+
+def key(default: Any, help: str, unit: str = "") -> Any:
+    """A dataclass field that carries its help text and unit."""
+    metadata = {"help": help, "unit": unit}
+    if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):
+        return field(default_factory=lambda: default, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Architecture. The defaults are GPT-2 small; Llama and GPT-3 shapes are reached by keys."""
+
+    family: Literal["gpt", "bert"] = key("gpt", "gpt: causal decoder; bert: bidirectional encoder")
+    num_layers: Positive = key(12, "transformer blocks")
+    num_heads: Positive = key(12, "query heads")
+    num_kv_heads: Positive | None = key(None, "key/value heads (grouped-query attention); null: num_heads")
+    head_dim: Positive | None = key(None, "width of one head; null: hidden_size / num_heads")
+    hidden_size: Positive = key(768, "width of the residual stream")
+    intermediate_size: Positive | None = key(None, "width inside the MLP; null: 4 * hidden_size")
+    vocab_size: Positive | None = key(None, "tokens; the size to train a tokenizer to; null: the tokenizer's", "tokens")
+    max_length: Positive = key(1024, "longest sequence the model can take", "tokens")
+    dropout: Fraction = key(0.0, "dropout on embeddings and residual branches")
+    attention_dropout: Fraction | None = key(None, "dropout on attention probabilities; null: the same as dropout")
+    positions: Literal["learned", "rope"] = key("learned", "position information")
+    rope_theta: PositiveFloat = key(10000.0, "base of the rotary frequencies")
+    normalization: Literal["layernorm", "rmsnorm"] = key("layernorm", "kind of normalization")
+    norm_epsilon: PositiveFloat | None = key(None, "added to the variance; null: 1e-5 for gpt, 1e-12 for bert")
+    activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] | None = key(
+        None, "MLP activation; null: gelu_tanh for gpt, gelu (erf) for bert")
+    bias: bool = key(True, "biases in linear layers and layernorms")
+    tied_embeddings: bool = key(True, "output head shares the embedding table")
+    qk_norm: bool = key(False, "RMS-normalize queries and keys per head")
+    logit_soft_cap: PositiveFloat | None = key(None, "cap * tanh(logits / cap) on the output logits; null: off")
+    z_loss: NotNegativeFloat = key(0.0, "weight of the squared log-partition penalty on the output logits")
+    type_vocab_size: Positive = key(2, "token types (bert)")
+    next_sentence: bool = key(False, "bert: train the next-sentence head on sentence pairs (false: RoBERTa)")
+    initializer_range: PositiveFloat = key(0.02, "standard deviation of the initial weights")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = key(
+        "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CleaningSettings:
+    """Optional steps before tokenizing; what each one dropped stands in the corpus's report.json."""
+
+    repair_unicode: bool = key(False, "mend mis-decoded text and normalize to NFC (ftfy)")
+    min_characters: NotNegative = key(1, "drop shorter documents", "characters")
+    max_bytes: Positive = key(64 * 2**20, "drop longer documents", "bytes")
+    max_repetition: Annotated[Number, Gt(0), Le(1)] = key(
+        1.0, "drop documents in which a larger share of the lines, or of the 5-word runs, is repeated; 1: off")
+    scripts: list[str] = key([], "keep documents whose letters are mostly of these Unicode scripts, e.g. [latin]; []: all")
+    min_script_fraction: Annotated[Number, Gt(0), Le(1)] = key(0.8, "smallest share of letters in those scripts")
+    exact_duplicates: bool = key(False, "drop documents whose text was seen before")
+    near_duplicates: Annotated[Number, Gt(0), Le(1)] | None = key(
+        None, "drop documents whose MinHash Jaccard similarity to an earlier one is at least this; null: off")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingSettings:
+    """Masked-language modelling (bert): Devlin et al. 2019, section 3.1."""
+
+    probability: Annotated[Number, Gt(0), Lt(1)] = key(0.15, "share of tokens to predict; 80 % masked, 10 % random, 10 % kept")
+    whole_word: bool = key(False, "choose whole words instead of single tokens")
+    max_predictions: Positive | None = key(None, "predictions in one sequence; null: probability * sequence_length, rounded up",
+                                           "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Text, tokenizer, corpus and how a batch is cut from it."""
+
+    raw: str | list[str] | None = key(
+        None, "text to prepare: file, folder, glob or a list of them (.txt .md .py .jsonl .parquet, .gz .zst); "
+              "python://stdlib is the running interpreter's own library")
+    text_field: str = key("text", "field or column that holds the text (jsonl, parquet)")
+    document: Literal["file", "line"] = key("file", "what one document is in a text file")
+    corpus: str | dict[str, PositiveFloat] | None = key(
+        None, "folder of the prepared corpus, or {folder: weight} for a mixture; null: RUN_DIR/corpus")
+    validation: Annotated[Number, Ge(0), Lt(1)] | str = key(
+        0.01, "share of the text held out, or raw text (path or glob) to use instead")
+    validation_split: Literal["documents", "tail"] = key(
+        "documents", "hold out whole documents by their hash, or the last part of every document")
+    tokenizer: str = key(
+        "bpe", "train one (unigram, bpe: SentencePiece; wordpiece), use bytes or characters, or the path of a "
+               "SentencePiece .model, a tokenizer.json or a saved tokenizer folder")
+    lowercase: bool = key(False, "lowercase and strip accents (when training wordpiece, unigram or bpe)")
+    tokenizer_sample: Positive = key(64 * 2**20, "text a tokenizer is trained on, at most", "bytes")
+    cleaning: CleaningSettings = key(CleaningSettings(), "")
+    shard_tokens: Positive = key(2**26, "tokens in one shard file of the corpus", "tokens")
+    prepare_processes: Positive | None = key(None, "processes that read, clean and tokenize; null: one per core")
+    sequence_length: Positive = key(1024, "tokens in one training sequence", "tokens")
+    global_batch_size: Positive = key(8, "sequences in one optimizer step, over all devices and accumulation steps", "sequences")
+    packing: Literal["concatenate", "documents"] = key(
+        "concatenate", "concatenate: one stream of text cut into sequences (GPT-2); "
+                       "documents: whole documents packed together, attention never crosses from one to the next")
+    masking: MaskingSettings = key(MaskingSettings(), "")
+    prefetch: Positive = key(4, "batches made ahead of the step", "batches")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """The training step."""
+
+    steps: Positive = key(1000, "optimizer steps of the whole run", "steps")
+    precision: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and optimizer stay float32")
+    gradient_accumulation: Positive = key(1, "micro-batches that one step is cut into")
+    remat: Literal["none", "dots", "full"] = key(
+        "none", "what the backward pass recomputes: nothing, all but the matrix products, or each whole block")
+    loss_chunk: Positive | None = key(
+        None, "positions of one sequence whose logits exist at a time; null: as many as keep a chunk near 64 MiB", "tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """Biases, norms and other vectors never decay."""
+
+    name: Literal["adamw", "adam", "sgd", "rmsprop", "lion", "adafactor", "lamb", "muon"] = key("adamw", "update rule")
+    learning_rate: PositiveFloat = key(3e-4, "peak learning rate")
+    weight_decay: NotNegativeFloat = key(0.1, "decoupled weight decay (adamw, lion, adafactor, lamb, muon); L2 for adam, sgd, rmsprop")
+    b1: Fraction = key(0.9, "decay of the first moment, or momentum")
+    b2: Fraction = key(0.95, "decay of the second moment")
+    epsilon: PositiveFloat = key(1e-8, "added to the denominator")
+    clip_norm: PositiveFloat | None = key(1.0, "largest global gradient norm; null: no clipping")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSettings:
+    """Learning rate over the run, as a share of optimizer.learning_rate."""
+
+    name: Literal["linear", "cosine", "constant", "inverse_square_root", "warmup_stable_decay"] = key(
+        "cosine", "shape after the warmup")
+    warmup_steps: NotNegative = key(0, "linear rise from 0", "steps")
+    decay_steps: Positive | None = key(
+        None, "linear, cosine: length of warmup and decay together, null: train.steps; "
+              "warmup_stable_decay: length of the final decay, null: train.steps / 5", "steps")
+    final_ratio: Annotated[Number, Ge(0), Le(1)] = key(0.0, "last learning rate / peak (linear, cosine, warmup_stable_decay)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshSettings:
+    """Devices along each axis. One axis may be -1: all devices that are left."""
+
+    data: AxisSize | None = key(None, "copies of the model, each with its share of the batch; null: -1 unless another axis is")
+    fsdp: AxisSize = key(1, "batch and parameters, gradients, optimizer state sharded together")
+    tensor: AxisSize = key(1, "heads, MLP and vocabulary split")
+    context: AxisSize = key(1, "sequence split (not yet available: 1)")
+    stage: AxisSize = key(1, "layers split into a pipeline (not yet available: 1)")
+    expert: AxisSize = key(1, "experts split (not yet available: 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DevicesSettings:
+    """Where to run."""
+
+    platform: Literal["auto", "cpu", "gpu", "tpu"] = key("auto", "backend; auto: the best one JAX finds")
+    count: Positive | None = key(None, "devices per process; on cpu they are emulated; null: all (cpu: 1)", "devices")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings:
+    """RUN_DIR/checkpoints. The last step is always saved."""
+
+    every_steps: Positive = key(1000, "save interval", "steps")
+    keep_last: Positive = key(2, "newest checkpoints kept")
+    keep_every_steps: Positive | None = key(None, "also keep every checkpoint at a multiple of this; null: none", "steps")
+    keep_best: NotNegative = key(1, "also keep those with the lowest validation loss")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings:
+    """Validation during training. The end of the run is always evaluated."""
+
+    every_steps: Positive = key(500, "interval", "steps")
+    steps: Positive | None = key(None, "batches; null: the whole validation set", "batches")
+    batch_size: Positive | None = key(None, "sequences in one batch; null: data.global_batch_size / train.gradient_accumulation", "sequences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingSettings:
+    """metrics.jsonl, the progress line and TensorBoard."""
+
+    every_steps: Positive = key(10, "interval of metrics rows", "steps")
+    tensorboard: bool = key(True, "write TensorBoard events")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings:
+    """`jaxlm generate`, and the lines printed when a gpt run ends."""
+
+    prompts: list[str] = key([""], "texts to continue")
+    num_samples: Positive = key(1, "continuations of each prompt")
+    max_new_tokens: Positive = key(64, "length of a continuation, at most", "tokens")
+    temperature: NotNegativeFloat = key(0.8, "0: greedy")
+    top_k: Positive | None = key(None, "sample among the k most likely tokens; null: all")
+    top_p: Annotated[Number, Gt(0), Le(1)] = key(1.0, "sample among the most likely tokens that hold this probability")
+    step: Positive | None = key(None, "checkpoint to use; null: the newest", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """`jaxlm bench`."""
+
+    steps: Positive = key(10, "timed steps", "steps")
+    warmup_steps: Positive = key(2, "steps before the clock starts", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """One run."""
+
+    run_dir: str = key("runs/default", "folder of everything the run writes")
+    seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
+    model: ModelSettings = key(ModelSettings(), "")
+    data: DataSettings = key(DataSettings(), "")
+    train: TrainSettings = key(TrainSettings(), "")
+    optimizer: OptimizerSettings = key(OptimizerSettings(), "")
+    schedule: ScheduleSettings = key(ScheduleSettings(), "")
+    mesh: MeshSettings = key(MeshSettings(), "")
+    devices: DevicesSettings = key(DevicesSettings(), "")
+    checkpoint: CheckpointSettings = key(CheckpointSettings(), "")
+    eval: EvalSettings = key(EvalSettings(), "")
+    logging: LoggingSettings = key(LoggingSettings(), "")
+    generate: GenerateSettings = key(GenerateSettings(), "")
+    bench: BenchSettings = key(BenchSettings(), "")

@@ -1,0 +1,53 @@
+"""Metrics of a whole validation set, from global sums and counts."""
+
+import math
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from jaxlm.models.loss import Sums
+from jaxlm.training.step import Batch, Trainer
+
+
+def evaluate(trainer: Trainer, params: dict, batches: Iterable[Batch], bytes_per_token: float | None) -> dict[str, float]:
+    """Runs every batch and returns the metrics, `val_loss` first.
+
+    Args:
+      trainer: its `evaluate` is used.
+      params: on the mesh.
+      batches: of device arrays; padded rows and positions carry a false mask and count nothing.
+      bytes_per_token: UTF-8 bytes of text per predicted token, for bits per byte (gpt); None: not reported.
+    """
+    totals: dict[str, np.ndarray] = {}
+    pending = None
+    for batch in batches:
+        sums = trainer.evaluate(params, batch)
+        if pending is not None:  # fetched one batch late, so that the device never waits for the host
+            _add(totals, pending)
+        pending = sums
+    if pending is not None:
+        _add(totals, pending)
+    return _metrics({name: Sums(*values) for name, values in totals.items()}, bytes_per_token)
+
+
+def _add(totals: dict[str, np.ndarray], sums: dict[str, Sums]) -> None:
+    for name, values in jax.device_get(sums).items():
+        totals[name] = totals.get(name, np.zeros(len(values))) + np.asarray(values, np.float64)
+
+
+def _metrics(totals: dict[str, Sums], bytes_per_token: float | None) -> dict[str, float]:
+    entropy = {name: term.cross_entropy / max(term.count, 1) for name, term in totals.items()}
+    metrics = {"val_loss": sum(entropy.values())}
+    if "next_token" in entropy:
+        metrics["val_perplexity"] = math.exp(min(entropy["next_token"], 700))
+        metrics["val_accuracy"] = totals["next_token"].correct / max(totals["next_token"].count, 1)
+        if bytes_per_token:
+            metrics["val_bits_per_byte"] = entropy["next_token"] / math.log(2) / bytes_per_token
+    for name, short in (("masked_token", "mlm"), ("next_sentence", "nsp")):
+        if name in totals:
+            metrics[f"val_{short}_loss"] = entropy[name]
+            metrics[f"val_{short}_accuracy"] = totals[name].correct / max(totals[name].count, 1)
+    if "masked_token" in entropy:
+        metrics["val_mlm_perplexity"] = math.exp(min(entropy["masked_token"], 700))
+    return {name: float(value) for name, value in metrics.items()}

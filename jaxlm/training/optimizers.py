@@ -1,0 +1,128 @@
+"""Update rules and learning-rate schedules, put together from Optax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from jaxlm.parallel.sharding import Axes
+from jaxlm.settings import OptimizerSettings, ScheduleSettings
+
+
+def make_schedule(settings: ScheduleSettings, peak: float, total_steps: int) -> optax.Schedule:
+    """Learning rate of update number `count` (from 0), with a linear warmup from 0.
+
+    linear, cosine: down to final_ratio * peak at decay_steps, constant after. inverse_square_root: peak * sqrt(w / (count + 1))
+    after a warmup of w steps (Vaswani et al. 2017). warmup_stable_decay: constant, then linear down over the last
+    decay_steps of the run (Hu et al. 2024).
+    """
+    warmup, final = settings.warmup_steps, settings.final_ratio * peak
+    end = settings.decay_steps or total_steps
+    rise = optax.linear_schedule(0.0, peak, warmup)
+    if settings.name == "cosine":
+        after = optax.cosine_decay_schedule(peak, end - warmup, alpha=settings.final_ratio)
+    elif settings.name == "linear":
+        after = optax.linear_schedule(peak, final, end - warmup)
+    elif settings.name == "inverse_square_root":
+        def after(count):
+            return peak * jnp.sqrt(max(warmup, 1) / (count + max(warmup, 1)))
+    elif settings.name == "warmup_stable_decay":
+        length = settings.decay_steps or max(1, total_steps // 5)
+        after = optax.linear_schedule(peak, final, length, transition_begin=max(0, total_steps - warmup - length))
+    else:
+        after = optax.constant_schedule(peak)
+    return optax.join_schedules([rise, after], [warmup]) if warmup else after
+
+
+def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
+    """The update rule. `axes` is the parameters' tree of `Axes`. Clipping happens in the step, where the norm is known."""
+    decay = optax.add_decayed_weights(settings.weight_decay, mask=decayed) if settings.weight_decay else optax.identity()
+    rate = optax.scale_by_learning_rate(schedule)
+    b1, b2, epsilon = settings.b1, settings.b2, settings.epsilon
+    match settings.name:
+        case "adamw":
+            return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, rate)
+        case "adam":
+            return optax.chain(decay, optax.scale_by_adam(b1, b2, epsilon), rate)
+        case "sgd":
+            return optax.chain(decay, optax.trace(b1) if b1 else optax.identity(), rate)
+        case "rmsprop":
+            return optax.chain(decay, optax.scale_by_rms(b2, epsilon), optax.trace(b1) if b1 else optax.identity(), rate)
+        case "lion":
+            return optax.chain(optax.scale_by_lion(b1, b2), decay, rate)
+        case "lamb":
+            return per_layer(optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio(), rate))
+        case "adafactor":
+            # Optax's own weight decay and sign come after the learning rate; here both go through it like everybody's.
+            factored = optax.chain(optax.adafactor(learning_rate=None, decay_rate=0.8), optax.scale(-1.0))
+            return per_layer(optax.chain(factored, decay, rate))
+        case "muon":
+            return contrib.muon(
+                schedule, beta=b1, eps=epsilon, weight_decay=settings.weight_decay, weight_decay_mask=decayed, adam_b1=b1,
+                adam_b2=b2, adam_weight_decay=settings.weight_decay, muon_weight_dimension_numbers=_muon_dimensions(axes),
+                consistent_rms=0.2)  # Liu et al. 2025: updates as large as Adam's, so that its learning rates carry over
+    raise ValueError(settings.name)
+
+
+def decayed(params: Any) -> Any:
+    """True for the matrices and tables, False for biases and norms."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+
+
+def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Applies a rule that looks at whole tensors (a trust ratio, a factored moment) to each layer of the stack by itself."""
+
+    def split(tree: dict | None) -> tuple[dict | None, dict | None]:
+        return (None, None) if tree is None else (tree["blocks"], {name: value for name, value in tree.items() if name != "blocks"})
+
+    def init(params: dict) -> dict:
+        blocks, rest = split(params)
+        return {"layers": jax.vmap(inner.init)(blocks), "rest": inner.init(rest)}
+
+    def update(updates: dict, state: dict, params: dict | None = None) -> tuple[dict, dict]:
+        (blocks, rest), (block_params, rest_params) = split(updates), split(params)
+        blocks, layers_state = jax.vmap(inner.update)(blocks, state["layers"], block_params)
+        rest, rest_state = inner.update(rest, state["rest"], rest_params)
+        return {"blocks": blocks, **rest}, {"layers": layers_state, "rest": rest_state}
+
+    return optax.GradientTransformation(init, update)
+
+
+def state_axes(optimizer: optax.GradientTransformation, shapes: Any, axes: Any) -> Any:
+    """`Axes` of every leaf of the optimizer's state.
+
+    A leaf that mirrors a parameter (its path ends in the parameter's, the shape is the same) is laid out like it;
+    counters and factored moments are small and stay whole.
+    """
+    names = {tuple(entry.key for entry in path): leaf for path, leaf in
+             jax.tree_util.tree_flatten_with_path(axes)[0]}
+    sizes = {tuple(entry.key for entry in path): leaf.shape for path, leaf in jax.tree_util.tree_flatten_with_path(shapes)[0]}
+    # per_layer strips "blocks" from the paths of the stack's leaves
+    names |= {path[1:]: leaf for path, leaf in names.items() if path[0] == "blocks"}
+    sizes |= {path[1:]: leaf for path, leaf in sizes.items() if path[0] == "blocks"}
+
+    def leaf_axes(path: tuple, leaf: jax.ShapeDtypeStruct) -> Axes:
+        keys = tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
+        for start in range(len(keys)):
+            if sizes.get(keys[start:]) == leaf.shape:
+                return names[keys[start:]]
+        return Axes((None,) * len(leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(leaf_axes, jax.eval_shape(optimizer.init, shapes))
+
+
+def _muon_dimensions(axes: Any) -> Any:
+    """Which dimensions of each hidden matrix are its rows and columns; None (Adam) for embeddings, heads, norms and biases."""
+
+    def dimensions(path: tuple, leaf: Axes) -> contrib.MuonDimensionNumbers | None:
+        names = leaf.names
+        if path[-1].key != "kernel" or names[0] != "layers":
+            return None
+        embed = names.index("embed")
+        others = tuple(i for i in range(1, len(names)) if i != embed)
+        inputs, outputs = ((embed,), others) if embed == 1 else (others, (embed,))
+        return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+    return jax.tree_util.tree_map_with_path(dimensions, axes)

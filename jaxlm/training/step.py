@@ -1,0 +1,118 @@
+"""The training state and the step: what runs a million times, as pure functions of plain pytrees."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+
+from jaxlm.models.loss import Sums
+from jaxlm.models.model import Model, Params
+from jaxlm.parallel.sharding import Axes, constrain, shardings, spec
+from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
+
+Batch = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that a run's future depends on, beside its settings and its corpus."""
+
+    step: jax.Array  # int32 []: optimizer updates done
+    key: jax.Array  # uint32 [2]: key data of the run's random key; every use folds in the step
+    params: Params
+    optimizer: Any
+
+
+class Trainer(NamedTuple):
+    """The compiled run's functions and the layout of its state on a mesh."""
+
+    model: Model
+    mesh: Mesh
+    init: Callable[[int], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # jitted; donates the state
+    evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted
+    state_shardings: TrainState
+    state_shapes: TrainState
+
+
+def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
+    """Builds the state's layout, its initializer and the two steps for `settings` (jaxlm.settings.Settings) on `mesh`.
+
+    Call the results under `jax.set_mesh(mesh)`.
+    """
+    schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
+    optimizer = make_optimizer(settings.optimizer, schedule, model.axes)
+
+    def init(seed: int) -> TrainState:
+        key = jax.random.key(seed)
+        params = model.init(jax.random.fold_in(key, 2**31))
+        return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params))
+
+    layout = shardings(mesh, TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes)))
+    return Trainer(
+        model, mesh,
+        init=jax.jit(init, out_shardings=layout),
+        step=jax.jit(_train_step(model, optimizer, schedule, settings), donate_argnums=0, out_shardings=(layout, None)),
+        evaluate=jax.jit(lambda params, batch: model.bind(params).losses(batch)),
+        state_shardings=layout, state_shapes=jax.eval_shape(init, 0))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """How every array of a batch lies on the mesh: cut by rows."""
+    return NamedSharding(mesh, spec("batch"))
+
+
+def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any) -> Callable:
+    pieces, clip_norm = settings.train.gradient_accumulation, settings.optimizer.clip_norm
+    has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
+
+    def loss_and_sums(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, dict[str, Sums]]:
+        sums = model.bind(params).losses(batch, keys)
+        return sum(term.loss / counts[name] for name, term in sums.items()), sums
+
+    def gradients(params: Params, batch: Batch, keys: jax.Array | None) -> tuple[Params, dict[str, Sums]]:
+        # Divided by the whole batch's counts, so that micro-batches simply add up to the big batch's gradient.
+        counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in model.bind(params).counts(batch).items()}
+        gradient = jax.grad(loss_and_sums, has_aux=True)
+        if pieces == 1:
+            return gradient(params, batch, keys, counts)
+
+        def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(params, *piece, counts)), None
+
+        cut = jax.tree.map(lambda array: _micro_batches(array, pieces), (batch, keys))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                             jax.eval_shape(gradient, params, *jax.tree.map(lambda array: array[0], cut), counts))
+        return jax.lax.scan(accumulate, zeros, cut)[0]
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        keys = None
+        if has_dropout:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(batch["tokens"])))
+        grads, sums = gradients(state.params, batch, keys)
+        norm = optax.global_norm(grads)
+        if clip_norm is not None:
+            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
+            grads = jax.tree.map(lambda grad: grad * scale, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = training_metrics(sums) | {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), "grad_norm": norm}
+        return TrainState(state.step + 1, state.key, params, optimizer_state), metrics
+
+    return train_step
+
+
+def _micro_batches(array: jax.Array, pieces: int) -> jax.Array:
+    """[B, ...] to [pieces, B / pieces, ...], every device keeping its own rows: piece i takes rows i, i + pieces, ..."""
+    cut = jnp.moveaxis(array.reshape(-1, pieces, *array.shape[1:]), 1, 0)
+    return constrain(cut, None, "batch") if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else cut
+
+
+def training_metrics(sums: dict[str, Sums]) -> dict[str, jax.Array]:
+    """`loss` (what is minimized, per prediction) and, where there are several objectives, each one's part."""
+    parts = {name: term.loss / jnp.maximum(term.count, 1) for name, term in sums.items()}
+    metrics = {"loss": sum(parts.values())}
+    return metrics if len(parts) == 1 else metrics | {f"{name}_loss": part for name, part in parts.items()}

@@ -1,0 +1,22 @@
+import pytest
+
+from jaxlm.reporting.units import format_count, format_duration, format_milliseconds, format_scientific
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (0, "0"), (950, "950"), (999.6, "1k"), (12345.6, "12.3k"), (124_439_808, "124M"), (1.5e9, "1.5B"), (2e12, "2T"),
+    (5e15, "5000T")])
+def test_counts(value, text):
+    assert format_count(value) == text
+
+
+@pytest.mark.parametrize(("seconds", "text"), [
+    (0, "0.0s"), (9.5, "9.5s"), (9.97, "10s"), (59.6, "1m00s"), (73, "1m13s"), (3600, "1h00m"), (7530, "2h05m"),
+    (273_600, "3d04h")])
+def test_durations(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_milliseconds_and_scientific():
+    assert [format_milliseconds(s) for s in (0.083, 0.00831, 5.61)] == ["83 ms", "8.31 ms", "5610 ms"]
+    assert [format_scientific(v) for v in (2.9e-4, 0.0, 1.0)] == ["2.9e-4", "0", "1.0e0"]

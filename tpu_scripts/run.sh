@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Installs jaxlm on every host of a TPU slice and starts a training run there, detached from this terminal.
+# The hosts find each other by themselves. Each writes ~/jaxlm.log; watch.sh shows it.
+#
+# Usage: run.sh --name NAME --zone ZONE [--setup COMMAND] [--repository URL [--revision NAME]] CONFIG [key=value ...]
+#
+# CONFIG is a path inside the repository. run_dir and data.corpus must be on a disk that all hosts share and that
+# outlives the TPU (see README.md): what the hosts write to their own disks is lost with them.
+
+# shellcheck source=common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+parse_options "$@"
+((${#REST[@]})) || fail 'the config file is needed, for example configs/gpt2_124m.yaml'
+
+# The variables in these lines belong to the hosts.
+# shellcheck disable=SC2016
+running='[ -f ~/jaxlm.pid ] && kill -0 "$(cat ~/jaxlm.pid)" 2>/dev/null'
+
+# 1. A run that is going on is left alone.
+on_workers all "if $running; then echo 'a run is going on here already' >&2; exit 1; fi"
+
+# 2. The code, in ~/jaxlm.
+[[ -z $SETUP ]] || on_workers all "$SETUP"
+if [[ -n $REPOSITORY ]]; then
+  on_workers all "rm -rf ~/jaxlm && git clone $(quoted "$REPOSITORY") ~/jaxlm"
+  [[ -z $REVISION ]] || on_workers all "git -C ~/jaxlm checkout $(quoted "$REVISION")"
+else
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  archive=${TMPDIR:-/tmp}/jaxlm-$NAME.tar.gz
+  run bash -c "cd $(quoted "$root") && git ls-files -z --cached --others --exclude-standard | tar --null -czf $(quoted "$archive") -T -"
+  run gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxlm.tar.gz" "${WHERE[@]}" --worker all
+  on_workers all 'rm -rf ~/jaxlm && mkdir ~/jaxlm && tar -C ~/jaxlm -xzf ~/jaxlm.tar.gz'
+fi
+
+# 3. The environment, in ~/venv. The hosts' own Python (3.10) is too old; uv brings a newer one.
+on_workers all "python3 -m pip install --quiet --user uv"
+on_workers all "cd ~ && .local/bin/uv venv --quiet --allow-existing --python 3.12 venv"
+on_workers all "cd ~ && .local/bin/uv pip install --quiet --python venv/bin/python -e './jaxlm[tpu]'"
+
+# 4. The run. setsid and nohup: it outlives this connection.
+on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}") </dev/null >>~/jaxlm.log 2>&1 & \
+echo \$! >~/jaxlm.pid; }"
