@@ -24,9 +24,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
       UserError: the file is missing or no YAML mapping, a key is unknown or ill-typed, or values contradict each other.
     """
     path = Path(path)
-    if (path / "config.yaml").is_file():
-        path = path / "config.yaml"
+    run_dir = path if (path / "config.yaml").is_file() else None
+    path = path / "config.yaml" if run_dir else path
     values = _read_yaml(path)
+    if run_dir:
+        values["run_dir"] = str(run_dir)  # wherever it has been moved or copied to
     unknown = next(_unknown_keys(values), None)
     if unknown:
         raise UserError(f"{path}: {unknown}")

@@ -199,6 +199,7 @@ class CheckpointSettings:
     keep_last: Positive = key(2, "newest checkpoints kept")
     keep_every_steps: Positive | None = key(None, "also keep every checkpoint at a multiple of this; null: none", "steps")
     keep_best: NotNegative = key(1, "also keep those with the lowest validation loss")
+    step: Positive | None = key(None, "evaluate, generate: the checkpoint to use; null: the newest", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +229,6 @@ class GenerateSettings:
     temperature: NotNegativeFloat = key(0.8, "0: greedy")
     top_k: Positive | None = key(None, "sample among the k most likely tokens; null: all")
     top_p: Annotated[Number, Gt(0), Le(1)] = key(1.0, "sample among the most likely tokens that hold this probability")
-    step: Positive | None = key(None, "checkpoint to use; null: the newest", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,7 +114,7 @@ class Batches:
         return -(-self.order.length // self.global_batch_size)
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> Rows:
-        """The rows (numbers in 0 .. global_batch_size; None: all) of the batch of a step; IndexError outside of 0 .. len(self)."""
+        """The rows (numbers below global_batch_size; None: all) of the batch of a step; IndexError outside of 0 .. len(self)."""
         if not 0 <= step < len(self):
             raise IndexError(f"batch {step} of {len(self)}")
         rows = np.arange(self.global_batch_size) if rows is None else np.asarray(rows)

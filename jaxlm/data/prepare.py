@@ -104,8 +104,8 @@ def make_plan(data: DataSettings, directory: Path, settings: dict[str, Any], voc
     tokenizer = stages.given_tokenizer(data)
     held_out = sources.find_sources(data.validation, "data.validation") if isinstance(data.validation, str) else []
     files = sources.find_sources(data.raw)
-    validation_units = sources.plan_units(held_out, data.document)
-    units = validation_units + sources.plan_units(files, data.document)
+    validation_units = sources.plan_units(held_out, data.document, sources.UNIT_BYTES)
+    units = validation_units + sources.plan_units(files, data.document, sources.UNIT_BYTES)
     state = [[file.path, file.bytes, os.stat(file.path).st_mtime_ns] for file in held_out + files]
     identity = [FORMAT, settings, state, [unit.bytes for unit in units], tokenizer.digest if tokenizer else None]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

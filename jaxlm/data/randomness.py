@@ -11,7 +11,7 @@ The shuffle is a Feistel network (Luby, Rackoff 1988) with cycle walking (Black,
 import numpy as np
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
-FEISTEL_ROUNDS = 8
+FEISTEL_ROUNDS = 12
 
 
 def mix(values: np.ndarray) -> np.ndarray:

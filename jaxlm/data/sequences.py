@@ -172,7 +172,8 @@ class BertPairs:
         drawn = below(words[:, 0], self.count - num_own)
         drawn += np.where(drawn >= own, num_own, 0)
         other = self.pieces.documents[drawn]
-        begins, ends = self.documents.offsets[other], self.documents.offsets[other + 1] - self.end_marks
+        offsets = np.asarray(self.documents.offsets)
+        begins, ends = offsets[other], offsets[other + 1] - self.end_marks
         lengths = np.minimum(longest, ends - begins)
         return begins + below(words[:, 1], ends - begins - lengths + 1), lengths
 

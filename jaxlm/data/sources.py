@@ -135,7 +135,7 @@ def folder_files(folder: str) -> list[str]:
     found, visited = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
-        folders[:] = [] if real in visited else [name for name in folders if not name.startswith(".")]
+        folders[:] = [] if real in visited else sorted(name for name in folders if not name.startswith("."))
         if real not in visited:
             found += [os.path.join(root, name) for name in names if not name.startswith(".") and has_known_suffix(name)]
         visited.add(real)
@@ -154,7 +154,7 @@ def below_compression(name: str) -> Path:
 
 # ---------------------------------------------------------------------------------------------------------------- units
 
-def plan_units(files: list[SourceFile], document: str, unit_bytes: int = UNIT_BYTES) -> list[Unit]:
+def plan_units(files: list[SourceFile], document: str, unit_bytes: int) -> list[Unit]:
     """Units of about `unit_bytes` of input, in the order of the files."""
     unit_bytes = max(unit_bytes, sum(file.bytes for file in files) // MOST_UNITS)
     units: list[Unit] = []

@@ -58,3 +58,18 @@ class Model:
             if "vocab" in axes.names:
                 total -= padding * math.prod(leaf.shape) // padded_vocab_size(self.settings.vocab_size)
         return total
+
+    def training_flops(self, sequence_length: int, predictions: int) -> float:
+        """FLOPs of one sequence's forward and backward pass, as PaLM counts them (Chowdhery et al. 2022, appendix B).
+
+        Matrix products only, a backward pass is two forward passes, attention counts every pair of positions, and
+        recomputation does not count. `predictions`: positions that reach the output head.
+        """
+        model, length = self.settings, sequence_length
+        width, kv_heads = model.hidden_size, model.num_kv_heads or model.num_heads
+        head_dim = model.head_dim or width // model.num_heads
+        projections = width * head_dim * (2 * model.num_heads + 2 * kv_heads)
+        mlp = width * (model.intermediate_size or 4 * width) * (3 if model.activation in ("swiglu", "geglu") else 2)
+        attention = 2 * length * model.num_heads * head_dim
+        head = predictions * width * (model.vocab_size + (width if model.family == "bert" else 0))
+        return 3 * 2 * (length * model.num_layers * (projections + mlp + attention) + head)

@@ -1,0 +1,186 @@
+"""The front door: parse, call, print."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from jaxlm import config
+from jaxlm.errors import UserError, nearest
+from jaxlm.settings import Settings
+
+KEY_TABLE_NOTE = "Every key, with its type, default, unit and meaning. Set it in CONFIG.yaml (nested), or as KEY=VALUE behind it."
+
+
+def train(settings: Settings, arguments: argparse.Namespace) -> None:
+    """train: prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints"""
+    from jaxlm.generation.sampling import generate_from_run
+    from jaxlm.parallel.distributed import is_main
+    from jaxlm.reporting.files import write_text
+    from jaxlm.reporting.report import write_report
+    from jaxlm.training.loop import train
+
+    summary = train(settings)
+    samples = generate_from_run(settings) if settings.model.family == "gpt" else []
+    if is_main():
+        text = "\n".join(f"{sample.prompt}{sample.text}" for sample in samples)
+        if samples:
+            write_text(Path(settings.run_dir) / "samples.txt", text + "\n")
+            print(text)
+        print(json.dumps(summary, indent=1))
+        print(f"report: {write_report(settings.run_dir)}")
+
+
+def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
+    """prepare: raw text to tokenizer and corpus"""
+    from jaxlm.training.setup import open_corpora
+
+    for corpus, _ in open_corpora(settings):
+        for line in corpus.describe():
+            print(line)
+
+
+def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
+    """evaluate: a checkpoint over the whole validation set"""
+    from jaxlm.parallel.distributed import is_main
+    from jaxlm.training.loop import evaluate_checkpoint
+
+    row = evaluate_checkpoint(settings)
+    if is_main():
+        print(json.dumps(row) if arguments.json else "\n".join(f"{name:24} {value:.6g}" for name, value in row.items()))
+
+
+def generate(settings: Settings, arguments: argparse.Namespace) -> None:
+    """generate: continue generate.prompts with a checkpoint"""
+    from jaxlm.generation.sampling import generate_from_run
+    from jaxlm.parallel.distributed import is_main
+
+    samples = generate_from_run(settings)
+    if is_main():
+        for sample in samples:
+            print(json.dumps(sample._asdict(), ensure_ascii=False) if arguments.json else f"{sample.prompt}{sample.text}")
+
+
+def bench(settings: Settings, arguments: argparse.Namespace) -> None:
+    """bench: time the training step on random tokens"""
+    from jaxlm.parallel.distributed import is_main
+    from jaxlm.training.bench import bench
+
+    figures = bench(settings)
+    if is_main():
+        print(json.dumps(figures) if arguments.json else "\n".join(f"{name:24} {value}" for name, value in figures.items()))
+
+
+def report(run_dirs: Sequence[str]) -> None:
+    """report: one page about a run, or a table that compares several"""
+    from jaxlm.reporting.report import compare, write_report
+
+    if len(run_dirs) == 1:
+        path = write_report(run_dirs[0])
+        print(path.read_text(encoding="utf-8"))
+        print(f"written to {path}")
+    else:
+        from rich.console import Console
+
+        Console().print(compare(run_dirs))
+
+
+VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
+    "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench}
+LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs `jaxlm ARGUMENTS`. Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(arguments)
+    except UserError as error:
+        print(f"jaxlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("jaxlm: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    verb = arguments[0] if arguments else "--help"
+    if verb in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if verb not in (*VERBS, "report"):
+        raise UserError(f"unknown verb '{verb}'{nearest(verb, (*VERBS, 'report'))}; expected one of {', '.join((*VERBS, 'report'))}")
+    parsed = _parser(verb).parse_args(arguments[1:])
+    if verb == "report":
+        report(parsed.runs)
+        return 0
+    settings = config.load(parsed.config, parsed.overrides)
+    if getattr(parsed, "processes", 1) > 1:
+        from jaxlm.parallel.distributed import run_local_processes
+
+        return run_local_processes([verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])], parsed.processes)
+    VERBS[verb](settings, parsed)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line instead of the usage text, and the keys' table behind --help."""
+
+    def error(self, message: str) -> None:
+        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+
+    def print_help(self, file=None) -> None:
+        super().print_help(file)
+        if self.prog != "jaxlm report":
+            _print_keys()
+
+
+def _parser(verb: str) -> argparse.ArgumentParser:
+    if verb == "report":
+        parser = _Parser(prog="jaxlm report", description=_summary_of(report))
+        parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
+        return parser
+    parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG.yaml", help="a run file, or the run directory of an earlier `jaxlm train`")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
+    if verb in ("evaluate", "generate", "bench"):
+        parser.add_argument("--json", action="store_true", help="JSON on standard output, for scripts")
+    else:
+        parser.set_defaults(json=False)
+    if verb in LOCAL_PROCESSES:
+        parser.add_argument("--processes", type=_positive, default=1, metavar="N", help="start N processes on this machine (default 1)")
+    return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found '{text}'")
+    return int(text)
+
+
+def _summary_of(function: Callable) -> str:
+    return function.__doc__.partition(": ")[2].strip()
+
+
+def _overview() -> str:
+    lines = ["usage: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
+    lines += [f"  {name:10} {_summary_of(function)}" for name, function in (*VERBS.items(), ("report", report))]
+    return "\n".join([*lines, "", "jaxlm VERB --help lists every key. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."])
+
+
+def _print_keys() -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=KEY_TABLE_NOTE, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
+    for column in ("key", "type", "default", "unit", "meaning"):
+        table.add_column(column, overflow="fold", no_wrap=column == "key")
+    for name, kind, default, unit, meaning in config.keys():
+        table.add_row(name, kind, json.dumps(default), unit, meaning)
+    console = Console(markup=False) if sys.stdout.isatty() else Console(width=200)
+    console.print(table, markup=False, highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,118 @@
+"""Text from a trained GPT: prompts in, continuations out, one token at a time over a KV cache."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.errors import UserError
+from jaxlm.models.layers import Context
+from jaxlm.models.model import Model, Params
+from jaxlm.parallel.sharding import constrain
+from jaxlm.settings import GenerateSettings, Settings
+from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.setup import Run, resolve, start
+
+
+class Sample(NamedTuple):
+    """One continuation."""
+
+    prompt: str
+    text: str
+
+
+def generate_from_run(settings: Settings) -> list[Sample]:
+    """Continues `generate.prompts` with a checkpoint of `run_dir`. Raises UserError."""
+    if settings.model.family != "gpt":
+        raise UserError(f"model.family={settings.model.family}: only gpt models continue text")
+    with Checkpoints(settings.run_dir) as checkpoints:
+        step = checkpoints.choose(settings.checkpoint.step)
+        tokenizer = Tokenizer.from_dict(checkpoints.metadata(step)["tokenizer"])
+        run = start(resolve(settings, tokenizer))
+        with jax.set_mesh(run.mesh):
+            return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
+
+
+def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
+    """`num_samples` continuations of each prompt, in the prompts' order. Deterministic in the run's seed.
+
+    Raises:
+      UserError: a prompt leaves no room in the model's length, or holds text the tokenizer cannot encode.
+    """
+    settings, limit = run.settings.generate, run.settings.model.max_length
+    prompts = [prompt for prompt in settings.prompts for _ in range(settings.num_samples)]
+    start_token = next((token for token in (tokenizer.special.eos, tokenizer.special.bos) if token is not None), 0)
+    encoded = [tokenizer.encode(prompt) or [start_token] for prompt in prompts]  # nothing to continue: as after a document's end
+    lengths = [len(ids) for ids in encoded]
+    if max(lengths) >= limit:
+        longest = prompts[int(np.argmax(lengths))]
+        raise UserError(f"generate.prompts: '{longest[:30]}...' is {max(lengths)} tokens long; the model's length is {limit}")
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    rows = -(-len(prompts) // ways) * ways  # every device gets as many rows
+    tokens = np.zeros((rows, min(limit, max(lengths) + settings.max_new_tokens)), np.int32)
+    for row, ids in enumerate(encoded):
+        tokens[row, : len(ids)] = ids
+    lengths_array = np.array(lengths + [max(lengths)] * (rows - len(prompts)), np.int32)
+    end_token = -1 if tokenizer.special.eos is None else tokenizer.special.eos
+    decode = jax.jit(functools.partial(decode_batch, run.trainer.model, settings, min(lengths), end_token))
+    result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
+    samples = []
+    for prompt, length, row in zip(prompts, lengths, result, strict=False):
+        new = row[length : length + settings.max_new_tokens].tolist()
+        samples.append(Sample(prompt, tokenizer.decode(new[: new.index(end_token)] if end_token in new else new)))
+    return samples
+
+
+def decode_batch(model: Model, settings: GenerateSettings, prefill: int, end_token: int, params: Params, tokens: jax.Array,
+                 lengths: jax.Array, key: jax.Array) -> jax.Array:
+    """Fills `tokens` int32 [B, S] from each row's length on.
+
+    The first `prefill` positions, prompt in every row, run at once; from there one position at a time, where rows whose
+    prompt is longer take their own next token. Stops early when every row has produced `end_token`.
+    """
+    rows, slots = tokens.shape
+    gpt = model.bind(params)
+    shape = (model.settings.num_layers, rows, slots, *_kv_shape(model))
+    empty = constrain(jnp.zeros(shape, gpt.dtype), "layers", "batch", None, "kv_heads", None)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
+
+    def next_logits(tokens: jax.Array, index: jax.Array | int, cache: dict) -> tuple[jax.Array, dict]:
+        positions = jnp.broadcast_to(index + jnp.arange(tokens.shape[1]), tokens.shape)
+        x, cache = gpt.hidden(tokens, Context(positions, cache_index=jnp.asarray(index)), cache)
+        return gpt.logits(x[:, -1:])[:, 0], cache
+
+    def one_position(carry: tuple) -> tuple:
+        index, tokens, logits, cache, ended = carry
+        drawn = jax.vmap(functools.partial(draw, settings))(jax.vmap(lambda key: jax.random.fold_in(key, index))(keys), logits)
+        token = jnp.where(index < lengths, tokens[:, index], jnp.where(ended, end_token, drawn))
+        ended = ended | ((index >= lengths) & (token == end_token))
+        logits, cache = next_logits(token[:, None], index, cache)
+        return index + 1, tokens.at[:, index].set(token), logits, cache, ended
+
+    logits, cache = next_logits(tokens[:, :prefill], 0, {"key": empty, "value": empty})
+    carry = (jnp.asarray(prefill), tokens, logits, cache, jnp.zeros(rows, bool))
+    return jax.lax.while_loop(lambda carry: (carry[0] < slots) & ~carry[-1].all(), one_position, carry)[1]
+
+
+def draw(settings: GenerateSettings, key: jax.Array, logits: jax.Array) -> jax.Array:
+    """One token from float32 logits [V]: greedy at temperature 0, else among the top k and the nucleus (Holtzman et al. 2020)."""
+    if settings.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / settings.temperature
+    if settings.top_k and settings.top_k < logits.shape[-1]:
+        logits = jnp.where(logits < jax.lax.top_k(logits, settings.top_k)[0][-1], -jnp.inf, logits)
+    if settings.top_p < 1:
+        descending = jnp.sort(logits, descending=True)
+        probabilities = jax.nn.softmax(descending)
+        before = jnp.cumsum(probabilities) - probabilities  # mass of the likelier tokens
+        smallest = jnp.where(before < settings.top_p, descending, jnp.inf).min()
+        logits = jnp.where(logits < smallest, -jnp.inf, logits)
+    return jax.random.categorical(key, logits)
+
+
+def _kv_shape(model: Model) -> tuple[int, int]:
+    """(key/value heads, head width)."""
+    return model.shapes["blocks"]["attention"]["key"]["kernel"].shape[-2:]

@@ -1,0 +1,106 @@
+"""RUN_DIR/checkpoints: asynchronous, sharded, atomic (Orbax); what is kept, and what a checkpoint says of itself."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from jaxlm.errors import UserError
+from jaxlm.models.model import Params
+from jaxlm.settings import CheckpointSettings, ModelSettings
+from jaxlm.training.step import Trainer, TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run. Each holds `params`, `optimizer`, `clock` (step and random key) and `metadata`.
+
+    `metadata` is plain JSON: the step, the run's settings, the tokenizer itself, the corpus digests, the mesh, and the
+    versions that wrote it. Use as a context manager: leaving waits for the last save.
+    """
+
+    def __init__(self, run_dir: str | Path, keep: CheckpointSettings | None = None):
+        """With `keep` None the folder is only read. Raises UserError when it does not exist then."""
+        self.directory = (Path(run_dir) / FOLDER).absolute()  # Orbax writes in the background: relative paths fail there
+        if keep is None and not self.directory.is_dir():
+            raise UserError(f"{run_dir}: no {FOLDER} folder; expected the run directory of a `jaxlm train`")
+        self._checkpointer = ocp.training.Checkpointer(
+            self.directory, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=_preservation(keep) if keep else None, cleanup_tmp_directories=keep is not None)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._checkpointer.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of the complete checkpoints, ascending; an interrupted save is not among them."""
+        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+
+    def choose(self, step: int | None) -> int:
+        """`step`, or the newest. Raises UserError when it is not there."""
+        if not self.steps:
+            raise UserError(f"{self.directory}: no complete checkpoint yet; train longer, or lower checkpoint.every_steps")
+        if step is not None and step not in self.steps:
+            raise UserError(f"checkpoint.step={step}: not in {self.directory}; there are {', '.join(map(str, self.steps))}")
+        return self.steps[-1] if step is None else step
+
+    def save(self, state: TrainState, step: int, metadata: dict[str, Any], val_loss: float | None) -> None:
+        """Copies the state off the devices and returns; the files are written in the background."""
+        contents = {"params": state.params, "optimizer": state.optimizer, "clock": {"step": state.step, "key": state.key},
+                    "metadata": metadata | {"step": step}}
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        self._checkpointer.save_checkpointables_async(step, contents, metrics=metrics)
+
+    def metadata(self, step: int) -> dict[str, Any]:
+        """What the checkpoint says of itself."""
+        return self._checkpointer.load_checkpointables(step, {"metadata": None})["metadata"]
+
+    def restore(self, step: int, trainer: Trainer) -> TrainState:
+        """The whole state, laid out for `trainer`'s mesh, whatever mesh it was saved from."""
+        wanted = _abstract(trainer.state_shapes, trainer.state_shardings)
+        loaded = self._checkpointer.load_checkpointables(step, {
+            "params": wanted.params, "optimizer": wanted.optimizer, "clock": {"step": wanted.step, "key": wanted.key}})
+        return TrainState(loaded["clock"]["step"], loaded["clock"]["key"], loaded["params"], loaded["optimizer"])
+
+    def restore_params(self, step: int, trainer: Trainer) -> Params:
+        """Only the parameters, laid out for `trainer`'s mesh."""
+        wanted = _abstract(trainer.state_shapes.params, trainer.state_shardings.params)
+        return self._checkpointer.load_checkpointables(step, {"params": wanted})["params"]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose numbers end up in a checkpoint."""
+    return {name: importlib.metadata.version(name) for name in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")}
+
+
+def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], where: str, ignore: Sequence[str] = ()) -> None:
+    """Refuses to continue a run with another model or update rule. Both are settings as plain values. Raises UserError."""
+    for section in ("model", "optimizer"):
+        names = ModelSettings.__dataclass_fields__ if section == "model" else ("name",)
+        for name in names:
+            if f"{section}.{name}" not in ignore and name in saved[section] and saved[section][name] != wanted[section][name]:
+                raise UserError(f"{section}.{name}={wanted[section][name]}: the checkpoints in {where} were made with "
+                                f"{saved[section][name]}; set it back, or choose another run_dir")
+
+
+def _preservation(keep: CheckpointSettings) -> Any:
+    policies = ocp.training.preservation_policies
+    kept = [policies.LatestN(keep.keep_last)]
+    if keep.keep_every_steps:
+        kept.append(policies.EveryNSteps(keep.keep_every_steps))
+    if keep.keep_best:
+        # reverse: the lowest; without metrics a checkpoint must not count as best, or all would stay
+        kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=keep.keep_best,
+                                   keep_checkpoints_without_metrics=False))
+    return policies.AnyPreservationPolicy(kept)
+
+
+def _abstract(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings)

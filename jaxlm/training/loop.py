@@ -1,0 +1,244 @@
+"""`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxlm import config
+from jaxlm.data.loading import Batches
+from jaxlm.errors import UserError
+from jaxlm.models.model import Params
+from jaxlm.parallel import distributed
+from jaxlm.reporting.files import write_json, write_text
+from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.metrics import MetricsWriter, read_metrics
+from jaxlm.reporting.plots import plot_loss
+from jaxlm.reporting.progress import TrainingProgress
+from jaxlm.reporting.units import format_count
+from jaxlm.settings import Settings
+from jaxlm.training.checkpoints import Checkpoints, check_same_model, versions
+from jaxlm.training.evaluation import evaluate
+from jaxlm.training.setup import (
+    Corpora,
+    Run,
+    make_training_batches,
+    make_validation_batches,
+    micro_batch_size,
+    on_devices,
+    open_corpora,
+    resolve,
+    start,
+)
+from jaxlm.training.step import TrainState
+
+
+class Output(NamedTuple):
+    """Where a run's figures go; on process 0 only, elsewhere both do nothing."""
+
+    progress: TrainingProgress
+    metrics: MetricsWriter | None
+
+    def row(self, step: int, row: dict[str, Any]) -> None:
+        self.progress.update(step, row)
+        if self.metrics:
+            self.metrics.write({"step": step} | row)
+
+
+def train(settings: Settings) -> dict[str, Any]:
+    """Trains to `train.steps`, from the newest checkpoint when there is one. Returns the summary (see summary.json).
+
+    Raises:
+      UserError: the input is wrong; nothing has been written then but a corpus that could be prepared.
+    """
+    started = time.monotonic()
+    corpora = open_corpora(settings)
+    settings = resolve(settings, corpora[0][0].tokenizer)
+    run = start(settings)
+    run_dir, total = Path(settings.run_dir), settings.train.steps
+    with jax.set_mesh(run.mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
+        state, first = _start_or_resume(run, checkpoints, corpora)
+        main = distributed.is_main()
+        if main:
+            write_text(run_dir / "config.yaml", config.dump(settings))
+        writer = MetricsWriter(run_dir, tensorboard=settings.logging.tensorboard, resume_step=first) if main else None
+        try:
+            with TrainingProgress(total, first, enabled=main) as progress:
+                output = Output(progress, writer)
+                for line in _describe(run, corpora, first):
+                    progress.print(line)
+                results = _loop(run, corpora, state, first, checkpoints, output)
+        finally:
+            if writer:
+                writer.close()
+    summary = _summary(run, results, time.monotonic() - started)
+    if main:
+        write_json(run_dir / "summary.json", summary)
+        plot_loss(run_dir)
+    return summary
+
+
+def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tuple[TrainState, int]:
+    """The newest checkpoint's state, or a fresh one; and the number of steps already done."""
+    if not checkpoints.steps:
+        return run.trainer.init(run.settings.seed), 0
+    step = checkpoints.choose(None)
+    saved = checkpoints.metadata(step)
+    check_same_model(saved["settings"], config.to_dict(run.settings), str(checkpoints.directory))
+    digests = [corpus.digest for corpus, _ in corpora]
+    if saved["corpora"] != digests:
+        raise UserError(f"data.corpus: not the corpus that the checkpoints in {checkpoints.directory} were trained on; "
+                        "set it back, or choose another run_dir")
+    for key in ("seed", "data.global_batch_size", "data.sequence_length", "data.packing"):
+        before, now = (config.flatten(values)[key] for values in (saved["settings"], config.to_dict(run.settings)))
+        if before != now:
+            raise UserError(f"{key}={now}: the checkpoints in {checkpoints.directory} were made with {before}, and the order of "
+                            "the examples depends on it; set it back, or choose another run_dir")
+    return checkpoints.restore(step, run.trainer), step
+
+
+def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints: Checkpoints, output: Output) -> dict[str, Any]:
+    settings, total = run.settings, run.settings.train.steps
+    batches, validation = make_training_batches(settings, corpora), make_validation_batches(settings, corpora)
+    metadata = _metadata(run, corpora)
+    clock = _Clock(run, first, batches)
+    val_row = _last_evaluation(settings.run_dir, first)
+
+    with on_devices(batches, first, total, run.mesh, settings.data.prefetch) as source:
+        source, step_function = iter(source), None
+        pending = None  # (step, metrics) of the step before: read one step late, so that the device never waits for the host
+        for step in range(first + 1, total + 1):
+            asked = time.monotonic()
+            batch = next(source)
+            waited = time.monotonic() - asked
+            if step_function is None:
+                asked = time.monotonic()
+                step_function = run.trainer.step.lower(state, batch).compile()
+                clock.compile_seconds = time.monotonic() - asked
+                clock.restart(step - 1)
+            state, metrics = step_function(state, batch)
+            clock.data_wait += waited
+            if pending:
+                _log(pending, clock, settings, output)
+            pending = (step, metrics)
+            evaluating = step % settings.eval.every_steps == 0 or step == total
+            saving = step % settings.checkpoint.every_steps == 0 or step == total
+            if evaluating or saving:
+                _log(pending, clock, settings, output)
+                pending = None
+                if evaluating and validation:
+                    val_row = evaluate_run(run, state.params, validation, corpora)
+                    output.row(step, val_row)
+                if saving:
+                    checkpoints.save(state, step, metadata, val_row.get("val_loss") if evaluating else None)
+                clock.restart(step)
+    return {"val_loss": val_row.get("val_loss"), "clock": clock}
+
+
+def _log(pending: tuple[int, dict[str, jax.Array]], clock: "_Clock", settings: Settings, output: Output) -> None:
+    """Waits for a step; writes its row when one is due. The loss is that step's own, the times are means since the last row."""
+    step, metrics = pending
+    jax.block_until_ready(metrics)
+    if step % settings.logging.every_steps == 0 or step in (1, settings.train.steps):
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        output.row(step, values | clock.speed(step))
+
+
+def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora) -> dict[str, float]:
+    """Metrics over the validation set (or eval.steps batches of it)."""
+    steps = min(len(validation), run.settings.eval.steps or len(validation))
+    bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
+    with on_devices(validation, 0, steps, run.mesh, run.settings.data.prefetch) as source:
+        return evaluate(run.trainer, params, source, bytes_per_token)
+
+
+class _Clock:
+    """Step times between rows; evaluation, saving and compiling do not count."""
+
+    def __init__(self, run: Run, first: int, batches: Batches):
+        length, devices = run.settings.data.sequence_length, run.mesh.devices.flatten()
+        predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
+        self.tokens = batches.global_batch_size * length
+        self.flops = batches.global_batch_size * run.trainer.model.training_flops(length, predictions)
+        peak = peak_flops(devices[0].device_kind)
+        self.peak = peak and peak * len(devices)
+        self.compile_seconds = 0.0
+        self.history: list[float] = []
+        self.restart(first)
+
+    def restart(self, step: int) -> None:
+        self.since, self.step, self.data_wait = time.monotonic(), step, 0.0
+
+    def speed(self, step: int) -> dict[str, float | None]:
+        """Columns of a row at `step`, and a new interval."""
+        steps = max(1, step - self.step)
+        seconds = (time.monotonic() - self.since) / steps
+        wait = self.data_wait / steps
+        self.history.append(seconds)
+        self.restart(step)
+        return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds, "data_wait_seconds": wait}
+
+    def mfu(self, seconds: float) -> float | None:
+        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B); None where the device's peak is not published."""
+        return self.flops / seconds / self.peak if self.peak else None
+
+
+def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
+    """What a user wants to see before the first step."""
+    settings, model = run.settings, run.trainer.model
+    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    device = run.mesh.devices.flatten()[0]
+    axes = " ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
+    batch = settings.data.global_batch_size
+    lines = [
+        f"{settings.model.family} {format_count(model.num_parameters())} parameters, {settings.train.precision} compute, "
+        f"{run.mesh.size} x {device.device_kind} ({axes}), {jax.process_count()} process(es)",
+        f"batch {batch} x {settings.data.sequence_length} tokens = {format_count(batch * settings.data.sequence_length)} a step; "
+        f"{micro_batch_size(settings) // ways} sequence(s) per device x {settings.train.gradient_accumulation} accumulation; "
+        f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens",
+    ]
+    if first:
+        lines.append(f"resuming from step {first} of {settings.train.steps} ({Path(settings.run_dir) / 'checkpoints'})")
+    return lines
+
+
+def _metadata(run: Run, corpora: Corpora) -> dict[str, Any]:
+    tokenizer = corpora[0][0].tokenizer
+    return {"settings": config.to_dict(run.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
+            "corpora": [corpus.digest for corpus, _ in corpora], "mesh": dict(run.mesh.shape), "versions": versions()}
+
+
+def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:
+    """The evaluation row that a finished run ended with, so that resuming it changes nothing."""
+    rows = [row for row in read_metrics(run_dir) if "val_loss" in row and row["step"] <= step]
+    return rows[-1] if rows else {}
+
+
+def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
+    settings, clock = run.settings, results["clock"]
+    seconds = statistics.median(clock.history) if clock.history else None
+    steps = settings.train.steps
+    return {
+        "steps": steps, "tokens": steps * clock.tokens, "val_loss": results["val_loss"],
+        "tokens_per_second": seconds and clock.tokens / seconds, "mfu": seconds and clock.mfu(seconds),
+        "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
+        "parameters": run.trainer.model.num_parameters(), "wall_seconds": wall_seconds, "compile_seconds": clock.compile_seconds,
+    }
+
+
+def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
+    """A checkpoint of run_dir over the validation set: `step` and the metrics. Raises UserError."""
+    with Checkpoints(settings.run_dir) as checkpoints:
+        step = checkpoints.choose(settings.checkpoint.step)
+        corpora = open_corpora(settings)
+        run = start(resolve(settings, corpora[0][0].tokenizer))
+        validation = make_validation_batches(run.settings, corpora)
+        if validation is None:
+            raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
+        if checkpoints.metadata(step)["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
+            raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
+        with jax.set_mesh(run.mesh):
+            params = checkpoints.restore_params(step, run.trainer)
+            return {"step": step} | evaluate_run(run, params, validation, corpora)

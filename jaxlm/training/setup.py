@@ -1,0 +1,133 @@
+"""What every verb needs before it can start: corpus, devices, mesh, model, and batches on the devices."""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.loading import Batches, iterate, training_batches, validation_batches
+from jaxlm.data.prepare import prepare
+from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.errors import UserError
+from jaxlm.models.model import Model
+from jaxlm.parallel import distributed
+from jaxlm.parallel.mesh import make_mesh, rows_needed
+from jaxlm.settings import Settings
+from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
+
+Corpora = list[tuple[Corpus, float]]
+
+
+class Run(NamedTuple):
+    """A run ready to go: its settings (everything derived filled in), and its functions on the mesh."""
+
+    settings: Settings
+    mesh: Mesh
+    trainer: Trainer
+
+
+def open_corpora(settings: Settings) -> Corpora:
+    """Opens the corpus or the mixture; one that does not exist yet is prepared from data.raw.
+
+    Every process may call this: one prepares, those that share its file system wait, those that do not prepare the same
+    bytes for themselves.
+    """
+    if isinstance(settings.data.corpus, dict):
+        return [(Corpus(folder), weight) for folder, weight in settings.data.corpus.items()]
+    folder = settings.data.corpus or os.path.join(settings.run_dir, "corpus")
+    return [(prepare(settings.data, folder, vocab_size=settings.model.vocab_size), 1.0)]
+
+
+def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
+    """Fills in what the tokenizer decides. Raises UserError when the model's vocabulary is not the tokenizer's."""
+    if settings.model.vocab_size not in (None, tokenizer.vocab_size):
+        raise UserError(f"model.vocab_size={settings.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; set that, "
+                        "or null (the table is padded to a multiple of 128 by itself)")
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size))
+
+
+def start(settings: Settings) -> Run:
+    """Joins the other processes, lays the mesh over the devices and builds the model's functions on it."""
+    mesh = make_mesh(settings.mesh, distributed.initialize(settings.devices))
+    check_batch_on_mesh(settings, mesh)
+    return Run(settings, mesh, make_trainer(Model(settings.model, settings.train), settings, mesh))
+
+
+def check_batch_on_mesh(settings: Settings, mesh: Mesh) -> None:
+    """Every device must get the same number of sequences. Raises UserError."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {"data.global_batch_size / train.gradient_accumulation": micro_batch_size(settings),
+             "eval.batch_size": evaluation_batch_size(settings)}
+    for name, size in sizes.items():
+        if size % ways:
+            raise UserError(f"{name}={size} sequences do not divide over mesh.data * mesh.fsdp = {ways} devices; "
+                            f"use a multiple of {ways}, or more of mesh.tensor")
+    if settings.model.hidden_size % mesh.shape["fsdp"]:
+        raise UserError(f"mesh.fsdp={mesh.shape['fsdp']} does not divide model.hidden_size={settings.model.hidden_size}")
+    heads = settings.model.num_kv_heads or settings.model.num_heads
+    if heads % mesh.shape["tensor"]:
+        raise UserError(f"mesh.tensor={mesh.shape['tensor']} does not divide the model's {heads} (key/value) heads")
+
+
+def micro_batch_size(settings: Settings) -> int:
+    """Sequences whose activations are on all devices together at a time."""
+    return settings.data.global_batch_size // settings.train.gradient_accumulation
+
+
+def evaluation_batch_size(settings: Settings) -> int:
+    """Sequences in one batch of an evaluation."""
+    return settings.eval.batch_size or micro_batch_size(settings)
+
+
+# ---- batches ---------------------------------------------------------------------------------------------------------
+
+def make_training_batches(settings: Settings, corpora: Corpora) -> Batches:
+    """`batch(step)` of the whole run."""
+    return training_batches(corpora, settings.data, family=settings.model.family, next_sentence=settings.model.next_sentence,
+                            seed=settings.seed)
+
+
+def make_validation_batches(settings: Settings, corpora: Corpora) -> Batches | None:
+    """The validation set, once through, padded to whole batches; None when nothing is held out."""
+    if not any(corpus.validation.num_tokens for corpus, _ in corpora):
+        return None
+    return validation_batches([corpus for corpus, _ in corpora], settings.data, family=settings.model.family,
+                              next_sentence=settings.model.next_sentence, batch_size=evaluation_batch_size(settings))
+
+
+@contextlib.contextmanager
+def on_devices(batches: Batches, start_step: int, stop_step: int, mesh: Mesh, prefetch: int) -> Iterator[Iterable[Batch]]:
+    """Batches `start_step` to `stop_step` on the mesh; the next one is on its way before the current one is asked for."""
+    sharding = batch_sharding(mesh)
+    rows = rows_needed(sharding, batches.global_batch_size)
+
+    def place(batch: dict[str, np.ndarray]) -> Batch:
+        return {name: _place(array, rows, batches.global_batch_size, sharding) for name, array in batch.items()}
+
+    def ahead(host: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
+        following = next(host, None)
+        following = following and place(following)
+        while following is not None:
+            current, following = following, next(host, None)
+            following = following and place(following)
+            yield current
+
+    with contextlib.closing(iterate(batches, start_step, stop_step, rows=rows, prefetch=prefetch)) as host:
+        yield ahead(iter(host))
+
+
+def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+    """This process's rows of a batch, as a part of the global array."""
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        first, last = index[0].indices(num_rows)[:2]
+        begin = np.searchsorted(rows, first)
+        return array[begin : begin + last - first]
+
+    return jax.make_array_from_callback((num_rows, *array.shape[1:]), sharding, part)
