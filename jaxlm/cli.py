@@ -111,7 +111,7 @@ def _run(arguments: list[str]) -> int:
         return 0
     if verb not in (*VERBS, "report"):
         raise UserError(f"unknown verb '{verb}'{nearest(verb, (*VERBS, 'report'))}; expected one of {', '.join((*VERBS, 'report'))}")
-    parsed = _parser(verb).parse_args(arguments[1:])
+    parsed = _parser(verb).parse_intermixed_args(arguments[1:])
     if verb == "report":
         report(parsed.runs)
         return 0

@@ -164,7 +164,7 @@ class ScheduleSettings:
 
     name: Literal["linear", "cosine", "constant", "inverse_square_root", "warmup_stable_decay"] = key(
         "cosine", "shape after the warmup")
-    warmup_steps: NotNegative = key(0, "linear rise from 0", "steps")
+    warmup_steps: NotNegative = key(0, "linear rise to the peak", "steps")
     decay_steps: Positive | None = key(
         None, "linear, cosine: length of warmup and decay together, null: train.steps; "
               "warmup_stable_decay: length of the final decay, null: train.steps / 5", "steps")

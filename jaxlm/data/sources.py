@@ -8,6 +8,7 @@ import codecs
 import glob
 import io
 import json
+import math
 import os
 import re
 import sysconfig
@@ -235,12 +236,13 @@ def whole_document(part: Part, max_bytes: int) -> Document:
 
 def read_lines(part: Part, max_bytes: int) -> Iterator[bytes | None]:
     """The lines that begin inside the part, without their ends; None for one over `max_bytes`, which is never held whole."""
+    stop = math.inf if part.stop is None else part.stop
     with opened(part.file) as stream:
         position = part.start
         if part.start:  # a line that begins before the part is of the part before
             stream.seek(part.start - 1)
-            position = skip_line(stream, part.start - 1)
-        while part.stop is None or position < part.stop:
+            position = skip_line(stream, part.start - 1, stop)
+        while position < stop:
             line = stream.readline(max_bytes + 2)
             if not line:
                 return
@@ -249,14 +251,14 @@ def read_lines(part: Part, max_bytes: int) -> Iterator[bytes | None]:
                 content = content.removeprefix(codecs.BOM_UTF8)
             position += len(line)
             if len(content) > max_bytes:
-                position = position if line.endswith(b"\n") else skip_line(stream, position)
+                position = position if line.endswith(b"\n") else skip_line(stream, position, stop)
                 content = None
             yield content
 
 
-def skip_line(stream: IO[bytes], position: int) -> int:
-    """Reads past the next line end; the position after it."""
-    while chunk := stream.readline(CHUNK):
+def skip_line(stream: IO[bytes], position: int, stop: float) -> int:
+    """Reads past the next line end, or to `stop` where that is not before; the position there."""
+    while position < stop and (chunk := stream.readline(CHUNK)):
         position += len(chunk)
         if chunk.endswith(b"\n"):
             break

@@ -18,9 +18,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Self
 
-from jaxlm.errors import UserError
 from jaxlm.reporting.files import write_json
-from jaxlm.reporting.progress import progress_bar
+from jaxlm.reporting.progress import print_line, progress_bar
 
 Result = dict[str, Any]
 
@@ -99,7 +98,10 @@ def end_with_parent() -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this process; UserError when another one does. The end of a process frees it."""
+    """Makes the folder and holds it for this process; waits, and says so, while another one does. The end of a process frees it.
+
+    The processes of one run all come here: the first prepares, the others find the corpus finished.
+    """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "lock"
@@ -107,7 +109,8 @@ def exclusive(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"{folder}: another process is preparing this corpus; wait for it, or stop it") from None
+                print_line(f"{folder}: waiting for the process that is preparing this corpus")
+                fcntl.flock(file, fcntl.LOCK_EX)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else its last owner just removed it
                 yield
                 return

@@ -6,11 +6,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model, Params
+from jaxlm.parallel import distributed
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import GenerateSettings, Settings
 from jaxlm.training.checkpoints import Checkpoints
@@ -28,10 +30,11 @@ def generate_from_run(settings: Settings) -> list[Sample]:
     """Continues `generate.prompts` with a checkpoint of `run_dir`. Raises UserError."""
     if settings.model.family != "gpt":
         raise UserError(f"model.family={settings.model.family}: only gpt models continue text")
+    devices = distributed.initialize(settings.devices)
     with Checkpoints(settings.run_dir) as checkpoints:
         step = checkpoints.choose(settings.checkpoint.step)
         tokenizer = Tokenizer.from_dict(checkpoints.metadata(step)["tokenizer"])
-        run = start(resolve(settings, tokenizer))
+        run = start(resolve(settings, tokenizer), devices)
         with jax.set_mesh(run.mesh):
             return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
 
@@ -57,7 +60,8 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
         tokens[row, : len(ids)] = ids
     lengths_array = np.array(lengths + [max(lengths)] * (rows - len(prompts)), np.int32)
     end_token = -1 if tokenizer.special.eos is None else tokenizer.special.eos
-    decode = jax.jit(functools.partial(decode_batch, run.trainer.model, settings, min(lengths), end_token))
+    decode = jax.jit(functools.partial(decode_batch, run.trainer.model, settings, min(lengths), end_token),
+                     out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
     result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
     samples = []
     for prompt, length, row in zip(prompts, lengths, result, strict=False):

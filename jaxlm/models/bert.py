@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.layers import (
+    ACTIVATIONS,
     MLP,
     Attention,
     Context,
@@ -71,12 +72,14 @@ class BERT(nnx.Module):
 
     def transform(self, x: jax.Array) -> jax.Array:
         """The part of the masked-language-model head before the (tied) output table. [B, P, D] to [B, P, D]."""
-        return self.mlm_norm(jax.nn.gelu(self.mlm_transform(x), approximate=False))
+        return self.mlm_norm(ACTIVATIONS[self.settings.activation or "gelu"](self.mlm_transform(x)))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """States [B, P, D] to float32 logits [B, P, vocab_size]. Training never calls it."""
         table = self.token_embedding.embedding[...].astype(x.dtype)
         logits = jnp.einsum("btd,vd->btv", self.transform(x), table, preferred_element_type=jnp.float32) + self.mlm_bias[...]
+        if self.settings.logit_soft_cap:
+            logits = self.settings.logit_soft_cap * jnp.tanh(logits / self.settings.logit_soft_cap)
         return logits[..., : self.settings.vocab_size]
 
     def next_sentence_logits(self, x: jax.Array) -> jax.Array:

@@ -55,8 +55,12 @@ def _contract_backward(num_axes: int, saved: tuple[jax.Array, jax.Array], grad: 
     outputs = kernel.ndim - num_axes
     output_dimensions = (tuple(range(grad.ndim - outputs, grad.ndim)), tuple(range(num_axes, kernel.ndim)))
     grad_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), (output_dimensions, ((), ())), preferred_element_type=jnp.float32)
-    rows = tuple(range(x.ndim - num_axes))
-    grad_kernel = jax.lax.dot_general(x, grad, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
+    rows = ((tuple(range(x.ndim - num_axes)),) * 2, ((), ()))
+    if math.prod(kernel.shape[:num_axes]) <= math.prod(kernel.shape[num_axes:]):
+        grad_kernel = jax.lax.dot_general(x, grad, rows, preferred_element_type=jnp.float32)
+    else:  # CPUs transpose the left operand in memory: let it be the narrow one
+        grad_kernel = jax.lax.dot_general(grad, x, rows, preferred_element_type=jnp.float32)
+        grad_kernel = jnp.moveaxis(grad_kernel, tuple(range(outputs)), tuple(range(-outputs, 0)))
     return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
 
 
@@ -196,7 +200,7 @@ class Attention(nnx.Module):
         return self.output(constrain(out, "batch", "sequence", "heads", None)), cache
 
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -219,7 +223,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
-        activate = _ACTIVATIONS[self.activation]
+        activate = ACTIVATIONS[self.activation]
         hidden = activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
         return self.down(constrain(hidden, "batch", "sequence", "mlp"))
 
@@ -257,7 +261,12 @@ def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str 
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (jnp.arange(num_layers), params, cache))
+    return jax.lax.scan(body, x, (jnp.arange(num_layers), params, cache), unroll=num_layers if _loops_are_slow() else 1)
+
+
+def _loops_are_slow() -> bool:
+    """On one CPU device a loop's stacking of activations costs as much as its arithmetic (docs/lab-notes.md)."""
+    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def norm_epsilon(settings: ModelSettings) -> float:

@@ -33,7 +33,7 @@ class Head(NamedTuple):
     vocab_size: int  # without padding
     logit_soft_cap: float | None = None
     z_loss: float = 0.0
-    chunk: int | None = None  # positions per chunk; None: by CHUNK_BYTES
+    chunk: int | None = None  # positions per chunk, at most; None: by CHUNK_BYTES
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -114,7 +114,7 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
         grad_table = grad_table + jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
         return (sums, grad_table, grad_bias), jnp.einsum("btv,vd->btd", grad, table, preferred_element_type=jnp.float32)
 
-    size = head.chunk or _chunk_size(x.shape[0], x.shape[1], table.shape[0])
+    size = _chunk_size(x.shape[1], head.chunk or CHUNK_BYTES // (4 * x.shape[0] * table.shape[0]))
     chunks = [jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 1, 0) for array in (x, targets, mask)]
     zeros = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
     carry = (zeros, *((jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)))
@@ -134,10 +134,9 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
     return sums, (grad_x, grad_table, _reduce(jax.lax.psum, grad_bias, token_axes))
 
 
-def _chunk_size(rows: int, length: int, vocabulary: int) -> int:
-    """The largest divisor of `length` whose float32 logits stay near CHUNK_BYTES."""
-    most = max(1, CHUNK_BYTES // (4 * rows * vocabulary))
-    return max(size for size in range(1, min(length, most) + 1) if length % size == 0)
+def _chunk_size(length: int, most: int) -> int:
+    """The largest divisor of `length` that is at most `most`, or 1."""
+    return max(size for size in range(1, length + 1) if length % size == 0 and size <= max(1, most))
 
 
 def _reduce(operation, value, axes):

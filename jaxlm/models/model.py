@@ -50,6 +50,15 @@ class Model:
         """The module with these parameters in it. Inside a jitted function this costs nothing at run time."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, jax.tree.leaves(params)))
 
+    def pad_vocabulary(self, params: Params) -> Params:
+        """Parameters with a row for each token, as other programs keep them, given zeros up to the rows that this one keeps."""
+        def pad(leaf: jax.Array, shape: jax.ShapeDtypeStruct, axes: Axes) -> jax.Array:
+            missing = [(0, want - size if axis == "vocab" else 0)
+                       for size, want, axis in zip(leaf.shape, shape.shape, axes.names, strict=True)]
+            return jnp.pad(leaf, missing)
+
+        return jax.tree.map(pad, params, self.shapes, self.axes)
+
     def num_parameters(self) -> int:
         """Parameters, without the padding of the vocabulary."""
         total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))

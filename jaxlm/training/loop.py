@@ -54,9 +54,10 @@ def train(settings: Settings) -> dict[str, Any]:
       UserError: the input is wrong; nothing has been written then but a corpus that could be prepared.
     """
     started = time.monotonic()
+    devices = distributed.initialize(settings.devices)
     corpora = open_corpora(settings)
     settings = resolve(settings, corpora[0][0].tokenizer)
-    run = start(settings)
+    run = start(settings, devices)
     run_dir, total = Path(settings.run_dir), settings.train.steps
     with jax.set_mesh(run.mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
         state, first = _start_or_resume(run, checkpoints, corpora)
@@ -165,7 +166,6 @@ class _Clock:
         peak = peak_flops(devices[0].device_kind)
         self.peak = peak and peak * len(devices)
         self.compile_seconds = 0.0
-        self.history: list[float] = []
         self.restart(first)
 
     def restart(self, step: int) -> None:
@@ -176,7 +176,6 @@ class _Clock:
         steps = max(1, step - self.step)
         seconds = (time.monotonic() - self.since) / steps
         wait = self.data_wait / steps
-        self.history.append(seconds)
         self.restart(step)
         return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds, "data_wait_seconds": wait}
 
@@ -218,7 +217,8 @@ def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:
 
 def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
     settings, clock = run.settings, results["clock"]
-    seconds = statistics.median(clock.history) if clock.history else None
+    times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
+    seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
     steps = settings.train.steps
     return {
         "steps": steps, "tokens": steps * clock.tokens, "val_loss": results["val_loss"],
@@ -230,10 +230,11 @@ def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str
 
 def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
     """A checkpoint of run_dir over the validation set: `step` and the metrics. Raises UserError."""
+    devices = distributed.initialize(settings.devices)
     with Checkpoints(settings.run_dir) as checkpoints:
         step = checkpoints.choose(settings.checkpoint.step)
         corpora = open_corpora(settings)
-        run = start(resolve(settings, corpora[0][0].tokenizer))
+        run = start(resolve(settings, corpora[0][0].tokenizer), devices)
         validation = make_validation_batches(run.settings, corpora)
         if validation is None:
             raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")

@@ -1,5 +1,6 @@
 """Update rules and learning-rate schedules, put together from Optax."""
 
+import math
 from typing import Any
 
 import jax
@@ -12,15 +13,15 @@ from jaxlm.settings import OptimizerSettings, ScheduleSettings
 
 
 def make_schedule(settings: ScheduleSettings, peak: float, total_steps: int) -> optax.Schedule:
-    """Learning rate of update number `count` (from 0), with a linear warmup from 0.
+    """Learning rate of update number `count` (from 0), with a linear warmup: (count + 1) / (warmup_steps + 1) of the peak.
 
-    linear, cosine: down to final_ratio * peak at decay_steps, constant after. inverse_square_root: peak * sqrt(w / (count + 1))
-    after a warmup of w steps (Vaswani et al. 2017). warmup_stable_decay: constant, then linear down over the last
-    decay_steps of the run (Hu et al. 2024).
+    linear, cosine: down to final_ratio * peak at decay_steps, constant after. inverse_square_root: peak * sqrt(w / count) after a
+    warmup of w steps, peak / sqrt(count + 1) without one (Vaswani et al. 2017). warmup_stable_decay: constant, then linear down
+    over the last decay_steps of the run (Hu et al. 2024).
     """
     warmup, final = settings.warmup_steps, settings.final_ratio * peak
     end = settings.decay_steps or total_steps
-    rise = optax.linear_schedule(0.0, peak, warmup)
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, warmup)  # a first step of rate 0 would be a step lost
     if settings.name == "cosine":
         after = optax.cosine_decay_schedule(peak, end - warmup, alpha=settings.final_ratio)
     elif settings.name == "linear":
@@ -41,15 +42,16 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule, axes: 
     decay = optax.add_decayed_weights(settings.weight_decay, mask=decayed) if settings.weight_decay else optax.identity()
     rate = optax.scale_by_learning_rate(schedule)
     b1, b2, epsilon = settings.b1, settings.b2, settings.epsilon
+    momentum = optax.trace(b1) if b1 else optax.identity()
     match settings.name:
         case "adamw":
             return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, rate)
         case "adam":
             return optax.chain(decay, optax.scale_by_adam(b1, b2, epsilon), rate)
         case "sgd":
-            return optax.chain(decay, optax.trace(b1) if b1 else optax.identity(), rate)
+            return optax.chain(decay, momentum, rate)
         case "rmsprop":
-            return optax.chain(decay, optax.scale_by_rms(b2, epsilon), optax.trace(b1) if b1 else optax.identity(), rate)
+            return optax.chain(decay, optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False), momentum, rate)
         case "lion":
             return optax.chain(optax.scale_by_lion(b1, b2), decay, rate)
         case "lamb":
@@ -59,10 +61,7 @@ def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule, axes: 
             factored = optax.chain(optax.adafactor(learning_rate=None, decay_rate=0.8), optax.scale(-1.0))
             return per_layer(optax.chain(factored, decay, rate))
         case "muon":
-            return contrib.muon(
-                schedule, beta=b1, eps=epsilon, weight_decay=settings.weight_decay, weight_decay_mask=decayed, adam_b1=b1,
-                adam_b2=b2, adam_weight_decay=settings.weight_decay, muon_weight_dimension_numbers=_muon_dimensions(axes),
-                consistent_rms=0.2)  # Liu et al. 2025: updates as large as Adam's, so that its learning rates carry over
+            return optax.chain(_muon_or_adam(settings, axes), decay, rate)
     raise ValueError(settings.name)
 
 
@@ -75,7 +74,9 @@ def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformati
     """Applies a rule that looks at whole tensors (a trust ratio, a factored moment) to each layer of the stack by itself."""
 
     def split(tree: dict | None) -> tuple[dict | None, dict | None]:
-        return (None, None) if tree is None else (tree["blocks"], {name: value for name, value in tree.items() if name != "blocks"})
+        if tree is None:
+            return None, None
+        return tree["blocks"], {name: value for name, value in tree.items() if name != "blocks"}
 
     def init(params: dict) -> dict:
         blocks, rest = split(params)
@@ -113,16 +114,35 @@ def state_axes(optimizer: optax.GradientTransformation, shapes: Any, axes: Any) 
     return jax.tree_util.tree_map_with_path(leaf_axes, jax.eval_shape(optimizer.init, shapes))
 
 
-def _muon_dimensions(axes: Any) -> Any:
-    """Which dimensions of each hidden matrix are its rows and columns; None (Adam) for embeddings, heads, norms and biases."""
+def _muon_or_adam(settings: OptimizerSettings, axes: Any) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the hidden matrices, Adam for embeddings, heads, norms and biases."""
+    dimensions = jax.tree_util.tree_map_with_path(_muon_dimensions, axes)
+    labels = jax.tree.map(
+        lambda leaf: "adam" if isinstance(leaf, optax.MaskedNode) else "muon", dimensions, is_leaf=_is_muon_leaf)
 
-    def dimensions(path: tuple, leaf: Axes) -> contrib.MuonDimensionNumbers | None:
-        names = leaf.names
-        if path[-1].key != "kernel" or names[0] != "layers":
-            return None
-        embed = names.index("embed")
-        others = tuple(i for i in range(1, len(names)) if i != embed)
-        inputs, outputs = ((embed,), others) if embed == 1 else (others, (embed,))
-        return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+    def scale(dimensions: contrib.MuonDimensionNumbers | optax.MaskedNode, update: jax.Array) -> jax.Array:
+        """Liu et al. 2025, equation 4: updates as large as Adam's, so that its learning rates carry over."""
+        if isinstance(dimensions, optax.MaskedNode):
+            return update
+        sides = (math.prod(update.shape[i] for i in side) for side in dimensions)
+        return 0.2 * math.sqrt(max(sides)) * update
 
-    return jax.tree_util.tree_map_with_path(dimensions, axes)
+    muon = optax.chain(
+        contrib.scale_by_muon(beta=settings.b1, eps=settings.epsilon, weight_dimension_numbers=dimensions),
+        optax.stateless(lambda updates, _: jax.tree.map(scale, dimensions, updates, is_leaf=_is_muon_leaf)))
+    return optax.partition({"muon": muon, "adam": optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon)}, labels)
+
+
+def _muon_dimensions(path: tuple, leaf: Axes) -> contrib.MuonDimensionNumbers | optax.MaskedNode:
+    """Which dimensions of a hidden matrix are its rows and columns; a MaskedNode for what is none."""
+    names = leaf.names
+    if path[-1].key != "kernel" or names[0] != "layers":
+        return optax.MaskedNode()
+    embed = names.index("embed")
+    others = tuple(i for i in range(1, len(names)) if i != embed)
+    inputs, outputs = ((embed,), others) if embed == 1 else (others, (embed,))
+    return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
+
+
+def _is_muon_leaf(node: Any) -> bool:
+    return isinstance(node, (contrib.MuonDimensionNumbers, optax.MaskedNode))

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +16,6 @@ from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
-from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import make_mesh, rows_needed
 from jaxlm.settings import Settings
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
@@ -52,9 +51,9 @@ def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size))
 
 
-def start(settings: Settings) -> Run:
-    """Joins the other processes, lays the mesh over the devices and builds the model's functions on it."""
-    mesh = make_mesh(settings.mesh, distributed.initialize(settings.devices))
+def start(settings: Settings, devices: Sequence[jax.Device]) -> Run:
+    """Lays the mesh over the devices and builds the model's functions on it."""
+    mesh = make_mesh(settings.mesh, devices)
     check_batch_on_mesh(settings, mesh)
     return Run(settings, mesh, make_trainer(Model(settings.model, settings.train), settings, mesh))
 

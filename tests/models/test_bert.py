@@ -1,0 +1,110 @@
+"""BERT against transformers' BertForPreTraining, and what reaches its heads."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.interop.huggingface import from_huggingface
+from jaxlm.models.layers import Context
+from jaxlm.models.model import Model
+from jaxlm.settings import ModelSettings, TrainSettings
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "bert.npz"
+IGNORED = -100
+
+
+def gather_masked(labels):
+    """masked_positions, masked_targets, masked_mask [B, P] of labels [B, T] that are -100 where nothing is predicted."""
+    predicted = labels != IGNORED
+    order = np.argsort(~predicted, axis=1, kind="stable")[:, : predicted.sum(1).max() + 1]  # and a slot to spare
+    mask = np.take_along_axis(predicted, order, axis=1)
+    return {"masked_positions": order.astype(np.int32), "masked_mask": mask,
+            "masked_targets": np.where(mask, np.take_along_axis(labels, order, axis=1), 0).astype(np.int32)}
+
+
+def test_logits_loss_and_gradients_equal_transformers(golden):
+    weights, inputs, outputs, gradients = golden(GOLDEN)
+    settings = ModelSettings(family="bert", num_layers=2, num_heads=4, hidden_size=32, intermediate_size=64, vocab_size=101,
+                             max_length=20, next_sentence=True)
+    model = Model(settings, TrainSettings())
+    tokens, segment_ids = inputs["input_ids"], inputs["attention_mask"]
+    batch = {"tokens": tokens, "segment_ids": segment_ids, "token_types": inputs["token_type_ids"],
+             "next_sentence": inputs["next_sentence_label"], "next_sentence_mask": np.ones(len(tokens), bool),
+             **gather_masked(inputs["labels"])}
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            bound = model.bind(params)
+            positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
+            x = bound.hidden(tokens, Context(positions, segment_ids), batch["token_types"])
+            loss = sum(sums.loss / sums.count for sums in bound.losses(batch).values())
+            return loss, (bound.logits(x), bound.next_sentence_logits(x))
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (loss, (logits, sentence_logits)), grads = run(model.pad_vocabulary(from_huggingface(weights, settings)))
+    real = segment_ids > 0  # what transformers computes for padding reads real tokens; ours reads padding
+    golden.assert_same({"prediction_logits": logits[real], "seq_relationship_logits": sentence_logits, "loss": loss},
+                       outputs | {"prediction_logits": outputs["prediction_logits"][real]})
+    golden.assert_same(grads, model.pad_vocabulary(from_huggingface(gradients, settings)))
+
+
+@pytest.fixture(scope="module")
+def tiny(models, random_params):
+    """A model, random parameters of it, and its compiled losses(batch)."""
+    model = Model(models["bert"], TrainSettings())
+    params = random_params(model)
+    return model, params, jax.jit(lambda batch: model.bind(params).losses(batch))
+
+
+def test_tokens_see_both_sides_but_no_padding(tiny, make_batch):
+    _, _, losses = tiny
+    batch = make_batch("bert", 0)
+    batch["masked_positions"][:] = batch["masked_positions"] % 8  # every row has 8 real tokens or more
+    before = losses(batch)
+    padding = batch["segment_ids"] == 0
+    same = losses(batch | {"tokens": np.where(padding, 7, batch["tokens"])})
+    assert padding.any() and jax.tree.all(jax.tree.map(np.array_equal, same, before))
+    last = np.arange(16) == batch["segment_ids"].sum(1, keepdims=True) - 1
+    changed = losses(batch | {"tokens": np.where(last, 7, batch["tokens"])})
+    assert changed["masked_token"].loss != before["masked_token"].loss
+    assert changed["next_sentence"].loss != before["next_sentence"].loss
+
+
+def test_missing_token_types_are_type_0_and_missing_positions_count_up(tiny, make_batch):
+    _, _, losses = tiny
+    batch = make_batch("bert", 0) | {"token_types": np.zeros((16, 16), np.int32)}
+    given = losses(batch | {"positions": np.broadcast_to(np.arange(16, dtype=np.int32), (16, 16))})
+    missing = losses({name: array for name, array in batch.items() if name != "token_types"})
+    assert jax.tree.all(jax.tree.map(np.array_equal, given, missing))
+
+
+def test_masked_out_predictions_do_not_count(tiny, make_batch):
+    model, _, losses = tiny
+    batch = make_batch("bert", 0)
+    sums = losses(batch)
+    assert sums["masked_token"].count == batch["masked_mask"].sum() == model.bind(model.shapes).counts(batch)["masked_token"]
+    assert sums["next_sentence"].count == 15  # one row has none
+    other = {"masked_targets": np.where(batch["masked_mask"], batch["masked_targets"], 5),
+             "masked_positions": np.where(batch["masked_mask"], batch["masked_positions"], 0),
+             "next_sentence": np.where(batch["next_sentence_mask"], batch["next_sentence"], 1 - batch["next_sentence"])}
+    assert jax.tree.all(jax.tree.map(np.array_equal, losses(batch | other), sums))
+
+
+def test_without_next_sentence_there_is_no_pooler(models, make_batch):
+    model = Model(replace(models["bert"], next_sentence=False), TrainSettings())
+    assert not {"pooler", "next_sentence_head"} & model.shapes.keys()
+    assert jax.eval_shape(lambda params: model.bind(params).losses(make_batch("bert", 0)), model.shapes).keys() == {"masked_token"}
+
+
+def test_only_masked_positions_reach_the_vocabulary(tiny, make_batch, array_shapes):
+    model, _, _ = tiny
+    batch = make_batch("bert", 0)
+    shapes = array_shapes(jax.grad(lambda params: model.bind(params).losses(batch)["masked_token"].loss), model.shapes)
+    with_vocabulary = {shape for shape in shapes if 384 in shape or 300 in shape}
+    assert (16, 4, 384) in with_vocabulary  # the logits: 4 predictions in each of 16 rows
+    assert max(np.prod(shape) for shape in with_vocabulary) == 16 * 4 * 384

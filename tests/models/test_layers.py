@@ -1,0 +1,150 @@
+"""The parts against their papers' formulas in NumPy; dropout's masks on every mesh."""
+
+from dataclasses import replace
+from math import erf
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+
+from jaxlm.models.layers import MLP, Embedding, Norm, contract, dropout, padded_vocab_size, rotate
+from jaxlm.models.model import Model
+from jaxlm.parallel.sharding import spec
+from jaxlm.settings import TrainSettings
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize(("kernel_shape", "num_axes"), [((6, 5), 1), ((6, 2, 4), 1), ((3, 6, 5), 2)])
+def test_contract_and_its_gradients_are_those_of_tensordot(kernel_shape, num_axes):
+    x, kernel = normal(2, 7, 3, 6), normal(*kernel_shape, seed=1)
+    grad = normal(*np.tensordot(x, kernel, num_axes).shape, seed=2)
+    ours, pull = jax.vjp(lambda x, kernel: contract(x, kernel, num_axes), x, kernel)
+    plain, plain_pull = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, num_axes), x, kernel)
+    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
+    for got, want in zip(pull(grad), plain_pull(grad), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_contract_in_bfloat16_rounds_only_operands_and_results():
+    x, kernel, grad = jnp.asarray(normal(4, 9, 32), jnp.bfloat16), normal(32, 8, seed=1), normal(4, 9, 8, seed=2)
+    grad = jnp.asarray(grad, jnp.bfloat16)
+    y, pull = jax.vjp(contract, x, kernel)
+    grad_x, grad_kernel = pull(grad)
+    assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    wide_x, wide_grad = np.asarray(x, np.float64), np.asarray(grad, np.float64)
+    rounded = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), wide_x @ rounded, rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(grad_x, np.float64), wide_grad @ rounded.T, rtol=2**-8, atol=1e-4)
+    np.testing.assert_allclose(grad_kernel, np.einsum("btd,btf->df", wide_x, wide_grad), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])  # the second is where E[x^2] - E[x]^2 loses every digit
+@pytest.mark.parametrize(("kind", "bias"), [("layernorm", True), ("layernorm", False), ("rmsnorm", True)])
+def test_norms_follow_their_papers(kind, bias, offset):
+    epsilon = 1e-3
+    norm = Norm(16, None, kind=kind, epsilon=epsilon, bias=bias)
+    x, scale, shift = normal(3, 5, 16) + np.float32(offset), normal(16, seed=1), normal(16, seed=2)
+    norm.scale[...] = jnp.asarray(scale)
+    assert (norm.bias is not None) == (kind == "layernorm" and bias)
+    if norm.bias is not None:
+        norm.bias[...] = jnp.asarray(shift)
+    wide = x.astype(np.float64)
+    centered = wide - wide.mean(-1, keepdims=True) if kind == "layernorm" else wide
+    want = centered / np.sqrt((centered**2).mean(-1, keepdims=True) + epsilon) * scale + (0 if norm.bias is None else shift)
+    np.testing.assert_allclose(norm(jnp.asarray(x)), want, rtol=1e-4, atol=1e-3 if offset else 1e-5)
+    assert norm(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+def test_rotate_turns_pairs_by_their_position():
+    theta, x, positions = 500.0, normal(2, 6, 3, 8), np.random.default_rng(1).integers(0, 1000, (2, 6))
+    frequencies = theta ** (-2 * np.arange(4) / 8)  # Su et al. 2021, section 3.2.2
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * frequencies)
+    want = np.concatenate([turned.real, turned.imag], -1)
+    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), theta), want, rtol=1e-3, atol=1e-3)
+
+
+ACTIVATIONS = {
+    "gelu": np.vectorize(lambda x: 0.5 * x * (1 + erf(x / np.sqrt(2)))),
+    "gelu_tanh": lambda x: 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))),
+    "relu": lambda x: np.maximum(x, 0),
+    "swiglu": lambda x: x / (1 + np.exp(-x)),
+}
+ACTIVATIONS["geglu"] = ACTIVATIONS["gelu"]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp(activation, models):
+    settings = replace(models["gpt"], intermediate_size=24, initializer_range=0.3, bias=False)
+    mlp, x = MLP(settings, activation=activation, output_stddev=0.3, rngs=nnx.Rngs(0)), normal(2, 3, 32)
+    up, down = np.asarray(mlp.up.kernel[...]), np.asarray(mlp.down.kernel[...])
+    activate = ACTIVATIONS[activation]
+    gated = activation in ("swiglu", "geglu")  # Shazeer 2020
+    hidden = activate(x @ np.asarray(mlp.gate.kernel[...])) * (x @ up) if gated else activate(x @ up)
+    np.testing.assert_allclose(mlp(jnp.asarray(x)), hidden @ down, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp8", "tensor8", "2x2x2"])
+def test_embedding_on_a_mesh_is_a_lookup(mesh, meshes):
+    table, indices, weights = normal(24, 16), np.random.default_rng(1).integers(0, 24, (8, 5)), normal(8, 5, 16, seed=2)
+    embedding = Embedding(24, 16, "vocab", stddev=1.0, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(embedding)
+
+    def loss(table, indices):
+        looked_up = nnx.merge(graph, jax.tree.map(lambda _: table, state))(indices)
+        return (looked_up * weights).sum(), looked_up
+
+    with jax.set_mesh(meshes[mesh]):
+        placed = jax.device_put(table, NamedSharding(meshes[mesh], spec("vocab", "embed")))
+        grad, looked_up = jax.jit(jax.grad(loss, has_aux=True))(placed, indices)
+    np.testing.assert_array_equal(looked_up, table[indices])
+    want = np.zeros_like(table)
+    np.add.at(want, indices, weights)
+    np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-5)
+
+
+def row_keys(rows, seed=0):
+    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
+
+
+def test_dropout_keeps_the_mean():
+    x = jnp.ones((8, 100, 100))
+    dropped = np.asarray(dropout(x, 0.25, row_keys(8), site=0))
+    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
+    assert abs((dropped == 0).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / dropped.size)
+    assert dropout(x, 0.0, row_keys(8), site=0) is x and dropout(x, 0.25, None, site=0) is x
+
+
+def test_dropout_differs_by_row_site_and_key_only(meshes):
+    x, keys = jnp.ones((8, 4, 6, 16)), row_keys(8)
+    masks = np.asarray(dropout(x, 0.5, keys, site=1))
+    others = [masks[0], masks[1], *(np.asarray(dropout(x, 0.5, *other))[0] for other in ((keys, 2), (row_keys(8, seed=1), 1)))]
+    for index, mask in enumerate(others):
+        for other in others[:index]:
+            assert 0.35 < (mask == other).mean() < 0.65
+    np.testing.assert_array_equal(dropout(x[5:6], 0.5, keys[5:6], site=1)[0], masks[5])  # a micro-batch of one row
+    for name, axes in (("data8", ("batch",)), ("2x2x2", ("batch", "heads", None, None))):
+        with jax.set_mesh(meshes[name]):
+            placed = jax.device_put(x, NamedSharding(meshes[name], spec(*axes)))
+            np.testing.assert_array_equal(jax.jit(lambda x: dropout(x, 0.5, keys, site=1))(placed), masks)
+
+
+def test_vocabulary_is_padded_to_multiples_of_128():
+    assert [padded_vocab_size(size) for size in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
+
+
+def test_initial_weights(models):
+    for family, residual_scale in (("gpt", 1 / np.sqrt(2 * 2)), ("bert", 1.0)):  # Radford et al. 2019, section 2.3
+        init = Model(models[family], TrainSettings()).init
+        params = jax.jit(init)(jax.random.key(0, impl="rbg"))  # the default generator takes ten times longer to compile
+        attention, mlp = params["blocks"]["attention"], params["blocks"]["mlp"]
+        for kernel, scale in ((attention["query"]["kernel"], 1.0), (attention["output"]["kernel"], residual_scale),
+                              (mlp["up"]["kernel"], 1.0), (mlp["down"]["kernel"], residual_scale)):
+            assert np.std(kernel) == pytest.approx(0.02 * scale, rel=0.1)
+            assert abs(np.corrcoef(np.ravel(kernel[0]), np.ravel(kernel[1]))[0, 1]) < 0.1  # each layer has its own
+        assert not np.any(mlp["up"]["bias"]) and np.all(params["blocks"]["mlp_norm"]["scale"] == 1)
