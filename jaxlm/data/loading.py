@@ -33,6 +33,7 @@ from jaxlm.data.sequences import (
     empty_rows,
     row_spec,
 )
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.settings import DataSettings
 
@@ -175,15 +176,20 @@ def make_sources(corpora: Sequence[Corpus], data: DataSettings, family: str, nex
             raise UserError(f"data.corpus: {corpus.directory} and {first.directory} were prepared with different tokenizers; "
                             "the corpora of a mixture must share one")
     if family == "bert":
-        missing = [name for name in ("cls", "sep", "mask") if getattr(first.tokenizer.special, name) is None]
-        if missing:
-            raise UserError(f"{first.directory}: its tokenizer has no {', '.join(missing)} token, which model.family=bert needs "
-                            "(data.tokenizer=wordpiece trains one that has)")
+        check_special_tokens(first.tokenizer, str(first.directory))
         least = 5 if next_sentence else 3
         if data.sequence_length < least:
             raise UserError(f"data.sequence_length: {data.sequence_length} is too short for bert, expected at least {least}")
     return [Source(cut(corpus, data, family, next_sentence, training), number, seed, training)
             for number, corpus in enumerate(corpora)]
+
+
+def check_special_tokens(tokenizer: Tokenizer, where: str) -> None:
+    """UserError unless the tokenizer has what BERT needs."""
+    missing = [name for name in ("cls", "sep", "mask") if getattr(tokenizer.special, name) is None]
+    if missing:
+        raise UserError(f"{where}: the tokenizer has no {', '.join(missing)} token, which model.family=bert needs "
+                        "(data.tokenizer=wordpiece trains one that has)")
 
 
 def cut(corpus: Corpus, data: DataSettings, family: str, next_sentence: bool, training: bool) -> Sequences:

@@ -43,11 +43,13 @@ class Plan:
     fingerprint: str
 
 
-def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None = None, processes: int | None = None) -> Corpus:
+def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None = None, processes: int | None = None,
+            accept: Callable[[Corpus], object] | None = None) -> Corpus:
     """The corpus in `directory`, prepared from `data.raw` if it does not exist yet.
 
-    `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes. UserError when the input is
-    wrong (nothing is left behind), when `directory` was made with other settings, or when another process prepares it now.
+    `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes; `accept` raises UserError for
+    a corpus that the caller cannot use. UserError when the input is wrong or not accepted (nothing is left behind), or when
+    `directory` was made with other settings.
     """
     directory = Path(directory).absolute()
     settings = shaping_settings(data, vocab_size)

@@ -56,11 +56,12 @@ def _contract_backward(num_axes: int, saved: tuple[jax.Array, jax.Array], grad: 
     output_dimensions = (tuple(range(grad.ndim - outputs, grad.ndim)), tuple(range(num_axes, kernel.ndim)))
     grad_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), (output_dimensions, ((), ())), preferred_element_type=jnp.float32)
     rows = ((tuple(range(x.ndim - num_axes)),) * 2, ((), ()))
-    if math.prod(kernel.shape[:num_axes]) <= math.prod(kernel.shape[num_axes:]):
+    if jax.default_backend() == "cpu" and math.prod(kernel.shape[:num_axes]) > math.prod(kernel.shape[num_axes:]):
+        # XLA's CPU backend first transposes the left operand in memory: let it be the narrow one
+        transposed = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, rows, preferred_element_type=jnp.float32))
+        grad_kernel = jnp.moveaxis(transposed, tuple(range(outputs)), tuple(range(-outputs, 0)))
+    else:
         grad_kernel = jax.lax.dot_general(x, grad, rows, preferred_element_type=jnp.float32)
-    else:  # CPUs transpose the left operand in memory: let it be the narrow one
-        grad_kernel = jax.lax.dot_general(grad, x, rows, preferred_element_type=jnp.float32)
-        grad_kernel = jnp.moveaxis(grad_kernel, tuple(range(outputs)), tuple(range(-outputs, 0)))
     return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
 
 

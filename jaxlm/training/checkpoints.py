@@ -1,19 +1,30 @@
 """RUN_DIR/checkpoints: asynchronous, sharded, atomic (Orbax); what is kept, and what a checkpoint says of itself."""
 
+import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
 from jaxlm.settings import CheckpointSettings, ModelSettings
 from jaxlm.training.step import Trainer, TrainState
 
 FOLDER = "checkpoints"
+
+# What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
+FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention")
+MODEL_KEYS = {f"model.{field.name}": "the parameters were trained in that architecture"
+              for field in dataclasses.fields(ModelSettings) if field.name not in FREE_IN_MODEL}
+FIXED_KEYS = MODEL_KEYS | {
+    "optimizer.name": "the optimizer's state is of that update rule",
+    "optimizer.b1": "the optimizer's state holds a mean that decays by it",
+} | dict.fromkeys(("seed", "data.global_batch_size", "data.sequence_length", "data.packing", "data.masking.probability",
+                   "data.masking.whole_word", "data.masking.max_predictions"), "the examples of every step depend on it")
 
 
 class Checkpoints:
@@ -80,14 +91,13 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")}
 
 
-def check_same_model(saved: dict[str, Any], wanted: dict[str, Any], where: str, ignore: Sequence[str] = ()) -> None:
-    """Refuses to continue a run with another model or update rule. Both are settings as plain values. Raises UserError."""
-    for section in ("model", "optimizer"):
-        names = ModelSettings.__dataclass_fields__ if section == "model" else ("name",)
-        for name in names:
-            if f"{section}.{name}" not in ignore and name in saved[section] and saved[section][name] != wanted[section][name]:
-                raise UserError(f"{section}.{name}={wanted[section][name]}: the checkpoints in {where} were made with "
-                                f"{saved[section][name]}; set it back, or choose another run_dir")
+def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+    """Refuses settings (nested plain values) that differ from a checkpoint's in one of `keys` (name: reason). Raises UserError."""
+    before, now = config.flatten(saved), config.flatten(wanted)
+    for key, reason in keys.items():
+        if key in before and before[key] != now[key]:  # a key that is younger than the checkpoint has its default
+            raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; "
+                            "set it back, or choose another run_dir")
 
 
 def _preservation(keep: CheckpointSettings) -> Any:

@@ -19,7 +19,7 @@ from jaxlm.reporting.plots import plot_loss
 from jaxlm.reporting.progress import TrainingProgress
 from jaxlm.reporting.units import format_count
 from jaxlm.settings import Settings
-from jaxlm.training.checkpoints import Checkpoints, check_same_model, versions
+from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes, versions
 from jaxlm.training.evaluation import evaluate
 from jaxlm.training.setup import (
     Corpora,
@@ -86,17 +86,14 @@ def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tu
     if not checkpoints.steps:
         return run.trainer.init(run.settings.seed), 0
     step = checkpoints.choose(None)
-    saved = checkpoints.metadata(step)
-    check_same_model(saved["settings"], config.to_dict(run.settings), str(checkpoints.directory))
-    digests = [corpus.digest for corpus, _ in corpora]
-    if saved["corpora"] != digests:
-        raise UserError(f"data.corpus: not the corpus that the checkpoints in {checkpoints.directory} were trained on; "
-                        "set it back, or choose another run_dir")
-    for key in ("seed", "data.global_batch_size", "data.sequence_length", "data.packing"):
-        before, now = (config.flatten(values)[key] for values in (saved["settings"], config.to_dict(run.settings)))
-        if before != now:
-            raise UserError(f"{key}={now}: the checkpoints in {checkpoints.directory} were made with {before}, and the order of "
-                            "the examples depends on it; set it back, or choose another run_dir")
+    saved, own = checkpoints.metadata(step), _metadata(run, corpora)
+    refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
+    if saved["corpora"] != own["corpora"]:
+        raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were trained "
+                        "on; set it back, or choose another run_dir")
+    if step > run.settings.train.steps:
+        raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps already; "
+                        "expected at least as many, or choose another run_dir")
     return checkpoints.restore(step, run.trainer), step
 
 
@@ -206,7 +203,7 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
 def _metadata(run: Run, corpora: Corpora) -> dict[str, Any]:
     tokenizer = corpora[0][0].tokenizer
     return {"settings": config.to_dict(run.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-            "corpora": [corpus.digest for corpus, _ in corpora], "mesh": dict(run.mesh.shape), "versions": versions()}
+            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(run.mesh.shape), "versions": versions()}
 
 
 def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:

@@ -3,20 +3,24 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.checks import check_layout
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.loading import Batches, iterate, training_batches, validation_batches
+from jaxlm.data.loading import Batches, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.prepare import prepare
+from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
+from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import make_mesh, rows_needed
+from jaxlm.reporting.files import check_folder
 from jaxlm.settings import Settings
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
@@ -31,16 +35,55 @@ class Run(NamedTuple):
     trainer: Trainer
 
 
-def open_corpora(settings: Settings) -> Corpora:
+def lay_mesh(settings: Settings) -> Mesh:
+    """Joins the other processes of this run and lays the mesh over the devices of all. Raises UserError for what does not fit."""
+    mesh = make_mesh(settings.mesh, distributed.initialize(settings.devices))
+    check_layout(settings, mesh.shape)
+    return mesh
+
+
+def start(settings: Settings, mesh: Mesh) -> Run:
+    """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`)."""
+    return Run(settings, mesh, make_trainer(Model(settings.model, settings.train), settings, mesh))
+
+
+# ---- corpora ---------------------------------------------------------------------------------------------------------
+
+def open_corpora(settings: Settings, accept: Callable[[Corpora], object] | None = None) -> Corpora:
     """Opens the corpus or the mixture; one that does not exist yet is prepared from data.raw.
 
     Every process may call this: one prepares, those that share its file system wait, those that do not prepare the same
     bytes for themselves.
+
+    Args:
+      settings: of the run.
+      accept: raises UserError for corpora that this run cannot use; what was prepared for it is then removed again.
     """
     if isinstance(settings.data.corpus, dict):
-        return [(Corpus(folder), weight) for folder, weight in settings.data.corpus.items()]
+        corpora = [(Corpus(folder), weight) for folder, weight in settings.data.corpus.items()]
+        if accept:
+            accept(corpora)
+        return corpora
     folder = settings.data.corpus or os.path.join(settings.run_dir, "corpus")
-    return [(prepare(settings.data, folder, vocab_size=settings.model.vocab_size), 1.0)]
+    return [(prepare(settings.data, folder, vocab_size=settings.model.vocab_size,
+                     accept=accept and (lambda corpus: accept([(corpus, 1.0)]))), 1.0)]
+
+
+def check_before_corpora(settings: Settings) -> None:
+    """Refuses what is known to be wrong before hours are spent on preparing a corpus. Raises UserError."""
+    check_folder(settings.run_dir, "run_dir")
+    tokenizer = given_tokenizer(settings.data) if settings.data.raw else None
+    if tokenizer:
+        resolve(settings, tokenizer)
+        if settings.model.family == "bert":
+            check_special_tokens(tokenizer, f"data.tokenizer={settings.data.tokenizer}")
+
+
+def check_corpora(settings: Settings, corpora: Corpora) -> None:
+    """Refuses corpora that this run cannot be trained on, or evaluated. Raises UserError."""
+    settings = resolve(settings, corpora[0][0].tokenizer)
+    make_training_batches(settings, corpora)
+    make_validation_batches(settings, corpora)
 
 
 def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
@@ -51,28 +94,7 @@ def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size))
 
 
-def start(settings: Settings, devices: Sequence[jax.Device]) -> Run:
-    """Lays the mesh over the devices and builds the model's functions on it."""
-    mesh = make_mesh(settings.mesh, devices)
-    check_batch_on_mesh(settings, mesh)
-    return Run(settings, mesh, make_trainer(Model(settings.model, settings.train), settings, mesh))
-
-
-def check_batch_on_mesh(settings: Settings, mesh: Mesh) -> None:
-    """Every device must get the same number of sequences. Raises UserError."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    sizes = {"data.global_batch_size / train.gradient_accumulation": micro_batch_size(settings),
-             "eval.batch_size": evaluation_batch_size(settings)}
-    for name, size in sizes.items():
-        if size % ways:
-            raise UserError(f"{name}={size} sequences do not divide over mesh.data * mesh.fsdp = {ways} devices; "
-                            f"use a multiple of {ways}, or more of mesh.tensor")
-    if settings.model.hidden_size % mesh.shape["fsdp"]:
-        raise UserError(f"mesh.fsdp={mesh.shape['fsdp']} does not divide model.hidden_size={settings.model.hidden_size}")
-    heads = settings.model.num_kv_heads or settings.model.num_heads
-    if heads % mesh.shape["tensor"]:
-        raise UserError(f"mesh.tensor={mesh.shape['tensor']} does not divide the model's {heads} (key/value) heads")
-
+# ---- batches ---------------------------------------------------------------------------------------------------------
 
 def micro_batch_size(settings: Settings) -> int:
     """Sequences whose activations are on all devices together at a time."""
@@ -83,8 +105,6 @@ def evaluation_batch_size(settings: Settings) -> int:
     """Sequences in one batch of an evaluation."""
     return settings.eval.batch_size or micro_batch_size(settings)
 
-
-# ---- batches ---------------------------------------------------------------------------------------------------------
 
 def make_training_batches(settings: Settings, corpora: Corpora) -> Batches:
     """`batch(step)` of the whole run."""

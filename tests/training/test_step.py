@@ -69,34 +69,27 @@ FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"step-{family}")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mesh", ["data8", "fsdp8", "tensor8", "2x2x2"])
-def test_every_mesh_gives_the_curve_of_one_device(mesh, family, reference, meshes, capfd):
-    """Dropout included; and the compiler never gives up and copies a whole array to every device."""
+@pytest.mark.parametrize(("mesh", "micro_batches"), [("data8", 1), ("fsdp8", 2), ("tensor8", 1), ("2x2x2", 1), ("one", 4)])
+def test_every_mesh_and_cut_gives_the_curve_of_one_device(mesh, micro_batches, family, reference, meshes, capfd):
+    """With dropout; with micro-batches of unequal numbers of predictions, where a mean of means would not do."""
     settings, params, batches, want, want_state = reference(family)
+    mask = batches[0]["loss_mask" if family == "gpt" else "masked_mask"]
+    assert micro_batches == 1 or len({int(mask[piece::micro_batches].sum()) for piece in range(micro_batches)}) > 1
+    settings = replace(settings, train=replace(settings.train, gradient_accumulation=micro_batches))
     got, state = run(settings, meshes[mesh], params, batches)
     assert_same_curve(got, want)
     for one, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(want_state.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=STEPS * 1e-3)
+    # What the compiler says when it can cut an array no better than by copying the whole of it to every device
     assert "rematerialization" not in capfd.readouterr().err
     if mesh == "fsdp8":
         moments = jax.tree.leaves(state.optimizer)
         on_one = sum(moment.addressable_shards[0].data.nbytes for moment in moments)
-        assert 1 / 8 <= on_one / sum(moment.nbytes for moment in moments) < 0.15  # biases of heads and MLP stay whole
+        assert 1 / 8 <= on_one / sum(moment.nbytes for moment in moments) < 0.16  # biases of heads and MLP stay whole
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("mesh", ["one", "2x2x2"])
-def test_micro_batches_add_up_to_the_big_batch(mesh, family, reference, meshes):
-    """Their numbers of predictions differ, so a mean of means would not do; their rows draw the same dropout."""
-    settings, params, batches, want, _ = reference(family)
-    settings = replace(settings, train=replace(settings.train, gradient_accumulation=4))
-    mask = batches[0]["loss_mask" if family == "gpt" else "masked_mask"]
-    assert len({int(mask[piece::4].sum()) for piece in range(4)}) > 1
-    assert_same_curve(run(settings, meshes[mesh], params, batches)[0], want)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_small_batch_is_learned_by_heart(family, models, make_batch, meshes):
+def test_a_small_batch_is_learned_by_heart(family, models, make_batch, meshes, random_params):
     """gpt: with every option of a Llama and more, on a mesh, in bfloat16."""
     settings = settings_for(models[family])
     mesh, changes = meshes["one"], {}
@@ -104,8 +97,9 @@ def test_a_small_batch_is_learned_by_heart(family, models, make_batch, meshes):
         mesh, changes = meshes["2x2x2"], {"precision": "bfloat16", "remat": "dots", "gradient_accumulation": 2, "loss_chunk": 4}
         settings = replace(settings, model=replace(settings.model, **LLAMA))
     settings = replace(settings, train=replace(settings.train, **changes), optimizer=replace(settings.optimizer, learning_rate=0.01))
-    params = jax.jit(Model(settings.model, settings.train).init)(jax.random.key(0, impl="rbg"))
-    rows, state = run(settings, mesh, jax.device_get(params), [make_batch(family, 0)] * 30)
+    params = jax.tree.map_with_path(
+        lambda path, leaf: leaf / 10 + (path[-1].key == "scale"), random_params(Model(settings.model, settings.train)))
+    rows, state = run(settings, mesh, params, [make_batch(family, 0)] * 30)
     losses = [row["loss"] for row in rows]
     assert losses[0] == pytest.approx(np.log(300) + (np.log(2) if family == "bert" else 1e-3 * np.log(300) ** 2), rel=0.02)
     assert losses[-1] < 0.5 * losses[0] and np.isfinite(losses).all()

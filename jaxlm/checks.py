@@ -1,0 +1,134 @@
+"""What a run file's values must not say together. Single values are checked by their types (`jaxlm.settings`)."""
+
+import math
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from jaxlm.errors import UserError
+from jaxlm.settings import TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
+
+VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
+USED_AXES = ("data", "fsdp", "tensor")
+LATER_AXES = ("context", "stage", "expert")
+
+
+def check(settings: Settings) -> None:
+    """Refuses values that contradict each other, before anything is compiled or written. Raises UserError for the first."""
+    problems = chain(
+        model_problems(settings.model),
+        data_problems(settings),
+        batch_problems(settings),
+        schedule_problems(settings.schedule, settings.train.steps),
+        mesh_problems(settings.mesh),
+        layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in USED_AXES}),
+    )
+    refuse_first(problems)
+
+
+def check_layout(settings: Settings, sizes: Mapping[str, int]) -> None:
+    """The same for a mesh whose axes have these sizes, now that -1 is known. Raises UserError."""
+    refuse_first(layout_problems(settings, sizes))
+
+
+def refuse_first(problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise UserError(problem)
+
+
+def model_problems(model: ModelSettings) -> Iterator[str]:
+    kv_heads = model.num_kv_heads or model.num_heads
+    if model.head_dim is None and model.hidden_size % model.num_heads:
+        yield (f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; "
+               "change one or set model.head_dim")
+    if model.num_heads % kv_heads:
+        yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads}"
+    if model.positions == "rope" and (model.head_dim or model.hidden_size // model.num_heads) % 2:
+        yield "model.positions=rope needs an even head width; change model.hidden_size, model.num_heads or model.head_dim"
+    if model.family == "bert":
+        only_gpt = {"positions=rope": model.positions == "rope", "normalization=rmsnorm": model.normalization == "rmsnorm",
+                    "qk_norm=true": model.qk_norm, "tied_embeddings=false": not model.tied_embeddings}
+        for name, wanted in only_gpt.items():
+            if wanted:
+                yield f"model.{name}: only for gpt; model.family=bert is BERT exactly"
+    if model.next_sentence and model.family != "bert":
+        yield "model.next_sentence=true needs model.family=bert"
+    if model.next_sentence and model.type_vocab_size < 2:
+        yield f"model.type_vocab_size={model.type_vocab_size}: model.next_sentence=true needs at least 2"
+    if model.attention == "cudnn" and (model.dropout if model.attention_dropout is None else model.attention_dropout):
+        yield "model.attention=cudnn has no attention dropout; set model.attention_dropout=0 or model.attention=xla"
+
+
+def data_problems(settings: Settings) -> Iterator[str]:
+    model, data = settings.model, settings.data
+    if not settings.run_dir.strip():
+        yield "run_dir is empty; name a folder"
+    if data.sequence_length > model.max_length:
+        yield f"data.sequence_length={data.sequence_length} is longer than model.max_length={model.max_length}"
+    least = 5 if model.family == "bert" else 2
+    if data.sequence_length < least:
+        yield f"data.sequence_length={data.sequence_length} is too short; at least {least}"
+    if isinstance(data.corpus, dict) and not data.corpus:
+        yield "data.corpus is an empty mixture; name at least one folder"
+    if isinstance(data.corpus, dict) and data.raw:
+        yield "data.raw cannot be prepared into a mixture; give data.corpus one folder, or drop data.raw"
+    if data.tokenizer in TRAINED_TOKENIZERS and data.raw and model.vocab_size is None:
+        yield f"model.vocab_size: missing; say to how many tokens the {data.tokenizer} tokenizer is to be trained"
+    if model.family == "bert" and data.tokenizer == "characters" and data.raw:
+        yield ("data.tokenizer=characters has no cls, sep and mask tokens, which model.family=bert needs; "
+               "use wordpiece, unigram, bpe or bytes")
+
+
+def batch_problems(settings: Settings) -> Iterator[str]:
+    data, train = settings.data, settings.train
+    if data.global_batch_size % train.gradient_accumulation:
+        yield (f"data.global_batch_size={data.global_batch_size} is not a multiple of "
+               f"train.gradient_accumulation={train.gradient_accumulation}")
+    if train.loss_chunk and data.sequence_length % train.loss_chunk and settings.model.family == "gpt":
+        yield f"train.loss_chunk={train.loss_chunk} does not divide data.sequence_length={data.sequence_length}"
+
+
+def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
+    decay_steps = schedule.decay_steps or steps
+    if schedule.warmup_steps >= steps:
+        yield f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of train.steps={steps}"
+    if decay_steps > steps:
+        yield f"schedule.decay_steps={decay_steps} is more than train.steps={steps}"
+    if schedule.name in ("linear", "cosine") and decay_steps <= schedule.warmup_steps:
+        yield f"schedule.decay_steps={decay_steps} is not more than schedule.warmup_steps={schedule.warmup_steps}"
+
+
+def mesh_problems(mesh: MeshSettings) -> Iterator[str]:
+    for axis in LATER_AXES:
+        if getattr(mesh, axis) != 1:
+            yield (f"mesh.{axis}={getattr(mesh, axis)} is not available yet; "
+                   "leave it at 1 and use mesh.data, mesh.fsdp, mesh.tensor")
+    sizes = {axis: getattr(mesh, axis) for axis in USED_AXES}
+    for axis, size in sizes.items():
+        if size == 0:
+            yield f"mesh.{axis}=0; expected a positive number, or -1 for the rest"
+    rest = [f"mesh.{axis}=-1" for axis, size in sizes.items() if size == -1]
+    if len(rest) > 1:
+        yield f"{' and '.join(rest)}: only one axis can take the rest of the devices"
+
+
+def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[str]:
+    """What does not divide over axes of these sizes."""
+    model, data = settings.model, settings.data
+    split = [
+        ("tensor", "model.num_heads", model.num_heads),
+        ("tensor", "model.num_kv_heads", model.num_kv_heads or model.num_heads),
+        ("tensor", "model.intermediate_size", model.intermediate_size or 4 * model.hidden_size),
+        ("fsdp", "model.hidden_size", model.hidden_size),
+    ]
+    for axis, name, size in split:
+        if size % sizes[axis]:
+            yield f"mesh.{axis}={sizes[axis]} does not divide {name}={size}"
+    if VOCAB_PADDING % sizes["tensor"]:
+        yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"
+    ways = math.prod(sizes[axis] for axis in ("data", "fsdp"))
+    micro_batch = data.global_batch_size // settings.train.gradient_accumulation
+    batches = {"data.global_batch_size / train.gradient_accumulation": micro_batch, "eval.batch_size": settings.eval.batch_size}
+    for name, size in batches.items():
+        if size and size % ways:
+            yield (f"{name} = {size} sequences do not divide over mesh.data * mesh.fsdp = {ways} devices; "
+                   f"use a multiple of {ways}, or more of mesh.tensor")

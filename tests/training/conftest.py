@@ -1,0 +1,96 @@
+"""What the tests of whole runs share: a little text, a run file for a tiny model, and `jaxlm` itself, here or in a process of its own."""
+
+import functools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+import yaml
+
+from jaxlm import cli, config
+from jaxlm.models.model import Model
+from jaxlm.parallel import distributed
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.settings import MeshSettings
+from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.step import Trainer, TrainState, make_trainer
+
+NUM_DOCUMENTS, ROWS, LENGTH = 300, 8, 32
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for a session's runs. What JAX compiles is kept there, so that no program is compiled twice."""
+    folder = tmp_path_factory.mktemp("runs")
+    kept = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
+    before = {name: getattr(jax.config, name) for name in kept}
+    for name, value in kept.items():
+        jax.config.update(name, value)
+    yield folder
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def run_file(folder: Path) -> Path:
+    """A tiny gpt on 8 heads, one sequence for each of 8 devices, over documents that are shorter than a sequence or longer."""
+    draw = random.Random(0)
+    words = ["banana", "bean", "cabbage", "cocoa", "date"]  # few letters, unevenly used: learnt within a few steps
+    for name in ("one", "two"):
+        lines = [" ".join(draw.choices(words, k=draw.randint(1, 12))) for _ in range(NUM_DOCUMENTS)]
+        (folder / f"{name}.txt").write_text("\n".join([" ".join(words), *lines]), encoding="utf-8")
+    settings = {
+        "model": {"family": "gpt", "num_layers": 2, "num_heads": 8, "hidden_size": 32, "max_length": LENGTH},
+        "data": {"raw": str(folder / "one.txt"), "corpus": str(folder / "one"), "document": "line", "tokenizer": "characters",
+                 "validation": 0.1, "sequence_length": LENGTH, "global_batch_size": ROWS, "prepare_processes": 1},
+        "train": {"steps": 12}, "optimizer": {"learning_rate": 1e-2}, "schedule": {"name": "constant", "warmup_steps": 2},
+        "checkpoint": {"every_steps": 4}, "eval": {"every_steps": 6}, "logging": {"every_steps": 1},
+        "generate": {"max_new_tokens": 4}, "devices": {"platform": "cpu", "count": 1},
+    }
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def jaxlm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """`jaxlm("train", config, "a.b=c")` in this process, whose eight devices are already there: devices.count of them are used."""
+    monkeypatch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+    return lambda *arguments: cli.main([str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def start_jaxlm(folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """`start_jaxlm("train", config, "a.b=c")`: a process of its own, with the same compiled programs. Ended with the test."""
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
+    start = functools.partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = []
+
+    def start_one(*arguments: Any) -> subprocess.Popen:
+        started.append(start([sys.executable, "-m", "jaxlm.cli", *map(str, arguments)]))
+        return started[-1]
+
+    yield start_one
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def restore() -> Callable[..., tuple[Trainer, TrainState]]:
+    """`restore(run_dir)`: the newest checkpoint's state on one device, and the run's functions there."""
+    def restore_one(run_dir: Path) -> tuple[Trainer, TrainState]:
+        settings = config.load(run_dir)
+        trainer = make_trainer(Model(settings.model, settings.train), settings, make_mesh(MeshSettings(), jax.devices()[:1]))
+        with Checkpoints(run_dir) as checkpoints:
+            return trainer, checkpoints.restore(checkpoints.choose(None), trainer)
+
+    return restore_one

@@ -1,0 +1,181 @@
+"""Whole runs through the front door: what a run directory holds, and that its figures are true."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import yaml
+
+from jaxlm import config
+from jaxlm.data.corpus import Corpus, Documents
+from jaxlm.data.loading import validation_batches
+from jaxlm.models.layers import Context
+from jaxlm.reporting.metrics import read_metrics
+
+STEP_KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds"}
+SUMMARY_KEYS = {"steps", "tokens", "val_loss", "tokens_per_second", "mfu", "devices", "mesh", "parameters", "wall_seconds",
+                "compile_seconds"}
+GPT_KEYS = {"step", "val_loss", "val_perplexity", "val_accuracy", "val_bits_per_byte"}
+BERT_KEYS = {"step", "val_loss", "val_mlm_loss", "val_mlm_accuracy", "val_mlm_perplexity", "val_nsp_loss", "val_nsp_accuracy"}
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
+
+
+def evaluations(run_dir: Path) -> list[dict]:
+    return [row for row in read_metrics(run_dir) if "val_loss" in row]
+
+
+@pytest.fixture
+def finished(folder, run_file, jaxlm) -> Path:
+    """A gpt trained for 12 steps on one device; the first test that asks trains it."""
+    run_dir = folder / "finished"
+    if not run_dir.exists():
+        assert jaxlm("train", run_file, f"run_dir={run_dir}") == 0
+    return run_dir
+
+
+def test_a_run_directory_holds_what_the_contract_names(finished):
+    for name in ("config.yaml", "metrics.jsonl", "loss.png", "summary.json", "samples.txt", "report.md"):
+        assert (finished / name).stat().st_size, name
+    assert list(finished.glob("tensorboard/events.*"))
+    assert {path.name for path in (finished / "checkpoints").iterdir()} == {"8", "12"}
+
+    rows = [row for row in read_metrics(finished) if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert all(set(row) == STEP_KEYS for row in rows)
+    assert rows[0]["loss"] == pytest.approx(math.log(Corpus(finished.parent / "one").tokenizer.vocab_size), rel=0.02)
+    assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
+    assert all(row["mfu"] is None for row in rows)  # nobody publishes a CPU's peak
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2 / 3, 2e-2 / 3] + 10 * [1e-2])
+
+    assert [row["step"] for row in evaluations(finished)] == [6, 12]
+    assert all(set(row) == GPT_KEYS for row in evaluations(finished))
+    summary = json.loads((finished / "summary.json").read_text())
+    assert set(summary) >= SUMMARY_KEYS
+    assert summary["steps"] == 12 and summary["tokens"] == 12 * 8 * 32
+    assert summary["val_loss"] == evaluations(finished)[-1]["val_loss"]
+    assert summary["tokens_per_second"] == pytest.approx(8 * 32 / np.median([row["step_seconds"] for row in rows]))
+
+
+def test_the_saved_config_reproduces_the_run(finished, folder, jaxlm):
+    again = folder / "again"
+    assert jaxlm("train", finished / "config.yaml", f"run_dir={again}") == 0
+    assert losses(again) == losses(finished)
+    assert evaluations(again) == evaluations(finished)
+    first, second = (yaml.safe_load((run_dir / "config.yaml").read_text()) for run_dir in (finished, again))
+    assert first | {"run_dir": None} == second | {"run_dir": None}
+
+
+def test_training_a_finished_run_again_changes_nothing(finished, jaxlm):
+    files = {name: (finished / name).read_text() for name in ("metrics.jsonl", "summary.json", "config.yaml")}
+    assert jaxlm("train", finished) == 0
+    assert {name: (finished / name).read_text() for name in files} == files
+
+
+def test_evaluate_gives_what_training_logged(finished, jaxlm, capsys):
+    assert jaxlm("evaluate", finished, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == evaluations(finished)[-1]
+
+
+# ---- whole validation sets, against predictions made one sequence at a time ------------------------------------------
+
+def windows(documents: Documents, length: int) -> Iterable[np.ndarray]:
+    """The stream in windows of `length` predictions; the last is shorter."""
+    stream = documents.read(0, documents.num_tokens)
+    return [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
+
+
+def pieces(documents: Documents, length: int) -> Iterable[np.ndarray]:
+    """Every document by itself; one that is longer than `length` in windows."""
+    bounds = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+    for document in (documents.read(start, stop) for start, stop in bounds):
+        yield from (document[start : start + length + 1] for start in range(0, len(document) - 1, length))
+
+
+def surprise(run_dir: Path, restore: Callable, sequences: Iterable[np.ndarray]) -> np.ndarray:
+    """-log probability, float64, of every token but the first of each sequence, which is read alone."""
+    trainer, state = restore(run_dir)
+    length = config.load(run_dir).data.sequence_length
+
+    @jax.jit
+    def logits(tokens):
+        gpt = trainer.model.bind(state.params)
+        return gpt.logits(gpt.hidden(tokens[None], Context(np.arange(length)[None]))[0])[0]
+
+    found = []
+    for sequence in sequences:
+        tokens = np.zeros(length, np.int32)  # what comes after a sequence cannot be seen from it
+        tokens[: len(sequence) - 1] = sequence[:-1]
+        scores = np.asarray(logits(tokens), np.float64)[: len(sequence) - 1]
+        chosen = np.take_along_axis(scores, sequence[1:, None], axis=1)[:, 0]
+        found.append(np.log(np.exp(scores).sum(axis=1)) - chosen)
+    return np.concatenate(found)
+
+
+def test_validation_covers_every_token_once(finished, folder, run_file, restore):
+    text = Corpus(folder / "one").validation
+    assert len(list(windows(text, 32))) % 8 and (text.num_tokens - 1) % 32  # rows and positions of padding in the last batch
+    nats = surprise(finished, restore, windows(text, 32))
+    assert len(nats) == text.num_tokens - 1
+    row = evaluations(finished)[-1]
+    assert row["val_loss"] == pytest.approx(nats.mean(), rel=1e-5)
+    assert row["val_perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+    assert row["val_bits_per_byte"] == pytest.approx(nats.mean() / math.log(2) * text.num_tokens / text.num_bytes, rel=1e-5)
+
+
+def test_a_mixture_of_packed_documents_trains_and_is_evaluated_whole(finished, folder, run_file, jaxlm, restore):
+    assert jaxlm("prepare", run_file, f"data.raw={folder / 'two.txt'}", f"data.corpus={folder / 'two'}") == 0
+    run_dir = folder / "mixture"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", f"data.corpus={{{folder / 'one'}: 3, {folder / 'two'}: 1}}",
+                 "data.raw=null", "data.packing=documents", "eval.batch_size=5") == 0
+    assert losses(run_dir)[-1] < 0.9 * losses(run_dir)[0]
+    texts = [Corpus(folder / name).validation for name in ("one", "two")]
+    nats = surprise(run_dir, restore, (piece for text in texts for piece in pieces(text, 32)))
+    assert evaluations(run_dir)[-1]["val_loss"] == pytest.approx(nats.mean(), rel=1e-5)
+
+
+def test_bert_trains_and_is_evaluated_whole(folder, run_file, jaxlm, restore):
+    run_dir = folder / "bert"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "model.family=bert", "model.next_sentence=true", "model.vocab_size=90",
+                 "data.tokenizer=wordpiece", f"data.corpus={folder / 'wordpiece'}", "optimizer.learning_rate=3e-3") == 0
+    rows = [row for row in read_metrics(run_dir) if "loss" in row]
+    assert set(rows[0]) == STEP_KEYS | {"masked_token_loss", "next_sentence_loss"}
+    assert rows[-1]["masked_token_loss"] < 0.95 * rows[0]["masked_token_loss"]
+    assert all(row["loss"] == pytest.approx(row["masked_token_loss"] + row["next_sentence_loss"]) for row in rows)
+    row = evaluations(run_dir)[-1]
+    assert set(row) == BERT_KEYS
+    assert not (run_dir / "samples.txt").exists()
+
+    trainer, state = restore(run_dir)
+    settings = config.load(run_dir)
+    one_by_one = validation_batches(Corpus(folder / "wordpiece"), settings.data, family="bert", next_sentence=True, batch_size=1)
+    assert len(one_by_one) % 8
+    totals = [trainer.evaluate(state.params, one_by_one.batch(number)) for number in range(len(one_by_one))]
+    for name, short in (("masked_token", "mlm"), ("next_sentence", "nsp")):
+        sums = [total[name] for total in totals]
+        count = sum(int(term.count) for term in sums)
+        assert row[f"val_{short}_loss"] == pytest.approx(sum(float(term.cross_entropy) for term in sums) / count, rel=1e-5)
+        assert row[f"val_{short}_accuracy"] == pytest.approx(sum(int(term.correct) for term in sums) / count)
+    assert row["val_loss"] == pytest.approx(row["val_mlm_loss"] + row["val_nsp_loss"])
+
+
+# ---- other roads to the same numbers ---------------------------------------------------------------------------------
+
+def test_accumulated_gradients_give_the_same_losses(finished, folder, run_file, jaxlm):
+    run_dir = folder / "accumulated"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "train.gradient_accumulation=4", "eval.batch_size=8") == 0
+    np.testing.assert_allclose(losses(run_dir), losses(finished), rtol=1e-5)
+
+
+def test_a_run_that_diverges_still_ends_in_order(folder, run_file, jaxlm):
+    run_dir = folder / "diverged"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "optimizer.name=sgd", "optimizer.learning_rate=1e30",
+                 "optimizer.clip_norm=null") == 0
+    assert losses(run_dir)[-1] is None
+    assert json.loads((run_dir / "summary.json").read_text())["val_loss"] is None
