@@ -16,7 +16,7 @@ def check(settings: Settings) -> None:
     """Refuses values that contradict each other, before anything is compiled or written. Raises UserError for the first."""
     problems = chain(
         model_problems(settings.model),
-        data_problems(settings),
+        text_problems(settings),
         batch_problems(settings),
         schedule_problems(settings.schedule, settings.train.steps),
         mesh_problems(settings.mesh),
@@ -58,10 +58,12 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
         yield "model.attention=cudnn has no attention dropout; set model.attention_dropout=0 or model.attention=xla"
 
 
-def data_problems(settings: Settings) -> Iterator[str]:
+def text_problems(settings: Settings) -> Iterator[str]:
     model, data = settings.model, settings.data
     if not settings.run_dir.strip():
         yield "run_dir is empty; name a folder"
+    if not settings.generate.prompts:
+        yield "generate.prompts is empty; expected at least one text, which may be ''"
     if data.sequence_length > model.max_length:
         yield f"data.sequence_length={data.sequence_length} is longer than model.max_length={model.max_length}"
     least = 5 if model.family == "bert" else 2

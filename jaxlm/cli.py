@@ -5,10 +5,14 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
 from jaxlm.errors import UserError, nearest
 from jaxlm.settings import Settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 KEY_TABLE_NOTE = "Every key, with its type, default, unit and meaning. Set it in CONFIG.yaml (nested), or as KEY=VALUE behind it."
 
@@ -28,8 +32,7 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
         if samples:
             write_text(Path(settings.run_dir) / "samples.txt", text + "\n")
             print(text)
-        print(json.dumps(summary, indent=1))
-        print(f"report: {write_report(settings.run_dir)}")
+        print(f"{settings.run_dir}: {_in_short(summary)}; see {write_report(settings.run_dir)}")
 
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -74,6 +77,7 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def report(run_dirs: Sequence[str]) -> None:
     """report: one page about a run, or a table that compares several"""
+    from jaxlm.reporting.plots import plot_comparison
     from jaxlm.reporting.report import compare, write_report
 
     if len(run_dirs) == 1:
@@ -81,13 +85,34 @@ def report(run_dirs: Sequence[str]) -> None:
         print(path.read_text(encoding="utf-8"))
         print(f"written to {path}")
     else:
-        from rich.console import Console
+        _console().print(compare(run_dirs))
+        picture = Path(run_dirs[0]) / "comparison.png"
+        plot_comparison(run_dirs, picture)
+        print(f"loss curves: {picture}")
 
-        Console().print(compare(run_dirs))
+
+def _in_short(summary: dict[str, Any]) -> str:
+    from jaxlm.reporting.units import format_count, format_duration
+
+    figures = [f"{summary['steps']:,} steps in {format_duration(summary['wall_seconds'])}"]
+    if summary["tokens_per_second"]:
+        figures.append(f"{format_count(summary['tokens_per_second'])} tokens/s")
+    if summary["val_loss"] is not None:
+        figures.append(f"validation loss {summary['val_loss']:.4f}")
+    return ", ".join(figures)
+
+
+def _console() -> "Console":
+    """As wide as the terminal; wide enough for any table where there is none."""
+    from rich.console import Console
+
+    return Console() if sys.stdout.isatty() else Console(width=200)
 
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench}
+ALL_VERBS = (*VERBS, "report")
+RESUMED = ("train", "prepare")
 LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
 
 
@@ -97,10 +122,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments)
     except UserError as error:
-        print(f"jaxlm: {error}", file=sys.stderr)
+        print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("jaxlm: interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        hint = "; the same command goes on where it was stopped" if arguments[0] in RESUMED else ""
+        print(f"jaxlm: interrupted{hint}", file=sys.stderr)
         return 130
 
 
@@ -109,8 +135,8 @@ def _run(arguments: list[str]) -> int:
     if verb in ("-h", "--help"):
         print(_overview())
         return 0
-    if verb not in (*VERBS, "report"):
-        raise UserError(f"unknown verb '{verb}'{nearest(verb, (*VERBS, 'report'))}; expected one of {', '.join((*VERBS, 'report'))}")
+    if verb not in ALL_VERBS:
+        raise UserError(f"unknown verb '{verb}', expected one of {', '.join(ALL_VERBS)}{nearest(verb, ALL_VERBS)}")
     parsed = _parser(verb).parse_intermixed_args(arguments[1:])
     if verb == "report":
         report(parsed.runs)
@@ -119,7 +145,8 @@ def _run(arguments: list[str]) -> int:
     if getattr(parsed, "processes", 1) > 1:
         from jaxlm.parallel.distributed import run_local_processes
 
-        return run_local_processes([verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])], parsed.processes)
+        arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
+        return run_local_processes(arguments, parsed.processes)
     VERBS[verb](settings, parsed)
     return 0
 
@@ -141,7 +168,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser = _Parser(prog="jaxlm report", description=_summary_of(report))
         parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
         return parser
-    parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]), formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]))
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run file, or the run directory of an earlier `jaxlm train`")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
     if verb in ("evaluate", "generate", "bench"):
@@ -149,12 +176,13 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     else:
         parser.set_defaults(json=False)
     if verb in LOCAL_PROCESSES:
-        parser.add_argument("--processes", type=_positive, default=1, metavar="N", help="start N processes on this machine (default 1)")
+        parser.add_argument("--processes", type=_positive, default=1, metavar="N",
+                            help="start N processes on this machine, joined into one run (default 1)")
     return parser
 
 
 def _positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
+    if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a positive number, found '{text}'")
     return int(text)
 
@@ -166,20 +194,21 @@ def _summary_of(function: Callable) -> str:
 def _overview() -> str:
     lines = ["usage: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
     lines += [f"  {name:10} {_summary_of(function)}" for name, function in (*VERBS.items(), ("report", report))]
-    return "\n".join([*lines, "", "jaxlm VERB --help lists every key. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."])
+    lines += ["", "jaxlm VERB --help lists every key. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."]
+    return "\n".join(lines)
 
 
 def _print_keys() -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=KEY_TABLE_NOTE, title_justify="left", box=None, padding=(0, 1), pad_edge=False)
-    for column in ("key", "type", "default", "unit", "meaning"):
-        table.add_column(column, overflow="fold", no_wrap=column == "key")
-    for name, kind, default, unit, meaning in config.keys():
+    table = Table(title=KEY_TABLE_NOTE, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    widths = {"key": None, "type": 40, "default": None, "unit": None, "meaning": None}
+    for column, width in widths.items():
+        table.add_column(column, overflow="fold", no_wrap=column == "key", max_width=width)
+    for name, kind, default, unit, meaning in config.key_table():
         table.add_row(name, kind, json.dumps(default), unit, meaning)
-    console = Console(markup=False) if sys.stdout.isatty() else Console(width=200)
-    console.print(table, markup=False, highlight=False)
+    print()
+    _console().print(table, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

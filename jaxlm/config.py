@@ -21,7 +21,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Reads a run file, or the `config.yaml` of a run directory, and applies `a.b=c` overrides.
 
     Raises:
-      UserError: the file is missing or no YAML mapping, a key is unknown, set twice or ill-typed, or values contradict each other.
+      UserError: the file is missing or no YAML mapping; a key is unknown, set twice or ill-typed; values contradict each other.
     """
     path = Path(path)
     run_dir = path if (path / "config.yaml").is_file() else None
@@ -62,7 +62,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def keys() -> Iterator[tuple[str, str, Any, str, str]]:
+def key_table() -> Iterator[tuple[str, str, Any, str, str]]:
     """Every key as (dotted name, type, default, unit, help), in the order of `jaxlm.settings`."""
     for prefix, section in [("", Settings), *_sections()]:
         hints = typing.get_type_hints(section, include_extras=True)
@@ -90,7 +90,8 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', None) or getattr(error, 'reason', error)}") from None
+        problem = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise UserError(f"{path}{line}: not valid YAML: {problem}") from None
     if not isinstance(values, dict | None):
         raise UserError(f"{path}: expected a mapping of keys, found {type(values).__name__}")
     lines: dict[str, int] = {}
@@ -116,7 +117,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     name, equals, text = override.partition("=")
     if not equals:
         raise UserError(f"'{override}': expected key=value, for example train.steps=100")
-    known = [full for full, *_ in keys()]
+    known = [full for full, *_ in key_table()]
     if name not in known:
         if any(full.startswith(f"{name}.") for full in known):
             raise UserError(f"'{override}': {name} is a section; set one of its keys, for example "
@@ -149,7 +150,7 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
     for name, value in values.items():
         full = f"{prefix}{name}"
         if name not in hints:
-            known = [known_name for known_name, *_ in (*keys(), *_sections())]
+            known = [known_name for known_name, *_ in (*key_table(), *_sections())]
             yield full, f"unknown key '{full}'{_suggestion(full, known)}"
         elif dataclasses.is_dataclass(hints[name]):
             if value is None:
@@ -169,11 +170,11 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
     """The key whose value has not the right type, and what to say of it."""
     problem = error.errors()[0]
-    known = {full: (kind, default) for full, kind, default, *_ in keys()}
+    known = {full: kind for full, kind, *_ in key_table()}
     location = [str(part) for part in problem["loc"]]
     # pydantic appends the branch of a union or the index in a list to the key's own path
-    name = next((".".join(location[:n]) for n in range(len(location), 0, -1) if ".".join(location[:n]) in known), ".".join(location))
-    kind = known.get(name, ("",))[0]
+    name = next(name for name in (".".join(location[:n]) for n in range(len(location), 0, -1)) if name in known)
+    kind = known[name]
     hint = nearest(str(problem["input"]), kind.split(" | ")) if " | " in kind else ""
     return name, f"{name}={problem['input']!r}: expected {kind}{hint}"
 

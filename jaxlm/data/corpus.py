@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError
+from jaxlm.reporting.units import counted, format_count
 
 FORMAT = 1
 MANIFEST, REPORT, TOKENIZER = "manifest.json", "report.json", "tokenizer"
@@ -115,6 +116,22 @@ class Corpus:
             for split, entry in self.manifest["splits"].items()}}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
+    def describe(self) -> list[str]:
+        """Lines for people: what went in, what was dropped and why, what came out."""
+        report, sources, tokenizer = read_json(self.directory / REPORT), self.manifest["sources"], self.manifest["tokenizer"]
+        dropped = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items() if count]
+        lines = [
+            f"corpus      {self.directory}",
+            f"sources     {counted(len(sources), 'file')}, {format_count(sum(source['bytes'] for source in sources))}B",
+            f"documents   {report['documents_in']:,} read, {report['documents_out']:,} kept ({report['repaired']:,} repaired)",
+            f"dropped     {', '.join(dropped) or 'none'}",
+        ]
+        for documents in (self.train, self.validation):
+            each = f", {documents.num_bytes / documents.num_tokens:.2f} bytes a token" if documents.num_tokens else ""
+            lines.append(f"{documents.split:11} {counted(documents.num_documents, 'document')}, "
+                         f"{counted(documents.num_tokens, 'token')}{each}")
+        return [*lines, f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, digest {tokenizer['digest'][:12]}"]
+
     def __reduce__(self) -> tuple:
         return Corpus, (self.directory,)
 
@@ -125,14 +142,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
         unfinished = directory.with_name(directory.name + ".partial").is_dir()
         hint = "its preparation was not finished; start it again" if unfinished else f"expected a folder with {MANIFEST}"
         raise UserError(f"{directory}: not a corpus ({hint})")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["format"]
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error!r})") from error
+    manifest = read_json(path)
+    version = manifest.get("format")
     if version != FORMAT:
         raise UserError(f"{path}: corpus format {version}, expected {FORMAT}; prepare it again")
+    missing = [key for key in ("tokenizer", "token_dtype", "splits", "settings", "sources") if key not in manifest]
+    if missing:
+        raise UserError(f"{path}: damaged (no {', '.join(missing)}); prepare the corpus again")
     return manifest
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
 
 
 def check_array(path: Path, length: int, dtype: np.dtype) -> None:

@@ -11,6 +11,8 @@ import json
 import os
 import shutil
 from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
 from jaxlm.data.work import Result, Workers, exclusive
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import write_atomically, write_json
+from jaxlm.reporting.files import check_folder, write_atomically, write_json
 from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings
 
 SHAPING = ("raw", "text_field", "document", "validation", "validation_split", "tokenizer", "shard_tokens")
@@ -44,7 +46,7 @@ class Plan:
 
 
 def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None = None, processes: int | None = None,
-            accept: Callable[[Corpus], object] | None = None) -> Corpus:
+            accept: Callable[[Corpus], object] = lambda corpus: None) -> Corpus:
     """The corpus in `directory`, prepared from `data.raw` if it does not exist yet.
 
     `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes; `accept` raises UserError for
@@ -54,20 +56,25 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
     directory = Path(directory).absolute()
     settings = shaping_settings(data, vocab_size)
     if (directory / MANIFEST).exists():
-        return open_prepared(directory, settings if data.raw is not None else {})
+        corpus = open_prepared(directory, settings if data.raw is not None else {})
+        accept(corpus)
+        return corpus
     plan = make_plan(data, directory, settings, vocab_size)
     partial = directory.with_name(directory.name + ".partial")
     created = [folder for folder in partial.parents if not folder.exists()]
     with exclusive(partial):
         try:
             if not (directory / MANIFEST).exists():  # else another process finished it just now
-                build(plan, partial / plan.fingerprint[:16], processes or data.prepare_processes or os.cpu_count() or 1)
-                (partial / plan.fingerprint[:16] / "corpus").rename(directory)
+                folder = partial / plan.fingerprint[:16]
+                build(plan, folder, processes or data.prepare_processes or os.cpu_count() or 1)
+                accept(Corpus(folder / "corpus"))
+                (folder / "corpus").rename(directory)
             shutil.rmtree(partial)
         except UserError:
             shutil.rmtree(partial)
-            for folder in created:
-                folder.rmdir()
+            with suppress(OSError):  # not empty: another process of this run is about to prepare the same
+                for folder in created:
+                    folder.rmdir()
             raise
     return open_prepared(directory, settings)
 
@@ -98,6 +105,7 @@ def make_plan(data: DataSettings, directory: Path, settings: dict[str, Any], voc
     """Finds the files and checks what can be checked before any work."""
     if data.raw is None:
         raise UserError(f"data.raw: missing, and there is no prepared corpus in {directory}; name the text to prepare")
+    check_folder(directory, "data.corpus")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not a corpus; delete it, or name another folder (data.corpus)")
     if data.tokenizer in TRAINED_TOKENIZERS and vocab_size is None:

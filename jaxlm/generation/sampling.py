@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxlm import config
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model, Params
-from jaxlm.parallel import distributed
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import GenerateSettings, Settings
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.setup import Run, resolve, start
+from jaxlm.training.checkpoints import MODEL_KEYS, Checkpoints, refuse_changes
+from jaxlm.training.setup import Run, encode_prompts, lay_mesh, resolve, start
 
 
 class Sample(NamedTuple):
@@ -30,13 +30,15 @@ def generate_from_run(settings: Settings) -> list[Sample]:
     """Continues `generate.prompts` with a checkpoint of `run_dir`. Raises UserError."""
     if settings.model.family != "gpt":
         raise UserError(f"model.family={settings.model.family}: only gpt models continue text")
-    devices = distributed.initialize(settings.devices)
-    with Checkpoints(settings.run_dir) as checkpoints:
+    mesh = lay_mesh(settings)
+    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
-        tokenizer = Tokenizer.from_dict(checkpoints.metadata(step)["tokenizer"])
-        run = start(resolve(settings, tokenizer), devices)
-        with jax.set_mesh(run.mesh):
-            return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
+        saved = checkpoints.metadata(step)
+        tokenizer = Tokenizer.from_dict(saved["tokenizer"])
+        settings = resolve(settings, tokenizer)
+        refuse_changes(MODEL_KEYS, saved["settings"], config.to_dict(settings), checkpoints.directory)
+        run = start(settings, mesh)
+        return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
 
 
 def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
@@ -47,12 +49,8 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
     """
     settings, limit = run.settings.generate, run.settings.model.max_length
     prompts = [prompt for prompt in settings.prompts for _ in range(settings.num_samples)]
-    start_token = next((token for token in (tokenizer.special.eos, tokenizer.special.bos) if token is not None), 0)
-    encoded = [tokenizer.encode(prompt) or [start_token] for prompt in prompts]  # nothing to continue: as after a document's end
+    encoded = [ids for ids in encode_prompts(run.settings, tokenizer) for _ in range(settings.num_samples)]
     lengths = [len(ids) for ids in encoded]
-    if max(lengths) >= limit:
-        longest = prompts[int(np.argmax(lengths))]
-        raise UserError(f"generate.prompts: '{longest[:30]}...' is {max(lengths)} tokens long; the model's length is {limit}")
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     rows = -(-len(prompts) // ways) * ways  # every device gets as many rows
     tokens = np.zeros((rows, min(limit, max(lengths) + settings.max_new_tokens)), np.int32)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxlm.errors import UserError
+
 
 def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
     """Calls `write(temporary)` with a path in the same folder and moves the result to `path`; a failure leaves nothing behind.
@@ -28,3 +30,13 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Indented JSON with a final newline. NaN and infinities raise ValueError: JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def check_folder(path: str | Path, key: str) -> None:
+    """Raises UserError, naming `key`, unless this is a folder to write in, or can be made one. Makes nothing."""
+    path = Path(path)
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
+    if not there.is_dir():
+        raise UserError(f"{key}={path}: {there} is a file; expected a folder, or a name that is free")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"{key}={path}: no permission to write in {there}")

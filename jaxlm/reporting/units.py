@@ -11,6 +11,11 @@ def format_count(count: float) -> str:
     return text + suffixes[0]
 
 
+def counted(count: int, noun: str) -> str:
+    """1 file, 1,024 files."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
 def format_duration(seconds: float) -> str:
     """0.4s, 9.5s, 42s, 1m13s, 2h05m, 3d04h: the two largest units."""
     if seconds < 9.95:

@@ -8,10 +8,9 @@ import jax
 import numpy as np
 
 from jaxlm.errors import UserError
-from jaxlm.parallel import distributed
 from jaxlm.reporting.hardware import peak_flops
 from jaxlm.settings import Settings
-from jaxlm.training.setup import start
+from jaxlm.training.setup import lay_mesh, start
 from jaxlm.training.step import Batch, batch_sharding
 
 
@@ -19,7 +18,7 @@ def bench(settings: Settings) -> dict[str, Any]:
     """Times `bench.steps` training steps, each waited for. Needs no corpus. Raises UserError without model.vocab_size."""
     if settings.model.vocab_size is None:
         raise UserError("model.vocab_size: missing; bench makes up its tokens and has to know how many there are")
-    run = start(settings, distributed.initialize(settings.devices))
+    run = start(settings, lay_mesh(settings))
     with jax.set_mesh(run.mesh):
         state = run.trainer.init(settings.seed)
         batch = random_batch(settings, run.mesh)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.metadata
+import math
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ class Checkpoints:
         """Copies the state off the devices and returns; the files are written in the background."""
         contents = {"params": state.params, "optimizer": state.optimizer, "clock": {"step": state.step, "key": state.key},
                     "metadata": metadata | {"step": step}}
-        metrics = None if val_loss is None else {"val_loss": val_loss}
+        # NaN would pass for the best, since nothing compares below it
+        metrics = {"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else None
         self._checkpointer.save_checkpointables_async(step, contents, metrics=metrics)
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
     """Refuses settings (nested plain values) that differ from a checkpoint's in one of `keys` (name: reason). Raises UserError."""
     before, now = config.flatten(saved), config.flatten(wanted)
     for key, reason in keys.items():
-        if key in before and before[key] != now[key]:  # a key that is younger than the checkpoint has its default
+        if key in before and before[key] != now[key]:  # else the key is younger than the checkpoint
             raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; "
                             "set it back, or choose another run_dir")
 

@@ -1,7 +1,11 @@
 """`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
 
+import fcntl
+import functools
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,18 +16,21 @@ from jaxlm.data.loading import Batches
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
 from jaxlm.parallel import distributed
-from jaxlm.reporting.files import write_json, write_text
+from jaxlm.reporting.files import check_folder, write_json, write_text
 from jaxlm.reporting.hardware import peak_flops
-from jaxlm.reporting.metrics import MetricsWriter, read_metrics
+from jaxlm.reporting.metrics import MetricsWriter, plain, read_metrics
 from jaxlm.reporting.plots import plot_loss
-from jaxlm.reporting.progress import TrainingProgress
-from jaxlm.reporting.units import format_count
+from jaxlm.reporting.progress import TrainingProgress, print_line
+from jaxlm.reporting.runs import read_summary
+from jaxlm.reporting.units import counted, format_count
 from jaxlm.settings import Settings
 from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes, versions
 from jaxlm.training.evaluation import evaluate
 from jaxlm.training.setup import (
     Corpora,
     Run,
+    check_corpora,
+    lay_mesh,
     make_training_batches,
     make_validation_batches,
     micro_batch_size,
@@ -51,17 +58,22 @@ def train(settings: Settings) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest checkpoint when there is one. Returns the summary (see summary.json).
 
     Raises:
-      UserError: the input is wrong; nothing has been written then but a corpus that could be prepared.
+      UserError: the input is wrong; nothing has been written then.
     """
     started = time.monotonic()
-    devices = distributed.initialize(settings.devices)
-    corpora = open_corpora(settings)
+    check_folder(settings.run_dir, "run_dir")
+    mesh = lay_mesh(settings)
+    corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))
     settings = resolve(settings, corpora[0][0].tokenizer)
-    run = start(settings, devices)
-    run_dir, total = Path(settings.run_dir), settings.train.steps
-    with jax.set_mesh(run.mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
+    run = start(settings, mesh)
+    run_dir, total, main = Path(settings.run_dir), settings.train.steps, distributed.is_main()
+    with jax.set_mesh(mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
         state, first = _start_or_resume(run, checkpoints, corpora)
-        main = distributed.is_main()
+        summary = _finished_summary(run_dir, total) if first == total else None
+        if summary:
+            if main:
+                print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on")
+            return summary
         if main:
             write_text(run_dir / "config.yaml", config.dump(settings))
         writer = MetricsWriter(run_dir, tensorboard=settings.logging.tensorboard, resume_step=first) if main else None
@@ -186,14 +198,16 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
     settings, model = run.settings, run.trainer.model
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     device = run.mesh.devices.flatten()[0]
-    axes = " ".join(f"{axis}={size}" for axis, size in run.mesh.shape.items() if size > 1) or "one device"
-    batch = settings.data.global_batch_size
+    axes = "".join(f", {axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
+    batch, length = settings.data.global_batch_size, settings.data.sequence_length
+    accumulation = settings.train.gradient_accumulation
     lines = [
-        f"{settings.model.family} {format_count(model.num_parameters())} parameters, {settings.train.precision} compute, "
-        f"{run.mesh.size} x {device.device_kind} ({axes}), {jax.process_count()} process(es)",
-        f"batch {batch} x {settings.data.sequence_length} tokens = {format_count(batch * settings.data.sequence_length)} a step; "
-        f"{micro_batch_size(settings) // ways} sequence(s) per device x {settings.train.gradient_accumulation} accumulation; "
-        f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens",
+        f"{settings.model.family} of {format_count(model.num_parameters())} parameters, {settings.train.precision} compute; "
+        f"{counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}",
+        f"a step is {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} tokens"
+        + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
+        + f", {micro_batch_size(settings) // ways} on each device at a time; "
+        f"the corpus has {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))}",
     ]
     if first:
         lines.append(f"resuming from step {first} of {settings.train.steps} ({Path(settings.run_dir) / 'checkpoints'})")
@@ -212,13 +226,19 @@ def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:
     return rows[-1] if rows else {}
 
 
+def _finished_summary(run_dir: Path, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that had ended at `steps` before, with the times it took; None where it had not."""
+    summary = read_summary(run_dir / "summary.json")
+    return summary if summary and summary.get("steps") == steps else None
+
+
 def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
     settings, clock = run.settings, results["clock"]
     times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
     seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
     steps = settings.train.steps
     return {
-        "steps": steps, "tokens": steps * clock.tokens, "val_loss": results["val_loss"],
+        "steps": steps, "tokens": steps * clock.tokens, "val_loss": plain(results["val_loss"]),
         "tokens_per_second": seconds and clock.tokens / seconds, "mfu": seconds and clock.mfu(seconds),
         "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
         "parameters": run.trainer.model.num_parameters(), "wall_seconds": wall_seconds, "compile_seconds": clock.compile_seconds,
@@ -227,16 +247,16 @@ def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str
 
 def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
     """A checkpoint of run_dir over the validation set: `step` and the metrics. Raises UserError."""
-    devices = distributed.initialize(settings.devices)
-    with Checkpoints(settings.run_dir) as checkpoints:
+    mesh = lay_mesh(settings)
+    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
-        corpora = open_corpora(settings)
-        run = start(resolve(settings, corpora[0][0].tokenizer), devices)
+        corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))
+        run = start(resolve(settings, corpora[0][0].tokenizer), mesh)
+        saved = checkpoints.metadata(step)
+        refuse_changes(MODEL_KEYS, saved["settings"], config.to_dict(run.settings), checkpoints.directory)
+        if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
+            raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
         validation = make_validation_batches(run.settings, corpora)
         if validation is None:
             raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
-        if checkpoints.metadata(step)["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
-            raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
-        with jax.set_mesh(run.mesh):
-            params = checkpoints.restore_params(step, run.trainer)
-            return {"step": step} | evaluate_run(run, params, validation, corpora)
+        return {"step": step} | evaluate_run(run, checkpoints.restore_params(step, run.trainer), validation, corpora)

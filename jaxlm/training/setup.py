@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_layout
-from jaxlm.data.corpus import Corpus
+from jaxlm.data.corpus import MANIFEST, Corpus
 from jaxlm.data.loading import Batches, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.stages import given_tokenizer
@@ -20,7 +20,6 @@ from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import make_mesh, rows_needed
-from jaxlm.reporting.files import check_folder
 from jaxlm.settings import Settings
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
@@ -49,7 +48,7 @@ def start(settings: Settings, mesh: Mesh) -> Run:
 
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
-def open_corpora(settings: Settings, accept: Callable[[Corpora], object] | None = None) -> Corpora:
+def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambda corpora: None) -> Corpora:
     """Opens the corpus or the mixture; one that does not exist yet is prepared from data.raw.
 
     Every process may call this: one prepares, those that share its file system wait, those that do not prepare the same
@@ -57,22 +56,22 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] | None 
 
     Args:
       settings: of the run.
-      accept: raises UserError for corpora that this run cannot use; what was prepared for it is then removed again.
+      accept: raises UserError for corpora that this run cannot use; what has just been prepared is then removed again.
     """
     if isinstance(settings.data.corpus, dict):
         corpora = [(Corpus(folder), weight) for folder, weight in settings.data.corpus.items()]
-        if accept:
-            accept(corpora)
+        accept(corpora)
         return corpora
-    folder = settings.data.corpus or os.path.join(settings.run_dir, "corpus")
-    return [(prepare(settings.data, folder, vocab_size=settings.model.vocab_size,
-                     accept=accept and (lambda corpus: accept([(corpus, 1.0)]))), 1.0)]
+    folder = Path(settings.data.corpus or Path(settings.run_dir) / "corpus")
+    if not (folder / MANIFEST).exists():
+        check_given_tokenizer(settings)
+    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
+    return [(corpus, 1.0)]
 
 
-def check_before_corpora(settings: Settings) -> None:
-    """Refuses what is known to be wrong before hours are spent on preparing a corpus. Raises UserError."""
-    check_folder(settings.run_dir, "run_dir")
-    tokenizer = given_tokenizer(settings.data) if settings.data.raw else None
+def check_given_tokenizer(settings: Settings) -> None:
+    """Refuses a tokenizer that the model cannot use, before hours are spent on a corpus. Raises UserError."""
+    tokenizer = given_tokenizer(settings.data)
     if tokenizer:
         resolve(settings, tokenizer)
         if settings.model.family == "bert":
@@ -80,17 +79,37 @@ def check_before_corpora(settings: Settings) -> None:
 
 
 def check_corpora(settings: Settings, corpora: Corpora) -> None:
-    """Refuses corpora that this run cannot be trained on, or evaluated. Raises UserError."""
-    settings = resolve(settings, corpora[0][0].tokenizer)
+    """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises UserError."""
+    tokenizer = corpora[0][0].tokenizer
+    settings = resolve(settings, tokenizer)
     make_training_batches(settings, corpora)
     make_validation_batches(settings, corpora)
+    if settings.model.family == "gpt":
+        encode_prompts(settings, tokenizer)
+
+
+def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of `generate.prompts`; for an empty one, what stands before a document. Raises UserError if one does not fit."""
+    special, limit = tokenizer.special, settings.model.max_length
+    start_token = next((token for token in (special.eos, special.bos) if token is not None), 0)
+    encoded = []
+    for prompt in settings.generate.prompts:
+        shown = f"generate.prompts: {prompt if len(prompt) < 34 else prompt[:30] + '...'!r}"
+        try:
+            ids = tokenizer.encode(prompt) or [start_token]
+        except UserError as error:
+            raise UserError(f"{shown}: {error}") from None
+        if len(ids) >= limit:
+            raise UserError(f"{shown} is {len(ids)} tokens long; expected fewer than model.max_length={limit}")
+        encoded.append(ids)
+    return encoded
 
 
 def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
     """Fills in what the tokenizer decides. Raises UserError when the model's vocabulary is not the tokenizer's."""
     if settings.model.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(f"model.vocab_size={settings.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; set that, "
-                        "or null (the table is padded to a multiple of 128 by itself)")
+        raise UserError(f"model.vocab_size={settings.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; "
+                        "set that, or null (the table is padded to a multiple of 128 by itself)")
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size))
 
 

@@ -40,7 +40,7 @@ def documents(*lengths):
 
 def row(parts, length=16):
     """tokens, positions, segment_ids [1, length] of documents packed into one row, then padding of token 299."""
-    tokens, positions, segment_ids = np.full((1, length), 299, np.int32), np.zeros((1, length), np.int32), np.zeros((1, length), np.int32)
+    tokens, positions, segment_ids = (np.full((1, length), value, np.int32) for value in (299, 0, 0))
     start = 0
     for number, part in enumerate(parts, start=1):
         place = slice(start, start + len(part))
@@ -138,7 +138,7 @@ def test_every_layer_drops_other_elements(models, random_params):
     """With one layer's weights in both layers and no attention, equal masks would make the residual's steps equal."""
     model = Model(replace(models["gpt"], dropout=0.5), TrainSettings())
     params = jax.tree.map(np.zeros_like, random_params(model))
-    params["blocks"]["mlp"]["down"]["bias"] = params["blocks"]["mlp"]["down"]["bias"] + [[1.0], [10.0]]  # layer 0 adds 1, layer 1 adds 10
+    params["blocks"]["mlp"]["down"]["bias"] += np.array([[1], [10]], np.float32)  # what layer 0 and layer 1 add
     params["final_norm"]["scale"] += 1
     keys = jax.random.split(jax.random.key(0), 4)
 
@@ -165,6 +165,7 @@ def ranks(states):
 def test_full_logits_never_exist(models, make_batch, array_shapes):
     batch = make_batch("gpt", 0)
     model = Model(models["gpt"], TrainSettings(loss_chunk=2))
-    sizes = [np.prod(shape) for shape in array_shapes(
-        jax.grad(lambda params: model.bind(params).losses(batch)["next_token"].loss), model.shapes) if 384 in shape or 300 in shape]
+    shapes = array_shapes(jax.grad(lambda params: model.bind(params).losses(batch)["next_token"].loss), model.shapes)
+    assert (16, 2, 384) in shapes
+    sizes = [np.prod(shape) for shape in shapes if 384 in shape or 300 in shape]
     assert max(sizes) == max(384 * 32, 16 * 2 * 384)  # the table, and one chunk of the logits of 16 rows

@@ -1,6 +1,6 @@
 import pytest
 
-from jaxlm.reporting.units import format_count, format_duration, format_milliseconds, format_scientific
+from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds, format_scientific
 
 
 @pytest.mark.parametrize(("value", "text"), [
@@ -20,3 +20,8 @@ def test_durations(seconds, text):
 def test_milliseconds_and_scientific():
     assert [format_milliseconds(s) for s in (0.083, 0.00831, 5.61)] == ["83 ms", "8.31 ms", "5610 ms"]
     assert [format_scientific(v) for v in (2.9e-4, 0.0, 1.0)] == ["2.9e-4", "0", "1.0e0"]
+
+
+def test_a_counted_noun_is_plural_but_for_one():
+    assert [counted(n, "file") for n in (0, 1, 1024)] == ["0 files", "1 file", "1,024 files"]
+    assert counted(2, "process") == "2 processes"

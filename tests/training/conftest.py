@@ -59,9 +59,14 @@ def run_file(folder: Path) -> Path:
 
 
 @pytest.fixture
-def jaxlm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`jaxlm("train", config, "a.b=c")` in this process, whose eight devices are already there: devices.count of them are used."""
+def devices_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """devices.count of this process's eight devices are used; a backend starts only once."""
     monkeypatch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+
+
+@pytest.fixture
+def jaxlm(devices_are_there: None) -> Callable[..., int]:
+    """`jaxlm("train", config, "a.b=c")` in this process; its exit code."""
     return lambda *arguments: cli.main([str(argument) for argument in arguments])
 
 

@@ -15,6 +15,7 @@ from jaxlm.data.corpus import Corpus, Documents
 from jaxlm.data.loading import validation_batches
 from jaxlm.models.layers import Context
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.training.loop import train
 
 STEP_KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds"}
 SUMMARY_KEYS = {"steps", "tokens", "val_loss", "tokens_per_second", "mfu", "devices", "mesh", "parameters", "wall_seconds",
@@ -23,8 +24,12 @@ GPT_KEYS = {"step", "val_loss", "val_perplexity", "val_accuracy", "val_bits_per_
 BERT_KEYS = {"step", "val_loss", "val_mlm_loss", "val_mlm_accuracy", "val_mlm_perplexity", "val_nsp_loss", "val_nsp_accuracy"}
 
 
-def losses(run_dir: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(run_dir) if "loss" in row]
+def step_rows(run_dir: Path) -> list[dict]:
+    return [row for row in read_metrics(run_dir) if "loss" in row]
+
+
+def losses(run_dir: Path) -> list[float | None]:
+    return [row["loss"] for row in step_rows(run_dir)]
 
 
 def evaluations(run_dir: Path) -> list[dict]:
@@ -46,10 +51,10 @@ def test_a_run_directory_holds_what_the_contract_names(finished):
     assert list(finished.glob("tensorboard/events.*"))
     assert {path.name for path in (finished / "checkpoints").iterdir()} == {"8", "12"}
 
-    rows = [row for row in read_metrics(finished) if "loss" in row]
+    rows = step_rows(finished)
     assert [row["step"] for row in rows] == list(range(1, 13))
     assert all(set(row) == STEP_KEYS for row in rows)
-    assert rows[0]["loss"] == pytest.approx(math.log(Corpus(finished.parent / "one").tokenizer.vocab_size), rel=0.02)
+    assert rows[0]["loss"] == pytest.approx(math.log(Corpus(finished.parent / "one").tokenizer.vocab_size), rel=0.05)
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert all(row["mfu"] is None for row in rows)  # nobody publishes a CPU's peak
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2 / 3, 2e-2 / 3] + 10 * [1e-2])
@@ -142,9 +147,9 @@ def test_a_mixture_of_packed_documents_trains_and_is_evaluated_whole(finished, f
 
 def test_bert_trains_and_is_evaluated_whole(folder, run_file, jaxlm, restore):
     run_dir = folder / "bert"
-    assert jaxlm("train", run_file, f"run_dir={run_dir}", "model.family=bert", "model.next_sentence=true", "model.vocab_size=90",
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "model.family=bert", "model.next_sentence=true", "model.vocab_size=40",
                  "data.tokenizer=wordpiece", f"data.corpus={folder / 'wordpiece'}", "optimizer.learning_rate=3e-3") == 0
-    rows = [row for row in read_metrics(run_dir) if "loss" in row]
+    rows = step_rows(run_dir)
     assert set(rows[0]) == STEP_KEYS | {"masked_token_loss", "next_sentence_loss"}
     assert rows[-1]["masked_token_loss"] < 0.95 * rows[0]["masked_token_loss"]
     assert all(row["loss"] == pytest.approx(row["masked_token_loss"] + row["next_sentence_loss"]) for row in rows)
@@ -165,17 +170,17 @@ def test_bert_trains_and_is_evaluated_whole(folder, run_file, jaxlm, restore):
     assert row["val_loss"] == pytest.approx(row["val_mlm_loss"] + row["val_nsp_loss"])
 
 
-# ---- other roads to the same numbers ---------------------------------------------------------------------------------
+# ---- other roads -----------------------------------------------------------------------------------------------------
 
-def test_accumulated_gradients_give_the_same_losses(finished, folder, run_file, jaxlm):
+def test_accumulated_gradients_give_the_same_losses(finished, folder, run_file, devices_are_there):
     run_dir = folder / "accumulated"
-    assert jaxlm("train", run_file, f"run_dir={run_dir}", "train.gradient_accumulation=4", "eval.batch_size=8") == 0
+    train(config.load(run_file, [f"run_dir={run_dir}", "train.gradient_accumulation=4", "eval.batch_size=8"]))
     np.testing.assert_allclose(losses(run_dir), losses(finished), rtol=1e-5)
 
 
-def test_a_run_that_diverges_still_ends_in_order(folder, run_file, jaxlm):
+def test_a_run_that_diverges_still_ends_in_order(folder, run_file, devices_are_there):
     run_dir = folder / "diverged"
-    assert jaxlm("train", run_file, f"run_dir={run_dir}", "optimizer.name=sgd", "optimizer.learning_rate=1e30",
-                 "optimizer.clip_norm=null") == 0
-    assert losses(run_dir)[-1] is None
+    train(config.load(run_file, [f"run_dir={run_dir}", "optimizer.learning_rate=1e30", "optimizer.clip_norm=null",
+                                 "logging.tensorboard=false"]))
+    assert losses(run_dir)[-1] is None  # JSON has no NaN
     assert json.loads((run_dir / "summary.json").read_text())["val_loss"] is None

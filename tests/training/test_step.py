@@ -96,7 +96,8 @@ def test_a_small_batch_is_learned_by_heart(family, models, make_batch, meshes, r
     if family == "gpt":
         mesh, changes = meshes["2x2x2"], {"precision": "bfloat16", "remat": "dots", "gradient_accumulation": 2, "loss_chunk": 4}
         settings = replace(settings, model=replace(settings.model, **LLAMA))
-    settings = replace(settings, train=replace(settings.train, **changes), optimizer=replace(settings.optimizer, learning_rate=0.01))
+    settings = replace(settings, train=replace(settings.train, **changes),
+                       optimizer=replace(settings.optimizer, learning_rate=0.01))
     params = jax.tree.map_with_path(
         lambda path, leaf: leaf / 10 + (path[-1].key == "scale"), random_params(Model(settings.model, settings.train)))
     rows, state = run(settings, mesh, params, [make_batch(family, 0)] * 30)
@@ -134,7 +135,7 @@ def line_settings(clip_norm=None, dropout=0.0, pieces=1):
                    optimizer=OptimizerSettings(name="sgd", learning_rate=0.1, b1=0.0, weight_decay=0.0, clip_norm=clip_norm))
 
 
-TARGETS = {"tokens": np.array([[3.0, 0, 0], [0, 4.0, 0], [0, 0, 5.0], [9.0, 9, 9]], np.float32), "mask": np.array([1, 1, 1, 0], bool)}
+TARGETS = {"tokens": np.array([[3, 0, 0], [0, 4, 0], [0, 0, 5], [9, 9, 9]], np.float32), "mask": np.array([1, 1, 1, 0], bool)}
 
 
 def steps_of(settings, batch, count):
