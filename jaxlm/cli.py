@@ -28,9 +28,9 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
     summary = train(settings)
     samples = generate_from_run(settings) if settings.model.family == "gpt" else []
     if is_main():
-        text = "\n".join(f"{sample.prompt}{sample.text}" for sample in samples)
         if samples:
-            write_text(Path(settings.run_dir) / "samples.txt", text + "\n")
+            text = SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples)
+            write_text(Path(settings.run_dir) / "samples.txt", text)
             print(text)
         print(f"{settings.run_dir}: {_in_short(summary)}; see {write_report(settings.run_dir)}")
 
@@ -51,7 +51,7 @@ def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
 
     row = evaluate_checkpoint(settings)
     if is_main():
-        print(json.dumps(row) if arguments.json else "\n".join(f"{name:24} {value:.6g}" for name, value in row.items()))
+        _print_figures(row, arguments.json)
 
 
 def generate(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -61,8 +61,10 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
 
     samples = generate_from_run(settings)
     if is_main():
-        for sample in samples:
-            print(json.dumps(sample._asdict(), ensure_ascii=False) if arguments.json else f"{sample.prompt}{sample.text}")
+        if arguments.json:
+            print("\n".join(json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples))
+        else:
+            print(SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples), end="")
 
 
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -72,7 +74,7 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
 
     figures = bench(settings)
     if is_main():
-        print(json.dumps(figures) if arguments.json else "\n".join(f"{name:24} {value}" for name, value in figures.items()))
+        _print_figures(figures, arguments.json)
 
 
 def report(run_dirs: Sequence[str]) -> None:
@@ -89,6 +91,16 @@ def report(run_dirs: Sequence[str]) -> None:
         picture = Path(run_dirs[0]) / "comparison.png"
         plot_comparison(run_dirs, picture)
         print(f"loss curves: {picture}")
+
+
+def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            value = " ".join(f"{axis}={size}" for axis, size in value.items())
+        print(f"{name:20} {'not known' if value is None else f'{value:.6g}' if isinstance(value, float) else value}")
 
 
 def _in_short(summary: dict[str, Any]) -> str:
@@ -111,6 +123,7 @@ def _console() -> "Console":
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench}
+SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
 ALL_VERBS = (*VERBS, "report")
 RESUMED = ("train", "prepare")
 LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")

@@ -1,6 +1,7 @@
 """The run file: YAML and `a.b=c` overrides in, validated `Settings` out, or one line that says what is wrong."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -162,9 +163,12 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
-    """The nearest full key, or the key of the same last name in another section."""
-    same_name = [full for full in known if full.split(".")[-1] == name.split(".")[-1]]
-    return f"; did you mean '{same_name[0]}'?" if same_name else nearest(name, known)
+    """A much like key of the same section, else the key of the same last name in another section, else the nearest of all."""
+    section, _, last = name.rpartition(".")
+    siblings = {full.rpartition(".")[2]: full for full in known if full.rpartition(".")[0] == section}
+    alike = [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
+    namesakes = [full for full in known if full.rpartition(".")[2] == last]
+    return f"; did you mean '{(alike + namesakes)[0]}'?" if alike + namesakes else nearest(name, known)
 
 
 def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:

@@ -65,7 +65,7 @@ def make_batch() -> Callable[[str, int], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def random_params() -> Callable[[Model], Params]:
-    """`random_params(model)`: normal numbers everywhere, so that no bias is 0 and no scale is 1. (`Model.init` compiles for long.)"""
+    """`random_params(model)`: normal numbers everywhere, no bias 0 and no scale 1. (`Model.init` takes long to compile.)"""
     def draw(model: Model) -> Params:
         random = np.random.default_rng(0)
         return jax.tree.map(lambda leaf: jnp.asarray(random.normal(scale=0.2, size=leaf.shape), leaf.dtype), model.shapes)

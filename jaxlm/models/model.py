@@ -34,7 +34,7 @@ class Model:
         self.settings = settings
         self._make: Callable[[jax.Array], nnx.Module] = lambda key: FAMILIES[settings.family](
             settings, dtype=jnp.dtype(train.precision), remat=train.remat, loss_chunk=train.loss_chunk, rngs=nnx.Rngs(params=key))
-        self._graph, state = nnx.split(nnx.eval_shape(self._make, jax.random.key(0)))
+        self._graph, state = nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
         self._structure = jax.tree.structure(state)
         self.shapes = nnx.to_pure_dict(state)
         # A stacked parameter has one dimension more than the block it was written in named.

@@ -1,10 +1,10 @@
 """Processes: joining the others of this run, and starting several on this machine."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 
@@ -15,6 +15,7 @@ from jaxlm.settings import DevicesSettings
 
 # JAX's own names, so that any launcher that sets them for JAX serves jaxlm.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
+LAUNCHER = "JAXLM_LAUNCHER"  # id of the process that --processes belongs to; none of its processes outlives it
 
 
 def initialize(settings: DevicesSettings) -> list[jax.Device]:
@@ -35,11 +36,14 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
         if several:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if several and not jax.distributed.is_initialized():
+        if LAUNCHER in os.environ:
+            threading.Thread(target=_end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
         _join()
     try:
         local = jax.local_devices()
-    except RuntimeError as error:
-        raise UserError(f"devices.platform={settings.platform}: no such backend here ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX fails where the platform's plugin is not installed
+        reason = str(error).splitlines()[0] if str(error) else "JAX knows no plugin for it"
+        raise UserError(f"devices.platform={settings.platform}: no such backend here ({reason})") from None
     count = settings.count or len(local)
     if count > len(local):
         raise UserError(f"devices.count={count}: this process has {len(local)} {local[0].platform} device(s); "
@@ -52,7 +56,11 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
 
 def _join() -> None:
     if COORDINATOR not in os.environ:
-        jax.distributed.initialize()  # Slurm or TPU: JAX asks the cluster
+        try:
+            jax.distributed.initialize()  # Slurm or TPU: JAX asks the cluster
+        except ValueError:  # there is none to ask
+            raise UserError(f"devices.platform=tpu: no TPU here; start jaxlm on a TPU host, or set {COORDINATOR}, "
+                            f"{NUM_PROCESSES} and {PROCESS_ID}") from None
         return
     missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if not os.environ.get(name, "").isdigit()]
     if missing:
@@ -75,7 +83,8 @@ def run_local_processes(arguments: Sequence[str], num_processes: int) -> int:
         port = probe.getsockname()[1]
     processes = []
     for process_id in range(num_processes):
-        environment = os.environ | {COORDINATOR: f"127.0.0.1:{port}", NUM_PROCESSES: str(num_processes), PROCESS_ID: str(process_id)}
+        environment = os.environ | {COORDINATOR: f"127.0.0.1:{port}", NUM_PROCESSES: str(num_processes),
+                                    PROCESS_ID: str(process_id), LAUNCHER: str(os.getpid())}
         processes.append(subprocess.Popen([sys.executable, "-m", "jaxlm.cli", *arguments], env=environment))
     try:
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
@@ -83,13 +92,14 @@ def run_local_processes(arguments: Sequence[str], num_processes: int) -> int:
         return _first_failure(processes)
     finally:
         for process in processes:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM)
-        for process in processes:
-            try:
-                process.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            process.kill()  # after jax.distributed.initialize SIGTERM ends nothing; what is being written is whole or not there
+            process.wait()
+
+
+def _end_with(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(0.5)
+    os._exit(1)
 
 
 def _first_failure(processes: Sequence[subprocess.Popen]) -> int:

@@ -90,11 +90,12 @@ class Checkpoints:
 
 def versions() -> dict[str, str]:
     """Versions of the packages whose numbers end up in a checkpoint."""
-    return {name: importlib.metadata.version(name) for name in ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")}
+    packages = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {name: importlib.metadata.version(name) for name in packages}
 
 
 def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuses settings (nested plain values) that differ from a checkpoint's in one of `keys` (name: reason). Raises UserError."""
+    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason). Raises UserError."""
     before, now = config.flatten(saved), config.flatten(wanted)
     for key, reason in keys.items():
         if key in before and before[key] != now[key]:  # else the key is younger than the checkpoint
@@ -115,4 +116,4 @@ def _preservation(keep: CheckpointSettings) -> Any:
 
 
 def _abstract(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding), shapes, shardings)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)

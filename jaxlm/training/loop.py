@@ -1,11 +1,12 @@
 """`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
 
+import dataclasses
 import fcntl
 import functools
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +68,7 @@ def train(settings: Settings) -> dict[str, Any]:
     settings = resolve(settings, corpora[0][0].tokenizer)
     run = start(settings, mesh)
     run_dir, total, main = Path(settings.run_dir), settings.train.steps, distributed.is_main()
-    with jax.set_mesh(mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
+    with _alone_in(run_dir), jax.set_mesh(mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
         state, first = _start_or_resume(run, checkpoints, corpora)
         summary = _finished_summary(run_dir, total) if first == total else None
         if summary:
@@ -93,6 +94,22 @@ def train(settings: Settings) -> dict[str, Any]:
     return summary
 
 
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """Holds run_dir for this run; the end of its process, in any way, frees it. Raises UserError while another run holds it."""
+    if not distributed.is_main():
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"run_dir={run_dir}: another `jaxlm train` is at work in it; wait for its end, "
+                            "or choose another run_dir") from None
+        yield
+
+
 def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tuple[TrainState, int]:
     """The newest checkpoint's state, or a fresh one; and the number of steps already done."""
     if not checkpoints.steps:
@@ -101,11 +118,11 @@ def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tu
     saved, own = checkpoints.metadata(step), _metadata(run, corpora)
     refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
     if saved["corpora"] != own["corpora"]:
-        raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were trained "
-                        "on; set it back, or choose another run_dir")
+        raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
+                        "trained on; set it back, or choose another run_dir")
     if step > run.settings.train.steps:
-        raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps already; "
-                        "expected at least as many, or choose another run_dir")
+        raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps "
+                        "already; expected at least as many, or choose another run_dir")
     return checkpoints.restore(step, run.trainer), step
 
 
@@ -186,7 +203,8 @@ class _Clock:
         seconds = (time.monotonic() - self.since) / steps
         wait = self.data_wait / steps
         self.restart(step)
-        return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds, "data_wait_seconds": wait}
+        return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds,
+                "data_wait_seconds": wait}
 
     def mfu(self, seconds: float) -> float | None:
         """Model FLOPs utilization (Chowdhery et al. 2022, appendix B); None where the device's peak is not published."""
@@ -204,10 +222,10 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
     lines = [
         f"{settings.model.family} of {format_count(model.num_parameters())} parameters, {settings.train.precision} compute; "
         f"{counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}",
-        f"a step is {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} tokens"
+        f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
+        f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)}"
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
-        + f", {micro_batch_size(settings) // ways} on each device at a time; "
-        f"the corpus has {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))}",
+        + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
     if first:
         lines.append(f"resuming from step {first} of {settings.train.steps} ({Path(settings.run_dir) / 'checkpoints'})")
@@ -217,7 +235,8 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
 def _metadata(run: Run, corpora: Corpora) -> dict[str, Any]:
     tokenizer = corpora[0][0].tokenizer
     return {"settings": config.to_dict(run.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(run.mesh.shape), "versions": versions()}
+            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(run.mesh.shape),
+            "versions": versions()}
 
 
 def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:
@@ -246,7 +265,8 @@ def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str
 
 
 def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
-    """A checkpoint of run_dir over the validation set: `step` and the metrics. Raises UserError."""
+    """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
+    settings = dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, steps=None))  # all, whatever training took
     mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)

@@ -1,4 +1,4 @@
-"""What the tests of whole runs share: a little text, a run file for a tiny model, and `jaxlm` itself, here or in a process of its own."""
+"""What the tests of whole runs share: a little text, a run file for a tiny model, and `jaxlm`, here or in its own process."""
 
 import functools
 import os
@@ -71,6 +71,15 @@ def jaxlm(devices_are_there: None) -> Callable[..., int]:
 
 
 @pytest.fixture
+def finished(folder: Path, run_file: Path, jaxlm: Callable[..., int]) -> Path:
+    """The run directory of a gpt trained for 12 steps on one device; the first test that asks trains it."""
+    run_dir = folder / "finished"
+    if not run_dir.exists():
+        assert jaxlm("train", run_file, f"run_dir={run_dir}") == 0
+    return run_dir
+
+
+@pytest.fixture
 def start_jaxlm(folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     """`start_jaxlm("train", config, "a.b=c")`: a process of its own, with the same compiled programs. Ended with the test."""
     environment = os.environ | {
@@ -85,8 +94,9 @@ def start_jaxlm(folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
 
     yield start_one
     for process in started:
-        process.kill()
-        process.communicate()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,8 @@ def changed(**overrides: object) -> dict:
 
 @pytest.mark.parametrize(("key", "value"), [
     ("model.num_layers", 13), ("model.tied_embeddings", False), ("optimizer.name", "lamb"), ("optimizer.b1", 0.0), ("seed", 1),
-    ("data.global_batch_size", 16), ("data.sequence_length", 64), ("data.packing", "documents"), ("data.masking.probability", 0.2),
+    ("data.global_batch_size", 16), ("data.sequence_length", 64), ("data.packing", "documents"),
+    ("data.masking.probability", 0.2),
 ])
 def test_what_the_state_or_the_examples_depend_on_may_not_change(tmp_path, key, value):
     before, now = changed(), changed(**{key.replace(".", "__"): value})
@@ -96,4 +97,4 @@ def test_only_the_architecture_counts_where_only_parameters_are_read(tmp_path):
 
 
 def test_every_fixed_key_is_a_key():
-    assert set(FIXED_KEYS) <= {name for name, *_ in config.keys()}
+    assert set(FIXED_KEYS) <= {name for name, *_ in config.key_table()}

@@ -17,6 +17,7 @@ from jaxlm.models.layers import Context
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.training.loop import train
 
+pytestmark = pytest.mark.xdist_group("runs")  # what one compiles, the others use
 STEP_KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds"}
 SUMMARY_KEYS = {"steps", "tokens", "val_loss", "tokens_per_second", "mfu", "devices", "mesh", "parameters", "wall_seconds",
                 "compile_seconds"}
@@ -34,15 +35,6 @@ def losses(run_dir: Path) -> list[float | None]:
 
 def evaluations(run_dir: Path) -> list[dict]:
     return [row for row in read_metrics(run_dir) if "val_loss" in row]
-
-
-@pytest.fixture
-def finished(folder, run_file, jaxlm) -> Path:
-    """A gpt trained for 12 steps on one device; the first test that asks trains it."""
-    run_dir = folder / "finished"
-    if not run_dir.exists():
-        assert jaxlm("train", run_file, f"run_dir={run_dir}") == 0
-    return run_dir
 
 
 def test_a_run_directory_holds_what_the_contract_names(finished):

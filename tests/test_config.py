@@ -1,0 +1,238 @@
+"""The run file: what is read, what is refused and how, and what is written back."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxlm import cli, config
+from jaxlm.checks import check_layout
+from jaxlm.errors import UserError
+from jaxlm.settings import Settings
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def load(tmp_path):
+    """`load(text, "a.b=c", ...)`: the settings of a run file with this text."""
+    def load_text(text: str = "", *overrides: str) -> Settings:
+        (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+        return config.load(tmp_path / "run.yaml", overrides)
+
+    return load_text
+
+
+def refusal(load, *arguments) -> str:
+    with pytest.raises(UserError) as caught:
+        load(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --------------------------------------------------------------------------------------------------------------- loading
+
+def test_an_empty_file_is_all_defaults(load):
+    assert load() == Settings()
+    assert load("model:\ntrain: {}\n") == Settings()
+
+
+def test_values_come_from_the_file_and_then_from_the_overrides(load):
+    settings = load("seed: 3\ntrain:\n  steps: 20\n  precision: bfloat16\n", "train.steps=30", "optimizer.learning_rate=1e-3")
+    assert (settings.seed, settings.train.steps, settings.train.precision) == (3, 30, "bfloat16")
+    assert settings.optimizer.learning_rate == 1e-3
+    assert settings == dataclasses.replace(
+        Settings(), seed=3, train=dataclasses.replace(Settings().train, steps=30, precision="bfloat16"),
+        optimizer=dataclasses.replace(Settings().optimizer, learning_rate=1e-3))
+
+
+@pytest.mark.parametrize(("override", "value"), [
+    ("data.raw=a.txt", "a.txt"), ("data.raw=[a.txt, 'b*.gz']", ["a.txt", "b*.gz"]), ("data.raw=null", None),
+    ("data.corpus={one: 2, two: 0.5}", {"one": 2.0, "two": 0.5}), ("data.validation=0", 0.0),
+    ("data.validation=held/*.txt", "held/*.txt"), ("data.cleaning.near_duplicates=0.8", 0.8),
+    ("generate.prompts=['', \"\\n\"]", ["", "\n"]), ("logging.tensorboard=false", False), ("run_dir=a=b", "a=b")])
+def test_overrides_are_yaml(load, override, value):
+    settings = load("model: {vocab_size: 300}", override)
+    assert config.flatten(config.to_dict(settings))[override.partition("=")[0]] == value
+
+
+def test_a_run_directory_is_a_config_wherever_it_has_been_moved(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "config.yaml").write_text(config.dump(dataclasses.replace(Settings(), run_dir=str(old), seed=5)))
+    assert config.load(old).run_dir == str(old)
+    old.rename(new)
+    assert (config.load(new).run_dir, config.load(new).seed) == (str(new), 5)
+    assert config.load(new, ["run_dir=elsewhere"]).run_dir == "elsewhere"
+    assert config.load(new / "config.yaml").run_dir == str(old)  # a file says what it says
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_says_what_it_is(path):
+    settings = config.load(path)
+    assert settings.run_dir == f"runs/{path.stem}"
+    header = path.read_text(encoding="utf-8").split("\nrun_dir")[0]
+    assert all(line.startswith("#") for line in header.splitlines())
+    assert f"jaxlm train configs/{path.name}" in header and "Hardware:" in header
+
+
+# ------------------------------------------------------------------------------------------------------------ round trip
+
+def test_dump_and_load_change_nothing(load):
+    for settings in (Settings(), *(config.load(path) for path in CONFIGS)):
+        assert load(config.dump(settings)) == settings
+        assert json.loads(json.dumps(config.to_dict(settings))) == config.to_dict(settings)
+
+
+def test_every_value_survives_the_round_trip(load):
+    text = yaml.safe_dump({
+        "run_dir": "années/日本",
+        "data": {"corpus": {"a b": 1.5, "c": 2}, "validation": "x/*.gz", "cleaning": {"scripts": ["latin"]}},
+        "generate": {"prompts": ["", "\n", "a: b # c", "1e5", "null"]}, "optimizer": {"learning_rate": 1e-7, "clip_norm": None}})
+    settings = load(text)
+    assert settings.generate.prompts == ["", "\n", "a: b # c", "1e5", "null"]
+    assert load(config.dump(settings)) == settings
+
+
+def test_flatten_keeps_values_that_are_mappings():
+    flat = config.flatten(config.to_dict(dataclasses.replace(
+        Settings(), data=dataclasses.replace(Settings().data, corpus={"one": 1.0}))))
+    assert flat["data.corpus"] == {"one": 1.0} and flat["data.masking.probability"] == 0.15 and flat["seed"] == 0
+    assert set(flat) == {name for name, *_ in config.key_table()}
+
+
+# ------------------------------------------------------------------------------------------------------------------ help
+
+def test_help_lists_every_key_for_every_verb(capsys):
+    table = list(config.key_table())
+    assert len(table) == len({name for name, *_ in table}) > 90
+    for verb in cli.VERBS:
+        with pytest.raises(SystemExit) as ended:
+            cli.main([verb, "--help"])
+        assert ended.value.code == 0
+        shown = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+        rows = {cells[0]: cells[1:] for cells in shown if cells}
+        for name, kind, default, unit, meaning in table:
+            assert meaning and " ".join(rows[name]).startswith(kind[:20].strip()), name
+            text = json.dumps(default)
+            assert text in rows[name] or len(text) > 20, name
+            assert not unit or unit in rows[name], name
+
+
+def test_help_says_types_for_people():
+    kinds = {name: kind for name, kind, *_ in config.key_table()}
+    assert kinds["train.steps"] == "integer > 0"
+    assert kinds["model.dropout"] == "number >= 0, < 1"
+    assert kinds["model.family"] == "gpt | bert"
+    assert kinds["model.bias"] == "true | false"
+    assert kinds["data.corpus"] == "text | mapping of text to number > 0 | null"
+    assert kinds["generate.prompts"] == "list of text"
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_the_overview_names_every_verb(capsys, arguments):
+    assert cli.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {verb} " in out for verb in cli.ALL_VERBS)
+
+
+# -------------------------------------------------------------------------------------------------------------- refusals
+
+@pytest.mark.parametrize(("name", "nearest"), [
+    ("train.step", "train.steps"), ("trian.steps", "train.steps"), ("learning_rate", "optimizer.learning_rate"),
+    ("train.learning_rate", "optimizer.learning_rate"), ("model.n_heads", "model.num_heads"), ("modle.bias", "model.bias"),
+    ("data.cleaning.min_chars", "data.cleaning.min_characters"), ("sed", "seed")])
+def test_an_unknown_key_is_answered_with_the_nearest(load, name, nearest):
+    assert refusal(load, "", f"{name}=1") == f"unknown key '{name}'; did you mean '{nearest}'?"
+    *sections, last = name.split(".")
+    values = {last: 1}
+    for section in reversed(sections):
+        values = {section: values}
+    assert "run.yaml:1: unknown key '" in refusal(load, yaml.safe_dump(values, default_flow_style=True))
+
+
+def test_a_refusal_says_where(load):
+    text = "seed: 1\ntrain:\n  # longer\n  steps: -2\n"
+    assert refusal(load, text).endswith("run.yaml:4: train.steps=-2: expected integer > 0")
+    assert refusal(load, text, "train.steps=-3") == "train.steps=-3: expected integer > 0"
+    assert load(text, "train.steps=3").train.steps == 3
+    assert "run.yaml:6: train.steps is already set in line 4" in refusal(load, text + "  precision: float32\n  steps: 3\n")
+    assert "run.yaml:2: model.family='gtp': expected gpt | bert; did you mean 'gpt'?" in refusal(load, "model:\n  family: gtp\n")
+
+
+CONTRADICTIONS = {
+    "model.hidden_size=100 is not a multiple of model.num_heads=12": ["model.hidden_size=100"],
+    "model.num_heads=12 is not a multiple of model.num_kv_heads=5": ["model.num_kv_heads=5"],
+    "model.positions=rope needs an even head width": ["model.positions=rope", "model.head_dim=5"],
+    "model.positions=rope: only for gpt": ["model.family=bert", "model.positions=rope"],
+    "model.normalization=rmsnorm: only for gpt": ["model.family=bert", "model.normalization=rmsnorm"],
+    "model.tied_embeddings=false: only for gpt": ["model.family=bert", "model.tied_embeddings=false"],
+    "model.qk_norm=true: only for gpt": ["model.family=bert", "model.qk_norm=true"],
+    "model.next_sentence=true needs model.family=bert": ["model.next_sentence=true"],
+    "model.type_vocab_size=1": ["model.family=bert", "model.next_sentence=true", "model.type_vocab_size=1"],
+    "model.attention=cudnn has no attention dropout": ["model.attention=cudnn", "model.dropout=0.1"],
+    "data.sequence_length=2048 is longer than model.max_length=1024": ["data.sequence_length=2048"],
+    "data.sequence_length=1 is too short; at least 2": ["data.sequence_length=1"],
+    "data.sequence_length=4 is too short; at least 5": ["model.family=bert", "data.sequence_length=4"],
+    "data.global_batch_size=8 is not a multiple of train.gradient_accumulation=3": ["train.gradient_accumulation=3"],
+    "train.loss_chunk=100 does not divide data.sequence_length=1024": ["train.loss_chunk=100"],
+    "model.vocab_size: missing; say to how many tokens the unigram": ["data.tokenizer=unigram", "data.raw=x"],
+    "data.tokenizer=characters has no cls, sep and mask": ["model.family=bert", "data.tokenizer=characters", "data.raw=x"],
+    "data.corpus is an empty mixture": ["data.corpus={}"],
+    "data.raw cannot be prepared into a mixture": ["data.corpus={a: 1}", "data.raw=x", "data.tokenizer=bytes"],
+    "run_dir is empty": ["run_dir=' '"],
+    "generate.prompts is empty": ["generate.prompts=[]"],
+    "schedule.warmup_steps=1000 leaves nothing of train.steps=1000": ["schedule.warmup_steps=1000"],
+    "schedule.decay_steps=2000 is more than train.steps=1000": ["schedule.decay_steps=2000"],
+    "schedule.decay_steps=50 is not more than schedule.warmup_steps=50": ["schedule.decay_steps=50", "schedule.warmup_steps=50"],
+    "mesh.stage=2 is not available yet": ["mesh.stage=2"],
+    "mesh.fsdp=0; expected a positive number": ["mesh.fsdp=0"],
+    "mesh.data=-1 and mesh.tensor=-1: only one axis": ["mesh.data=-1", "mesh.tensor=-1"],
+    "mesh.tensor=8 does not divide model.num_heads=12": ["mesh.tensor=8"],
+    "mesh.tensor=4 does not divide model.num_kv_heads=2": ["mesh.tensor=4", "model.num_kv_heads=2"],
+    "mesh.tensor=4 does not divide model.intermediate_size=50": ["mesh.tensor=4", "model.intermediate_size=50"],
+    "mesh.tensor=3 does not divide the vocabulary": ["mesh.tensor=3"],
+    "mesh.fsdp=5 does not divide model.hidden_size=768": ["mesh.fsdp=5"],
+    "data.global_batch_size / train.gradient_accumulation = 2 sequences do not divide over mesh.data * mesh.fsdp = 4 devices":
+        ["mesh.data=2", "mesh.fsdp=2", "train.gradient_accumulation=4"],
+    "eval.batch_size = 3 sequences do not divide": ["mesh.data=4", "eval.batch_size=3"],
+}
+
+
+@pytest.mark.parametrize("message", CONTRADICTIONS)
+def test_contradictions_are_refused(load, message):
+    assert refusal(load, "", *CONTRADICTIONS[message]).startswith(message)
+
+
+def test_what_looks_like_a_contradiction_and_is_none(load):
+    load("", "model.hidden_size=100", "model.head_dim=8")
+    load("", "model.attention=cudnn", "model.dropout=0.1", "model.attention_dropout=0")
+    load("", "model.family=bert", "train.loss_chunk=100")
+    load("", "schedule.name=constant", "schedule.decay_steps=50", "schedule.warmup_steps=50")
+    load("", "schedule.name=warmup_stable_decay", "schedule.decay_steps=50", "schedule.warmup_steps=900")
+    load("", "mesh.data=-1", "mesh.fsdp=2", "mesh.tensor=4")
+
+
+def test_a_mesh_is_checked_again_once_its_devices_are_known(load):
+    settings = load("", "mesh.fsdp=-1", "mesh.tensor=2", "data.global_batch_size=12")
+    check_layout(settings, {"data": 1, "fsdp": 4, "tensor": 2})
+    for sizes, message in (({"data": 1, "fsdp": 8, "tensor": 2}, "12 sequences do not divide over .* = 8 devices"),
+                           ({"data": 1, "fsdp": 5, "tensor": 2}, "mesh.fsdp=5 does not divide model.hidden_size=768")):
+        with pytest.raises(UserError, match=message):
+            check_layout(settings, sizes)
+
+
+def test_numbers_are_numbers(load):
+    for value in ("nan", ".inf", "-.inf", "true", "'text'", "[1]", "null"):
+        for name in ("optimizer.learning_rate", "train.steps"):
+            assert refusal(load, "", f"{name}={value}").startswith(f"{name}=")
+    settings = load("optimizer: {learning_rate: 1e-4}", "train.steps=10", "seed=0")
+    assert (settings.optimizer.learning_rate, settings.train.steps) == (1e-4, 10)
+
+
+def test_sections_are_sections(load):
+    assert "run.yaml:1: train is a section: expected keys under it, found '5'" in refusal(load, "train: 5")
+    assert refusal(load, "", "train=5") == "'train=5': train is a section; set one of its keys, for example train.steps=..."
