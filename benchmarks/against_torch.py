@@ -1,7 +1,7 @@
 """Step time of jaxlm beside Hugging Face transformers on PyTorch, on this CPU, in one run.
 
     pip install -e . && pip install 'torch==2.13.0' transformers     # the second may be another environment: --torch-python
-    python benchmarks/against_torch.py --torch-script torch_reference.py [--torch-python PYTHON] [--rounds 3] [gpt_tiny gpt2_124m bert_tiny]
+    python benchmarks/against_torch.py --torch-script torch_reference.py [--torch-python PYTHON] [--rounds 3] [SHAPE ...]
 
 `torch_reference.py` is any program that prints one JSON line per precision with `precision` and `median_step_ms`, for the
 arguments `gpt2|bert --layers --heads --hidden --length --batch --vocab --steps`. The two are timed alternately, `--rounds`
@@ -39,7 +39,8 @@ def time_jaxlm(shape: dict, config: str) -> dict[str, float]:
     medians = {}
     for precision in ("float32", "bfloat16"):
         command = [sys.executable, "-m", "jaxlm.cli", "bench", config, *overrides, f"train.precision={precision}", "--json"]
-        medians[precision] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)["median_step_ms"]
+        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        medians[precision] = json.loads(result.stdout)["median_step_ms"]
     return medians
 
 
@@ -58,7 +59,8 @@ def main() -> None:
         for _ in range(arguments.rounds):
             ours.append(time_jaxlm(SHAPES[name], arguments.config))
             theirs.append(time_torch(SHAPES[name], arguments.torch_python, arguments.torch_script))
-        best = [{precision: min(side[precision] for side in sides) for precision in ("float32", "bfloat16")} for sides in (ours, theirs)]
+        best = [{precision: min(side[precision] for side in sides) for precision in ("float32", "bfloat16")}
+                for sides in (ours, theirs)]
         cells = [f"{milliseconds:.1f} ms" for side in best for milliseconds in side.values()]
         print(f"| {name} | {' | '.join(cells)} | {min(best[1].values()) / min(best[0].values()):.2f} |", flush=True)
 

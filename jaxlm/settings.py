@@ -151,7 +151,7 @@ class OptimizerSettings:
 
     name: Literal["adamw", "adam", "sgd", "rmsprop", "lion", "adafactor", "lamb", "muon"] = key("adamw", "update rule")
     learning_rate: PositiveFloat = key(3e-4, "peak learning rate")
-    weight_decay: NotNegativeFloat = key(0.1, "decoupled weight decay (adamw, lion, adafactor, lamb, muon); L2 for adam, sgd, rmsprop")
+    weight_decay: NotNegativeFloat = key(0.1, "decoupled weight decay; for adam, sgd and rmsprop L2 in the gradient")
     b1: Fraction = key(0.9, "decay of the first moment, or momentum")
     b2: Fraction = key(0.95, "decay of the second moment")
     epsilon: PositiveFloat = key(1e-8, "added to the denominator")
@@ -208,7 +208,8 @@ class EvalSettings:
 
     every_steps: Positive = key(500, "interval", "steps")
     steps: Positive | None = key(None, "batches; null: the whole validation set", "batches")
-    batch_size: Positive | None = key(None, "sequences in one batch; null: data.global_batch_size / train.gradient_accumulation", "sequences")
+    batch_size: Positive | None = key(
+        None, "sequences in one batch; null: data.global_batch_size / train.gradient_accumulation", "sequences")
 
 
 @dataclass(frozen=True, kw_only=True)

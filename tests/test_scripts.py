@@ -59,7 +59,7 @@ def test_run_copies_installs_and_starts_detached_on_all_hosts():
     assert steps[1] == "sudo mount a:/b /shared"
     assert any("uv pip install" in step and "'./jaxlm[tpu]'" in step for step in steps)
     started = shlex.split(re.search(r"setsid nohup (.*?) </dev/null", steps[-1])[1])
-    assert started == ["~/venv/bin/jaxlm", "train", *RUN]  # every word arrives as it was given
+    assert started == ["~/venv/bin/jaxlm", "train", *RUN, "devices.platform=tpu"]  # every word arrives as it was given
 
 
 def test_run_clones_a_repository():
@@ -86,10 +86,10 @@ def test_the_start_command_runs_once(tmp_path):
         again = subprocess.run(["bash", "-c", check], **host)
         assert again.returncode == 1 and "already" in again.stderr
         for _ in range(200):
-            if (log := (tmp_path / "jaxlm.log").read_text()).count("|") == 4:
+            if (log := (tmp_path / "jaxlm.log").read_text()).count("|") == 5:
                 break
             subprocess.run(["sleep", "0.05"], check=True)
-        assert log == "|".join(["train", *RUN]) + "|"
+        assert log == "|".join(["train", *RUN, "devices.platform=tpu"]) + "|"
     finally:
         os.kill(pid, 9)
 

@@ -38,5 +38,5 @@ on_workers all "cd ~ && .local/bin/uv venv --quiet --allow-existing --python 3.1
 on_workers all "cd ~ && .local/bin/uv pip install --quiet --python venv/bin/python -e './jaxlm[tpu]'"
 
 # 4. The run. setsid and nohup: it outlives this connection.
-on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}") </dev/null >>~/jaxlm.log 2>&1 & \
+on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}" devices.platform=tpu) </dev/null >>~/jaxlm.log 2>&1 & \
 echo \$! >~/jaxlm.pid; }"

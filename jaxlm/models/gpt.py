@@ -47,7 +47,8 @@ class GPT(nnx.Module):
         rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
         self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         learned = settings.positions == "learned"
-        self.position_embedding = Embedding(settings.max_length, width, "positions", stddev=stddev, rngs=rngs) if learned else None
+        self.position_embedding = (
+            Embedding(settings.max_length, width, "positions", stddev=stddev, rngs=rngs) if learned else None)
         self.blocks = stack(lambda rngs: Block(settings, rngs), settings.num_layers, rngs)
         self.final_norm = _norm(settings)
         tied = settings.tied_embeddings
@@ -78,7 +79,8 @@ class GPT(nnx.Module):
         positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
         x, _ = self.hidden(tokens, Context(positions, batch.get("segment_ids"), dropout_keys))
         table = self._output_table()
-        return {"next_token": cross_entropy(x, table, jnp.zeros(table.shape[0]), batch["targets"], batch["loss_mask"], self.head_facts)}
+        no_bias = jnp.zeros(table.shape[0])
+        return {"next_token": cross_entropy(x, table, no_bias, batch["targets"], batch["loss_mask"], self.head_facts)}
 
     @staticmethod
     def counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

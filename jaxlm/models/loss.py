@@ -117,7 +117,8 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
     size = _chunk_size(x.shape[1], head.chunk or CHUNK_BYTES // (4 * x.shape[0] * table.shape[0]))
     chunks = [jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 1, 0) for array in (x, targets, mask)]
     zeros = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
-    carry = (zeros, *((jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)))
+    empty = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)
+    carry = (zeros, *empty)
     if len(chunks[0]) == 1:
         carry, grad_x = one_chunk(carry, [array[0] for array in chunks])
         grad_x = grad_x[None] if with_gradients else None
