@@ -13,7 +13,7 @@ import yaml
 
 from jaxlm.checks import check
 from jaxlm.errors import UserError, nearest
-from jaxlm.settings import Settings
+from jaxlm.settings import Settings, sections
 
 _SETTINGS = pydantic.TypeAdapter(Settings)
 
@@ -43,29 +43,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     return settings
 
 
-def dump(settings: Settings) -> str:
-    """YAML that `load` turns back into the same settings."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
-
-
-def to_dict(settings: Settings) -> dict[str, Any]:
-    """Nested plain values, JSON-able."""
-    return _SETTINGS.dump_python(settings, mode="json")
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a.b": 1}, along sections only (a mapping that is a value, as a data mixture, stays)."""
-    sections = {name for name, _ in _sections()}
-    flat = {}
-    for name, value in values.items():
-        full = f"{prefix}{name}"
-        flat |= flatten(value, f"{full}.") if full in sections and isinstance(value, dict) else {full: value}
-    return flat
-
-
 def key_table() -> Iterator[tuple[str, str, Any, str, str]]:
     """Every key as (dotted name, type, default, unit, help), in the order of `jaxlm.settings`."""
-    for prefix, section in [("", Settings), *_sections()]:
+    for prefix, section in [("", Settings), *sections()]:
         hints = typing.get_type_hints(section, include_extras=True)
         for item in dataclasses.fields(section):
             if not dataclasses.is_dataclass(hints[item.name]):
@@ -105,11 +85,11 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
 
 def _key_lines(tree: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
     """(dotted name, line) of every key of every section, in the order of the file; a name that occurs twice comes twice."""
-    sections = {name for name, _ in _sections()}
+    known = {name for name, _ in sections()}
     for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
         name = f"{prefix}{key.value}"
         yield name, key.start_mark.line + 1
-        if name in sections:
+        if name in known:
             yield from _key_lines(value, f"{name}.")
 
 
@@ -128,21 +108,13 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         raise UserError(f"'{override}': the value is not valid YAML; quote it") from None
-    *sections, last = name.split(".")
-    for section in sections:
+    *path, last = name.split(".")
+    for section in path:
         if values.get(section) is None:
             values[section] = {}
         values = values[section]
     values[last] = value
     return name
-
-
-def _sections(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, type]]:
-    for name, hint in typing.get_type_hints(section).items():
-        if dataclasses.is_dataclass(hint):
-            full = f"{prefix}{name}"
-            yield full, hint
-            yield from _sections(hint, f"{full}.")
 
 
 def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -151,7 +123,7 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
     for name, value in values.items():
         full = f"{prefix}{name}"
         if name not in hints:
-            known = [known_name for known_name, *_ in (*key_table(), *_sections())]
+            known = [known_name for known_name, *_ in (*key_table(), *sections())]
             yield full, f"unknown key '{full}'{_suggestion(full, known)}"
         elif dataclasses.is_dataclass(hints[name]):
             if value is None:

@@ -6,9 +6,12 @@ Plain frozen dataclasses at the bottom of the house: every other module may impo
 """
 
 import dataclasses
+import typing
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AllowInfNan, BeforeValidator
 
@@ -207,7 +210,7 @@ class EvalSettings:
     """Validation during training. The end of the run is always evaluated."""
 
     every_steps: Positive = key(500, "interval", "steps")
-    steps: Positive | None = key(None, "batches; null: the whole validation set", "batches")
+    steps: Positive | None = key(None, "batches of an evaluation during training; null: the whole validation set", "batches")
     batch_size: Positive | None = key(
         None, "sequences in one batch; null: data.global_batch_size / train.gradient_accumulation", "sequences")
 
@@ -258,3 +261,31 @@ class Settings:
     logging: LoggingSettings = key(LoggingSettings(), "")
     generate: GenerateSettings = key(GenerateSettings(), "")
     bench: BenchSettings = key(BenchSettings(), "")
+
+
+def sections(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, type]]:
+    """Every section below `section` as (dotted name, dataclass)."""
+    for name, hint in typing.get_type_hints(section).items():
+        if dataclasses.is_dataclass(hint):
+            yield f"{prefix}{name}", hint
+            yield from sections(hint, f"{prefix}{name}.")
+
+
+def to_dict(settings: Settings) -> dict[str, Any]:
+    """Nested plain values, JSON-able."""
+    return dataclasses.asdict(settings)
+
+
+def dump(settings: Settings) -> str:
+    """YAML that `jaxlm.config.load` turns back into the same settings."""
+    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} to {"a.b": 1}, along sections only (a mapping that is a value, as a data mixture, stays)."""
+    names = {name for name, _ in sections()}
+    flat = {}
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        flat |= flatten(value, f"{full}.") if full in names and isinstance(value, dict) else {full: value}
+    return flat

@@ -11,7 +11,7 @@ import yaml
 from jaxlm import cli, config
 from jaxlm.checks import check_layout
 from jaxlm.errors import UserError
-from jaxlm.settings import Settings
+from jaxlm.settings import Settings, dump, flatten, to_dict
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 
@@ -56,13 +56,13 @@ def test_values_come_from_the_file_and_then_from_the_overrides(load):
     ("generate.prompts=['', \"\\n\"]", ["", "\n"]), ("logging.tensorboard=false", False), ("run_dir=a=b", "a=b")])
 def test_overrides_are_yaml(load, override, value):
     settings = load("model: {vocab_size: 300}", override)
-    assert config.flatten(config.to_dict(settings))[override.partition("=")[0]] == value
+    assert flatten(to_dict(settings))[override.partition("=")[0]] == value
 
 
 def test_a_run_directory_is_a_config_wherever_it_has_been_moved(tmp_path):
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    (old / "config.yaml").write_text(config.dump(dataclasses.replace(Settings(), run_dir=str(old), seed=5)))
+    (old / "config.yaml").write_text(dump(dataclasses.replace(Settings(), run_dir=str(old), seed=5)))
     assert config.load(old).run_dir == str(old)
     old.rename(new)
     assert (config.load(new).run_dir, config.load(new).seed) == (str(new), 5)
@@ -83,8 +83,8 @@ def test_every_shipped_config_loads_and_says_what_it_is(path):
 
 def test_dump_and_load_change_nothing(load):
     for settings in (Settings(), *(config.load(path) for path in CONFIGS)):
-        assert load(config.dump(settings)) == settings
-        assert json.loads(json.dumps(config.to_dict(settings))) == config.to_dict(settings)
+        assert load(dump(settings)) == settings
+        assert json.loads(json.dumps(to_dict(settings))) == to_dict(settings)
 
 
 def test_every_value_survives_the_round_trip(load):
@@ -94,11 +94,11 @@ def test_every_value_survives_the_round_trip(load):
         "generate": {"prompts": ["", "\n", "a: b # c", "1e5", "null"]}, "optimizer": {"learning_rate": 1e-7, "clip_norm": None}})
     settings = load(text)
     assert settings.generate.prompts == ["", "\n", "a: b # c", "1e5", "null"]
-    assert load(config.dump(settings)) == settings
+    assert load(dump(settings)) == settings
 
 
 def test_flatten_keeps_values_that_are_mappings():
-    flat = config.flatten(config.to_dict(dataclasses.replace(
+    flat = flatten(to_dict(dataclasses.replace(
         Settings(), data=dataclasses.replace(Settings().data, corpus={"one": 1.0}))))
     assert flat["data.corpus"] == {"one": 1.0} and flat["data.masking.probability"] == 0.15 and flat["seed"] == 0
     assert set(flat) == {name for name, *_ in config.key_table()}

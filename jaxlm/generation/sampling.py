@@ -8,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm import config
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model, Params
 from jaxlm.parallel.sharding import constrain
-from jaxlm.settings import GenerateSettings, Settings
+from jaxlm.settings import GenerateSettings, Settings, to_dict
 from jaxlm.training.checkpoints import MODEL_KEYS, Checkpoints, refuse_changes
 from jaxlm.training.setup import Run, encode_prompts, lay_mesh, resolve, start
 
@@ -36,7 +35,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         saved = checkpoints.metadata(step)
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         settings = resolve(settings, tokenizer)
-        refuse_changes(MODEL_KEYS, saved["settings"], config.to_dict(settings), checkpoints.directory)
+        refuse_changes(MODEL_KEYS, saved["settings"], to_dict(settings), checkpoints.directory)
         run = start(settings, mesh)
         return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
 

@@ -9,10 +9,9 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
-from jaxlm.settings import CheckpointSettings, ModelSettings
+from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
 from jaxlm.training.step import Trainer, TrainState
 
 FOLDER = "checkpoints"
@@ -96,7 +95,7 @@ def versions() -> dict[str, str]:
 
 def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
     """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason). Raises UserError."""
-    before, now = config.flatten(saved), config.flatten(wanted)
+    before, now = flatten(saved), flatten(wanted)
     for key, reason in keys.items():
         if key in before and before[key] != now[key]:  # else the key is younger than the checkpoint
             raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; "

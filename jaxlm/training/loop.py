@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm import config
 from jaxlm.data.loading import Batches
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
@@ -24,7 +23,7 @@ from jaxlm.reporting.plots import plot_loss
 from jaxlm.reporting.progress import TrainingProgress, print_line
 from jaxlm.reporting.runs import read_summary
 from jaxlm.reporting.units import counted, format_count
-from jaxlm.settings import Settings
+from jaxlm.settings import Settings, dump, to_dict
 from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes, versions
 from jaxlm.training.evaluation import evaluate
 from jaxlm.training.setup import (
@@ -76,7 +75,7 @@ def train(settings: Settings) -> dict[str, Any]:
                 print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on")
             return summary
         if main:
-            write_text(run_dir / "config.yaml", config.dump(settings))
+            write_text(run_dir / "config.yaml", dump(settings))
         writer = MetricsWriter(run_dir, tensorboard=settings.logging.tensorboard, resume_step=first) if main else None
         try:
             with TrainingProgress(total, first, enabled=main) as progress:
@@ -234,7 +233,7 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
 
 def _metadata(run: Run, corpora: Corpora) -> dict[str, Any]:
     tokenizer = corpora[0][0].tokenizer
-    return {"settings": config.to_dict(run.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
+    return {"settings": to_dict(run.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
             "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(run.mesh.shape),
             "versions": versions()}
 
@@ -273,7 +272,7 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))
         run = start(resolve(settings, corpora[0][0].tokenizer), mesh)
         saved = checkpoints.metadata(step)
-        refuse_changes(MODEL_KEYS, saved["settings"], config.to_dict(run.settings), checkpoints.directory)
+        refuse_changes(MODEL_KEYS, saved["settings"], to_dict(run.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
         validation = make_validation_batches(run.settings, corpora)

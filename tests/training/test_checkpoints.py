@@ -6,7 +6,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.settings import CheckpointSettings, Settings
+from jaxlm.settings import CheckpointSettings, Settings, to_dict
 from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes
 from jaxlm.training.step import TrainState
 
@@ -60,7 +60,7 @@ def test_saving_does_not_wait_for_the_state_to_stay(tmp_path):
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 def changed(**overrides: object) -> dict:
-    values = config.to_dict(Settings())
+    values = to_dict(Settings())
     for name, value in overrides.items():
         section, _, key = name.rpartition("__")
         inner = values

@@ -25,6 +25,7 @@ TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
 STEPS = 60
 LONG = (f"train.steps={STEPS}", "checkpoint.every_steps=6", "checkpoint.keep_last=3", "eval.every_steps=20", "eval.steps=2",
         "model.dropout=0.1", "devices.count=2", "logging.tensorboard=false")
+ENDLESS = ("train.steps=100000", "eval.every_steps=100000", "checkpoint.every_steps=100000")
 PATIENCE = 120.0  # seconds that a process on a busy machine may take to get where it should be
 
 
@@ -151,14 +152,19 @@ def children(process_id: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="finds the processes in /proc")
-@pytest.mark.parametrize("victim", ["process", "launcher"])
-def test_when_one_process_dies_all_end(finished, folder, run_file, start_jaxlm, victim):
-    run_dir = folder / f"dead_{victim}"
-    launcher = start_jaxlm("train", run_file, "--processes", 2, f"run_dir={run_dir}", "train.steps=100000", "devices.count=4",
-                           "mesh.fsdp=8", "eval.every_steps=100000", "checkpoint.every_steps=100000")
+def test_when_one_process_dies_the_others_end(finished, folder, run_file, start_jaxlm):
+    run_dir = folder / "one_dies"
+    launcher = start_jaxlm("train", run_file, "--processes", 2, f"run_dir={run_dir}", *ENDLESS, "devices.count=4", "mesh.fsdp=8")
     wait_for(lambda: len(losses(run_dir)) > 4, launcher)
     np.testing.assert_allclose(losses(run_dir)[:4], losses(finished)[:4], rtol=1e-5)
-    processes = children(launcher.pid)
-    os.kill(processes[1] if victim == "process" else launcher.pid, signal.SIGKILL)
-    output = launcher.communicate(timeout=PATIENCE)[0]  # comes to its end when the last of them has
-    assert launcher.returncode == (1 if victim == "process" else -signal.SIGKILL), output
+    os.kill(children(launcher.pid)[1], signal.SIGKILL)
+    launcher.communicate(timeout=PATIENCE)  # reads to the end, which comes when the last of them has ended
+    assert launcher.returncode == 1
+
+
+def test_no_process_outlives_the_one_that_started_them(folder, run_file, start_jaxlm):
+    run_dir = folder / "launcher_dies"
+    launcher = start_jaxlm("train", run_file, "--processes", 2, f"run_dir={run_dir}", *ENDLESS)
+    wait_for((run_dir / ".lock").exists, launcher)  # both have joined
+    launcher.kill()
+    launcher.communicate(timeout=PATIENCE)
