@@ -37,20 +37,15 @@ def finish(arguments: list[str]) -> None:
 
 
 def kill_at_random(arguments: list[str], run_dir: Path, draw: random.Random) -> int:
-    """Starts the run and kills it within 3 seconds of its first new row. Returns the last step that it had logged."""
-    path = run_dir / "metrics.jsonl"
-
-    def written() -> int:
-        return path.stat().st_mtime_ns if path.exists() else 0
-
-    before = written()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and written() == before:
-        time.sleep(0.01)
+    """Starts the run and kills it within 3 seconds of its first line about a step. Returns the last step that it had logged."""
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step "):
+            break
     time.sleep(draw.uniform(0, 3))
     process.kill()
-    process.wait()
-    return max((row["step"] for row in read_metrics(run_dir)), default=0)
+    process.communicate()
+    return max(row["step"] for row in read_metrics(run_dir))
 
 
 def metrics(run_dir: Path) -> list[dict]:
