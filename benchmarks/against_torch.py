@@ -38,7 +38,7 @@ def time_jaxlm(shape: dict, config: str) -> dict[str, float]:
     overrides = [f"{key}={shape[name]}" for key, name in keys.items()]
     medians = {}
     for precision in ("float32", "bfloat16"):
-        command = [sys.executable, "-m", "jaxlm.cli", "bench", config, *overrides, f"train.precision={precision}", "--json"]
+        command = [sys.executable, "-m", "jaxlm", "bench", config, *overrides, f"train.precision={precision}", "--json"]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         medians[precision] = json.loads(result.stdout)["median_step_ms"]
     return medians

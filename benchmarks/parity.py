@@ -35,7 +35,7 @@ COLUMNS = ("loss", "grad_norm")
 
 def rows_of(family: str, layout: list[str], run_dir: Path, text: Path, corpus: Path) -> list[dict]:
     """The metrics of every step."""
-    command = [sys.executable, "-m", "jaxlm.cli", "train", str(CONFIG), f"run_dir={run_dir}", f"model.family={family}",
+    command = [sys.executable, "-m", "jaxlm", "train", str(CONFIG), f"run_dir={run_dir}", f"model.family={family}",
                f"data.raw={text}", f"data.corpus={corpus}", *layout]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:

@@ -26,7 +26,7 @@ RUN = ["train.steps=400", "checkpoint.every_steps=10", "eval.every_steps=50", "m
 
 
 def command(run_dir: Path, text: Path, overrides: list[str]) -> list[str]:
-    return [sys.executable, "-m", "jaxlm.cli", "train", str(CONFIG), f"run_dir={run_dir}", f"data.raw={text}",
+    return [sys.executable, "-m", "jaxlm", "train", str(CONFIG), f"run_dir={run_dir}", f"data.raw={text}",
             f"data.corpus={run_dir.parent / 'corpus'}", *RUN, *overrides]
 
 

@@ -222,7 +222,3 @@ def _print_keys() -> None:
         table.add_row(name, kind, json.dumps(default), unit, meaning)
     print()
     _console().print(table, markup=False, highlight=False)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -274,7 +274,7 @@ def test_bad_text_is_refused_and_what_was_prepared_is_removed(refuse, command):
 ])
 def test_a_process_of_its_own_says_no_more(house, command, words):
     before = tree(house)
-    done = subprocess.run([sys.executable, "-m", "jaxlm.cli", *shlex.split(command)], cwd=house, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "jaxlm", *shlex.split(command)], cwd=house, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     [line] = done.stderr.splitlines()
     assert line.startswith("jaxlm: ") and all(word in line for word in words)

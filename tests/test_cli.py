@@ -1,6 +1,8 @@
 """What the verbs print, for people and for scripts. Whole runs stand in tests/training."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -52,6 +54,17 @@ def test_bench_prints_the_figures(folder, capsys):
     assert figures["tokens_per_second"] == pytest.approx(8 * 8 / figures["median_step_ms"] * 1000)
     assert figures["mfu"] is None and figures["devices"] == 1 and set(figures["mesh"].values()) == {1}
     assert figures["peak_memory_bytes"] > 3 * 4 * 16 * 128  # the vocabulary's table and its two moments
+
+
+def test_processes_leave_standard_output_to_the_figures(tmp_path):
+    """Gloo greets on file descriptor 1, where a script reads."""
+    write_config(tmp_path / "run.yaml", data={"sequence_length": 8}, bench={"steps": 1, "warmup_steps": 1},
+                 mesh={"data": 2}, devices={"platform": "cpu"},
+                 model={"num_layers": 1, "num_heads": 2, "hidden_size": 16, "vocab_size": 50, "max_length": 8})
+    command = [sys.executable, "-m", "jaxlm", "bench", "run.yaml", "--processes", "2", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["devices"] == 2
 
 
 def test_figures_for_people(capsys):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.attention import attention
-from jaxlm.parallel.sharding import constrain, mesh_axes, spec
+from jaxlm.parallel.sharding import constrain, cut, mesh_axes
 from jaxlm.settings import ModelSettings
 
 
@@ -127,8 +127,8 @@ class Embedding(nnx.Module):
             here = (indices >= 0) & (indices < table.shape[0])
             return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, indices, 0)], 0), rows)
 
-        tokens = spec("batch", "sequence")
-        return jax.shard_map(on_device, in_specs=(spec(self.axis, "embed"), tokens), out_specs=spec("batch", "sequence", None))(
+        tokens = cut("batch", "sequence")
+        return jax.shard_map(on_device, in_specs=(cut(self.axis, "embed"), tokens), out_specs=cut("batch", "sequence", None))(
             self.embedding[...], indices)
 
 
@@ -201,12 +201,17 @@ class Attention(nnx.Module):
         return self.output(constrain(out, "batch", "sequence", "heads", None)), cache
 
 
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution function (Hendrycks & Gimpel 2016), through erf: jax.nn.gelu's erfc takes twice as long."""
+    return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
     "swiglu": jax.nn.silu,  # Shazeer 2020: the gated forms
-    "geglu": functools.partial(jax.nn.gelu, approximate=False),
+    "geglu": gelu,
 }
 
 

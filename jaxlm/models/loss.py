@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxlm.parallel.sharding import mesh_axes, spec
+from jaxlm.parallel.sharding import cut, mesh_axes
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -66,8 +66,8 @@ cross_entropy.defvjp(_forward, _backward)
 
 def _sharded(x, table, bias, targets, mask, head, with_gradients):
     """Runs `_local` on each device's tokens and its part of the vocabulary."""
-    tokens, states = spec("batch", "sequence"), spec("batch", "sequence", None)
-    weights, biases, scalar = spec("vocab", "embed"), spec("vocab"), PartitionSpec()
+    tokens, states = cut("batch", "sequence"), cut("batch", "sequence", None)
+    weights, biases, scalar = cut("vocab", "embed"), cut("vocab"), PartitionSpec()
     run = functools.partial(_local, head=head, with_gradients=with_gradients)
     arguments = (x, table, bias, targets, mask)
     if jax.sharding.get_abstract_mesh().empty:
@@ -114,8 +114,8 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
         grad_table = grad_table + jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
         return (sums, grad_table, grad_bias), jnp.einsum("btv,vd->btd", grad, table, preferred_element_type=jnp.float32)
 
-    size = _chunk_size(x.shape[1], head.chunk or CHUNK_BYTES // (4 * x.shape[0] * table.shape[0]))
-    chunks = [jnp.moveaxis(array.reshape(array.shape[0], -1, size, *array.shape[2:]), 1, 0) for array in (x, targets, mask)]
+    most = head.chunk or CHUNK_BYTES // (4 * x.shape[0] * table.shape[0])
+    chunks = [_chunks(array, max(1, most)) for array in (x, targets, mask)]
     zeros = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
     empty = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)
     carry = (zeros, *empty)
@@ -128,16 +128,23 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
     sums = Sums(*(_reduce(jax.lax.psum, total, token_axes) for total in sums))
     if not with_gradients:
         return sums, None
-    grad_x = _reduce(jax.lax.psum, jnp.moveaxis(grad_x, 0, 1).reshape(x.shape), vocab).astype(x.dtype)
+    grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]  # without the chunks' padding
+    grad_x = _reduce(jax.lax.psum, grad_x, vocab).astype(x.dtype)
     # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed whole.
     rest = tuple(axis for axis in token_axes if axis not in embed)
     grad_table = _reduce(jax.lax.psum, _reduce_scatter(grad_table, embed, axis=1), rest)
     return sums, (grad_x, grad_table, _reduce(jax.lax.psum, grad_bias, token_axes))
 
 
-def _chunk_size(length: int, most: int) -> int:
-    """The largest divisor of `length` that is at most `most`, or 1."""
-    return max(size for size in range(1, length + 1) if length % size == 0 and size <= max(1, most))
+def _chunks(array, most):
+    """[B, T, ...] to [N, B, S, ...]: N equal pieces of S <= `most` positions; where no S divides well, zeros fill up the last."""
+    rows, length, *rest = array.shape
+    size = max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
+    if 2 * size < min(most, length):  # a prime length, say: its largest divisor would be 1
+        size = -(-length // -(-length // most))
+    padding = -length % size
+    padded = jnp.pad(array, [(0, 0), (0, padding), *[(0, 0)] * len(rest)])
+    return jnp.moveaxis(padded.reshape(rows, -1, size, *rest), 1, 0)
 
 
 def _reduce(operation, value, axes):

@@ -55,6 +55,9 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
 
 
 def _join() -> None:
+    # Gloo writes its greetings to file descriptor 1; standard output is for what was asked for.
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     if COORDINATOR not in os.environ:
         try:
             jax.distributed.initialize()  # Slurm or TPU: JAX asks the cluster
@@ -85,7 +88,7 @@ def run_local_processes(arguments: Sequence[str], num_processes: int) -> int:
     for process_id in range(num_processes):
         environment = os.environ | {COORDINATOR: f"127.0.0.1:{port}", NUM_PROCESSES: str(num_processes),
                                     PROCESS_ID: str(process_id), LAUNCHER: str(os.getpid())}
-        processes.append(subprocess.Popen([sys.executable, "-m", "jaxlm.cli", *arguments], env=environment))
+        processes.append(subprocess.Popen([sys.executable, "-m", "jaxlm", *arguments], env=environment))
     try:
         while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
             time.sleep(0.1)

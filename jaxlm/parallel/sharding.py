@@ -41,9 +41,15 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The mesh axes a name maps to, as a tuple."""
-    rule = RULES[axis]
-    return () if rule is None else (rule,) if isinstance(rule, str) else rule
+    """The axes of the current mesh that cut `axis`; without those of size 1, over which a collective is still a copy."""
+    rule, sizes = RULES[axis], jax.sharding.get_abstract_mesh().shape
+    names = () if rule is None else (rule,) if isinstance(rule, str) else rule
+    return tuple(name for name in names if sizes.get(name, 1) > 1)
+
+
+def cut(*axes: str | None) -> PartitionSpec:
+    """`spec` for shard_map: only the mesh axes that `mesh_axes` knows."""
+    return PartitionSpec(*(mesh_axes(axis) if axis else None for axis in axes))
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:

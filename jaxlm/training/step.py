@@ -93,7 +93,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(batch["tokens"])))
         grads, sums = gradients(state.params, batch, keys)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda grad: grad * scale, grads)

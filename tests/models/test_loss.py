@@ -121,6 +121,14 @@ def test_a_chunk_is_the_largest_that_divides_the_sequence(chunk, positions, arra
     assert {shape for shape in shapes if shape[0:1] == (ROWS,) and shape[2:] == (PADDED,)} == {(ROWS, positions, PADDED)}
 
 
+def test_a_length_that_is_prime_is_padded(array_shapes):
+    x, table, bias, targets, mask = arguments()
+    arrays = x[:, :11], table, bias, targets[:, :11], mask[:, :11]
+    assert_same(compiled(ours, EVERYTHING)(*arrays), compiled(reference, EVERYTHING)(*arrays))
+    shapes = array_shapes(jax.grad(lambda *arrays: ours(*arrays, EVERYTHING)[0]), *arrays)
+    assert (ROWS, 4, PADDED) in shapes and (ROWS, 1, PADDED) not in shapes
+
+
 def test_chunks_are_near_64_MiB_unless_set(array_shapes):
     rows, length, vocabulary = 8, 1024, 50304
     shapes = [jax.ShapeDtypeStruct(shape, kind) for shape, kind in (

@@ -1,7 +1,6 @@
 """What the tests of whole runs share: a little text, a run file for a tiny model, and `jaxlm`, here or in its own process."""
 
 import functools
-import os
 import random
 import subprocess
 import sys
@@ -25,16 +24,9 @@ NUM_DOCUMENTS, ROWS, LENGTH = 300, 8, 32
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder for a session's runs. What JAX compiles is kept there, so that no program is compiled twice."""
-    folder = tmp_path_factory.mktemp("runs")
-    kept = {"jax_compilation_cache_dir": str(folder / "compiled"), "jax_persistent_cache_min_compile_time_secs": 0}
-    before = {name: getattr(jax.config, name) for name in kept}
-    for name, value in kept.items():
-        jax.config.update(name, value)
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for a session's runs."""
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture(scope="session")
@@ -81,15 +73,12 @@ def finished(folder: Path, run_file: Path, jaxlm: Callable[..., int]) -> Path:
 
 @pytest.fixture
 def start_jaxlm(folder: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """`start_jaxlm("train", config, "a.b=c")`: a process of its own, with the same compiled programs. Ended with the test."""
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true"}
-    start = functools.partial(subprocess.Popen, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """`start_jaxlm("train", config, "a.b=c")`: a process of its own. Ended with the test."""
+    start = functools.partial(subprocess.Popen, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     started = []
 
     def start_one(*arguments: Any) -> subprocess.Popen:
-        started.append(start([sys.executable, "-m", "jaxlm.cli", *map(str, arguments)]))
+        started.append(start([sys.executable, "-m", "jaxlm", *map(str, arguments)]))
         return started[-1]
 
     yield start_one
