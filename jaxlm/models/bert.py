@@ -12,15 +12,16 @@ from jaxlm.models.layers import (
     Embedding,
     Linear,
     Norm,
-    dropout,
     norm_epsilon,
     output_stddev,
     padded_vocab_size,
     run_stack,
     stack,
+    take_positions,
 )
 from jaxlm.models.loss import Head, Sums, cross_entropy
-from jaxlm.parallel.sharding import constrain
+from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.parallel.sharding import axis_size, constrain
 from jaxlm.settings import ModelSettings
 
 
@@ -65,10 +66,8 @@ class BERT(nnx.Module):
         types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(types)
         x = constrain(self.embedding_norm(x).astype(self.dtype), "batch", "sequence", "residual")
-        keys = context.dropout_keys
-        keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)
-        x, _ = run_stack(self.blocks, dropout(x, self.settings.dropout, keys, site=0), context, remat=self.remat)
-        return x
+        x = dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
+        return run_stack(self.blocks, x, context, remat=self.remat)[0]
 
     def transform(self, x: jax.Array) -> jax.Array:
         """The part of the masked-language-model head before the (tied) output table. [B, P, D] to [B, P, D]."""
@@ -89,12 +88,16 @@ class BERT(nnx.Module):
     def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
         """Loss sums of a batch; its keys are described in `jaxlm.data.loading`."""
         tokens = batch["tokens"]
-        positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        x = self.hidden(tokens, Context(positions, batch.get("segment_ids"), dropout_keys), batch.get("token_types"))
-        masked = jnp.take_along_axis(x, batch["masked_positions"][..., None], axis=1)  # only these reach the vocabulary
-        masked = self.transform(constrain(masked, "batch", None, "residual"))
-        sums = {"masked_token": cross_entropy(masked, self.token_embedding.embedding[...], self.mlm_bias[...],
-                                              batch["masked_targets"], batch["masked_mask"], self.head_facts)}
+        places = jnp.arange(tokens.shape[1])[None]
+        positions = batch.get("positions", jnp.broadcast_to(places, tokens.shape))
+        context = Context(positions, places, batch.get("segment_ids"), token_keys(dropout_keys, places[0]))
+        x = self.hidden(tokens, context, batch.get("token_types"))
+        spare = -batch["masked_positions"].shape[1] % axis_size("sequence")  # so that predictions, too, can be cut
+        masked_positions, targets, mask = (
+            jnp.pad(batch[name], ((0, 0), (0, spare))) for name in ("masked_positions", "masked_targets", "masked_mask"))
+        masked = self.transform(take_positions(x, masked_positions))  # only these reach the vocabulary
+        sums = {"masked_token": cross_entropy(
+            masked, self.token_embedding.embedding[...], self.mlm_bias[...], targets, mask, self.head_facts)}
         if self.next_sentence_head is not None:
             sums["next_sentence"] = _next_sentence_sums(self.next_sentence_logits(x), batch)
         return sums

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.models.attention import causal_order
 from jaxlm.models.layers import (
     MLP,
     Attention,
@@ -11,7 +12,6 @@ from jaxlm.models.layers import (
     Embedding,
     Linear,
     Norm,
-    dropout,
     norm_epsilon,
     output_stddev,
     padded_vocab_size,
@@ -19,6 +19,7 @@ from jaxlm.models.layers import (
     stack,
 )
 from jaxlm.models.loss import Head, Sums, cross_entropy
+from jaxlm.parallel.dropout import dropout, fold_in, token_keys
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import ModelSettings
 
@@ -62,7 +63,7 @@ class GPT(nnx.Module):
         if self.position_embedding is not None:
             x = x + self.position_embedding(context.positions)
         x = constrain(x.astype(self.dtype), "batch", "sequence", "residual")
-        x = dropout(x, self.settings.dropout, _fold(context.dropout_keys), site=0)
+        x = dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
         x, cache = run_stack(self.blocks, x, context, remat=self.remat, cache=cache)
         return self.final_norm(x), cache
 
@@ -75,9 +76,16 @@ class GPT(nnx.Module):
 
     def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
         """Loss sums of a batch {tokens, targets, loss_mask [B, T], optionally segment_ids, positions}."""
-        tokens = batch["tokens"]
-        positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        x, _ = self.hidden(tokens, Context(positions, batch.get("segment_ids"), dropout_keys))
+        length = batch["tokens"].shape[1]
+        places = causal_order(length, self.settings.attention)
+        if places is None:
+            places = jnp.arange(length)
+        else:  # the loss is a sum over positions: their order is free
+            batch = {name: array[:, places] for name, array in batch.items()}
+        places = places[None]
+        positions = batch.get("positions", jnp.broadcast_to(places, batch["tokens"].shape))
+        context = Context(positions, places, batch.get("segment_ids"), token_keys(dropout_keys, places[0]))
+        x, _ = self.hidden(batch["tokens"], context)
         table = self._output_table()
         no_bias = jnp.zeros(table.shape[0])
         return {"next_token": cross_entropy(x, table, no_bias, batch["targets"], batch["loss_mask"], self.head_facts)}
@@ -93,8 +101,3 @@ class GPT(nnx.Module):
 
 def _norm(settings: ModelSettings) -> Norm:
     return Norm(settings.hidden_size, "residual", kind=settings.normalization, epsilon=norm_epsilon(settings), bias=settings.bias)
-
-
-def _fold(keys: jax.Array | None) -> jax.Array | None:
-    """Keys of the embedding's dropout, apart from every layer's."""
-    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)

@@ -15,16 +15,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.attention import attention
-from jaxlm.parallel.sharding import constrain, cut, mesh_axes
+from jaxlm.parallel.dropout import fold_in
+from jaxlm.parallel.ring import Tokens
+from jaxlm.parallel.sharding import constrain, mesh_axes, per_device
 from jaxlm.settings import ModelSettings
 
 
 class Context(NamedTuple):
     """What every block of a stack needs to know beside its input."""
 
-    positions: jax.Array  # int32 [B, T]
+    positions: jax.Array  # int32 [B, T]: what position embeddings take; may start anew with each document
+    places: jax.Array | None = None  # int32 [1, T]: place of each slot in the sequence
     segment_ids: jax.Array | None = None  # int32 [B, T]: tokens see only their own segment; 0 is padding
-    dropout_keys: jax.Array | None = None  # key [B], one per sequence; None: no dropout
+    dropout_keys: jax.Array | None = None  # uint32 [B, T, 2], one key for each token; None: no dropout
     cache_index: jax.Array | None = None  # int32 []: slot of the KV cache that the first token goes to
 
 
@@ -127,21 +130,27 @@ class Embedding(nnx.Module):
             here = (indices >= 0) & (indices < table.shape[0])
             return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, indices, 0)], 0), rows)
 
-        tokens = cut("batch", "sequence")
-        return jax.shard_map(on_device, in_specs=(cut(self.axis, "embed"), tokens), out_specs=cut("batch", "sequence", None))(
-            self.embedding[...], indices)
+        tokens = ("batch", "sequence")
+        run = per_device(on_device, ((self.axis, "embed"), tokens), (*tokens, None), check_vma=True)
+        return run(self.embedding[...], indices)
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
-    """Zeroes elements of x [B, ...] with probability `rate`, scaling up the rest.
+def take_positions(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """x [B, T, D] at int32 indices [B, P] of each row: [B, P, D], whose P is cut as T is."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return jnp.take_along_axis(x, indices[..., None], axis=1)
+    axes = mesh_axes("sequence")
 
-    One key per sequence makes the mask a function of (seed, step, row, layer, site) alone: any mesh, any number of
-    micro-batches, the same mask.
-    """
-    if keys is None or rate == 0.0:
-        return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    def on_device(x: jax.Array, indices: jax.Array) -> jax.Array:
+        if not axes:
+            return jnp.take_along_axis(x, indices[..., None], axis=1)
+        indices = indices - jax.lax.axis_index(axes) * x.shape[1]
+        here = (indices >= 0) & (indices < x.shape[1])
+        taken = jnp.take_along_axis(x, jnp.where(here, indices, 0)[..., None], axis=1)
+        return jax.lax.psum_scatter(jnp.where(here[..., None], taken, 0), axes, scatter_dimension=1, tiled=True)
+
+    states = ("batch", "sequence", None)
+    return per_device(on_device, (states, ("batch", None)), states, check_vma=True)(x, indices)
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -193,11 +202,9 @@ class Attention(nnx.Module):
             key, value = cache["key"], cache["value"]
             slots = context.cache_index + jnp.arange(x.shape[1])
             mask = (jnp.arange(key.shape[1])[None, :] <= slots[:, None])[None, None]  # [1, 1, T, slots]
-        keep = None
-        if context.dropout_keys is not None and self.dropout_rate:
-            keep = functools.partial(dropout, rate=self.dropout_rate, keys=context.dropout_keys, site=0)
-        out = attention(query, key, value, causal=self.causal and cache is None, segment_ids=context.segment_ids, mask=mask,
-                        dropout=keep, implementation=self.settings.attention)
+        tokens = Tokens(context.places, context.segment_ids, fold_in(context.dropout_keys, 0) if self.dropout_rate else None)
+        out = attention(query, key, value, tokens, causal=self.causal and cache is None, mask=mask,
+                        dropout_rate=self.dropout_rate, implementation=self.settings.attention)
         return self.output(constrain(out, "batch", "sequence", "heads", None)), cache
 
 
@@ -259,10 +266,8 @@ def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str 
 
     def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, dict | None]:
         index, layer_params, layer_cache = layer
-        keys = context.dropout_keys
-        if keys is not None:
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        x, layer_cache = nnx.merge(graph, layer_params)(x, context._replace(dropout_keys=keys), layer_cache)
+        layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, index))
+        x, layer_cache = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
         return constrain(x, "batch", "sequence", "residual"), layer_cache
 
     if remat != "none":

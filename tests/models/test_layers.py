@@ -1,4 +1,4 @@
-"""The parts against their papers' formulas in NumPy; dropout's masks on every mesh."""
+"""The parts against their papers' formulas in NumPy."""
 
 from dataclasses import replace
 from math import erf
@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxlm.models.layers import MLP, Embedding, Norm, contract, dropout, padded_vocab_size, rotate
+from jaxlm.models.layers import MLP, Embedding, Norm, contract, padded_vocab_size, rotate
 from jaxlm.models.model import Model
 from jaxlm.parallel.sharding import spec
 from jaxlm.settings import TrainSettings
@@ -106,32 +106,6 @@ def test_embedding_on_a_mesh_is_a_lookup(mesh, meshes):
     want = np.zeros_like(table)
     np.add.at(want, indices, weights)
     np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-5)
-
-
-def row_keys(rows, seed=0):
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
-
-
-def test_dropout_keeps_the_mean():
-    x = jnp.ones((8, 100, 100))
-    dropped = np.asarray(dropout(x, 0.25, row_keys(8), site=0))
-    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
-    assert abs((dropped == 0).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / dropped.size)
-    assert dropout(x, 0.0, row_keys(8), site=0) is x and dropout(x, 0.25, None, site=0) is x
-
-
-def test_dropout_differs_by_row_site_and_key_only(meshes):
-    x, keys = jnp.ones((8, 4, 6, 16)), row_keys(8)
-    masks = np.asarray(dropout(x, 0.5, keys, site=1))
-    others = [masks[0], masks[1], *(np.asarray(dropout(x, 0.5, *other))[0] for other in ((keys, 2), (row_keys(8, seed=1), 1)))]
-    for index, mask in enumerate(others):
-        for other in others[:index]:
-            assert 0.35 < (mask == other).mean() < 0.65
-    np.testing.assert_array_equal(dropout(x[5:6], 0.5, keys[5:6], site=1)[0], masks[5])  # a micro-batch of one row
-    for name, axes in (("data8", ("batch",)), ("2x2x2", ("batch", "heads", None, None))):
-        with jax.set_mesh(meshes[name]):
-            placed = jax.device_put(x, NamedSharding(meshes[name], spec(*axes)))
-            np.testing.assert_array_equal(jax.jit(lambda x: dropout(x, 0.5, keys, site=1))(placed), masks)
 
 
 def test_vocabulary_is_padded_to_multiples_of_128():
