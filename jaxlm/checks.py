@@ -8,8 +8,8 @@ from jaxlm.errors import UserError
 from jaxlm.settings import TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
 
 VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
-USED_AXES = ("data", "fsdp", "tensor")
-LATER_AXES = ("context", "stage", "expert")
+USED_AXES = ("data", "fsdp", "context", "tensor")
+LATER_AXES = ("stage", "expert")
 
 
 def check(settings: Settings) -> None:
@@ -103,7 +103,7 @@ def mesh_problems(mesh: MeshSettings) -> Iterator[str]:
     for axis in LATER_AXES:
         if getattr(mesh, axis) != 1:
             yield (f"mesh.{axis}={getattr(mesh, axis)} is not available yet; "
-                   "leave it at 1 and use mesh.data, mesh.fsdp, mesh.tensor")
+                   "leave it at 1 and use mesh.data, mesh.fsdp, mesh.context, mesh.tensor")
     sizes = {axis: getattr(mesh, axis) for axis in USED_AXES}
     for axis, size in sizes.items():
         if size == 0:
@@ -127,6 +127,7 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
             yield f"mesh.{axis}={sizes[axis]} does not divide {name}={size}"
     if VOCAB_PADDING % sizes["tensor"]:
         yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"
+    yield from context_problems(settings, sizes)
     ways = math.prod(sizes[axis] for axis in ("data", "fsdp"))
     micro_batch = data.global_batch_size // settings.train.gradient_accumulation
     batches = {"data.global_batch_size / train.gradient_accumulation": micro_batch, "eval.batch_size": settings.eval.batch_size}
@@ -134,3 +135,25 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
         if size and size % ways:
             yield (f"{name} = {size} sequences do not divide over mesh.data * mesh.fsdp = {ways} devices; "
                    f"use a multiple of {ways}, or more of mesh.tensor")
+
+
+def context_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[str]:
+    """What does not divide where the sequence is cut."""
+    model, length, context = settings.model, settings.data.sequence_length, sizes["context"]
+    if context == 1:
+        return
+    if model.attention == "auto":
+        pieces = 2 * context if model.family == "gpt" else context  # zigzag order: two pieces for each device
+        if length % pieces:
+            yield (f"mesh.context={context} cuts data.sequence_length={length} into {pieces} pieces, which are not equal; "
+                   f"use {round_to(length, pieces)}")
+    elif length % context:
+        yield f"mesh.context={context} does not divide data.sequence_length={length}; use {round_to(length, context)}"
+    elif model.num_heads % (context * sizes["tensor"]):
+        yield (f"model.attention={model.attention} needs whole sequences, and mesh.context * mesh.tensor = "
+               f"{context * sizes['tensor']} does not divide model.num_heads={model.num_heads}; use model.attention=auto")
+
+
+def round_to(number: int, unit: int) -> int:
+    """The multiple of `unit` nearest to `number`, and at least one."""
+    return max(1, round(number / unit)) * unit

@@ -74,7 +74,8 @@ class ModelSettings:
     next_sentence: bool = key(False, "bert: train the next-sentence head on sentence pairs (false: RoBERTa)")
     initializer_range: PositiveFloat = key(0.02, "standard deviation of the initial weights")
     attention: Literal["auto", "xla", "cudnn", "splash"] = key(
-        "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve")
+        "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve, and a ring "
+        "where mesh.context splits sequences (any other value then exchanges heads for whole sequences: all-to-all)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +182,7 @@ class MeshSettings:
     data: AxisSize | None = key(None, "copies of the model, each with its share of the batch; null: -1 unless another axis is")
     fsdp: AxisSize = key(1, "batch and parameters, gradients, optimizer state sharded together")
     tensor: AxisSize = key(1, "heads, MLP and vocabulary split")
-    context: AxisSize = key(1, "sequence split (not yet available: 1)")
+    context: AxisSize = key(1, "sequence split: each device holds a part of every sequence")
     stage: AxisSize = key(1, "layers split into a pipeline (not yet available: 1)")
     expert: AxisSize = key(1, "experts split (not yet available: 1)")
 

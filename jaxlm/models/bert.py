@@ -12,6 +12,7 @@ from jaxlm.models.layers import (
     Embedding,
     Linear,
     Norm,
+    fan_out,
     norm_epsilon,
     output_stddev,
     padded_vocab_size,
@@ -21,8 +22,11 @@ from jaxlm.models.layers import (
 )
 from jaxlm.models.loss import Head, Sums, cross_entropy
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.parallel.products import TOKENS, residual_axes
 from jaxlm.parallel.sharding import axis_size, constrain
 from jaxlm.settings import ModelSettings
+
+FIRST_TOKEN = ("batch", None, "residual")
 
 
 class Block(nnx.Module):
@@ -65,13 +69,14 @@ class BERT(nnx.Module):
         """int32 tokens [B, T] to states [B, T, D]. Missing token types are type 0, which is added, not skipped."""
         types = jnp.zeros_like(tokens) if token_types is None else token_types
         x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(types)
-        x = constrain(self.embedding_norm(x).astype(self.dtype), "batch", "sequence", "residual")
+        x = constrain(self.embedding_norm(x).astype(self.dtype), *residual_axes(x.shape[1]))
         x = dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
         return run_stack(self.blocks, x, context, remat=self.remat)[0]
 
     def transform(self, x: jax.Array) -> jax.Array:
         """The part of the masked-language-model head before the (tied) output table. [B, P, D] to [B, P, D]."""
-        return self.mlm_norm(ACTIVATIONS[self.settings.activation or "gelu"](self.mlm_transform(x)))
+        [transformed] = fan_out(x, self.mlm_transform, states=(*TOKENS, "residual"))
+        return self.mlm_norm(ACTIVATIONS[self.settings.activation or "gelu"](transformed))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """States [B, P, D] to float32 logits [B, P, vocab_size]. Training never calls it."""
@@ -83,7 +88,9 @@ class BERT(nnx.Module):
 
     def next_sentence_logits(self, x: jax.Array) -> jax.Array:
         """States [B, T, D] to float32 [B, 2]; label 0 means that the second text follows the first."""
-        return self.next_sentence_head(jnp.tanh(self.pooler(x[:, 0]))).astype(jnp.float32)
+        [pooled] = fan_out(x[:, :1], self.pooler, states=FIRST_TOKEN)
+        [logits] = fan_out(jnp.tanh(pooled), self.next_sentence_head, states=FIRST_TOKEN)
+        return logits[:, 0].astype(jnp.float32)
 
     def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
         """Loss sums of a batch; its keys are described in `jaxlm.data.loading`."""

@@ -20,6 +20,7 @@ from jaxlm.models.layers import (
 )
 from jaxlm.models.loss import Head, Sums, cross_entropy
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.parallel.products import residual_axes
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import ModelSettings
 
@@ -62,7 +63,7 @@ class GPT(nnx.Module):
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(context.positions)
-        x = constrain(x.astype(self.dtype), "batch", "sequence", "residual")
+        x = constrain(x.astype(self.dtype), *residual_axes(x.shape[1]))
         x = dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
         x, cache = run_stack(self.blocks, x, context, remat=self.remat, cache=cache)
         return self.final_norm(x), cache

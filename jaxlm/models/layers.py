@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.attention import attention
+from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
+from jaxlm.parallel.products import TOKENS, residual_axes
 from jaxlm.parallel.ring import Tokens
 from jaxlm.parallel.sharding import constrain, mesh_axes, per_device
 from jaxlm.settings import ModelSettings
@@ -33,57 +35,30 @@ class Context(NamedTuple):
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
-    """tensordot of the last `num_axes` dimensions of `x` with the first of `kernel`.
-
-    Operands in x's type, float32 accumulation, result in x's type; the kernel's gradient comes out in the kernel's own
-    float32. Left to autodiff, the backward products of a float32-accumulated bfloat16 product mix types, which no
-    backend has a fast path for (on CPUs the difference is threefold: docs/lab-notes.md).
-    """
-    return _contract(x, kernel.astype(x.dtype), num_axes)
-
-
-def _contract(x: jax.Array, kernel: jax.Array, num_axes: int) -> jax.Array:
-    dimensions = (tuple(range(x.ndim - num_axes, x.ndim)), tuple(range(num_axes)))
-    return jax.lax.dot_general(x, kernel, (dimensions, ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _contract_forward(x: jax.Array, kernel: jax.Array, num_axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return contract(x, kernel, num_axes), (x, kernel)
-
-
-def _contract_backward(num_axes: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    outputs = kernel.ndim - num_axes
-    output_dimensions = (tuple(range(grad.ndim - outputs, grad.ndim)), tuple(range(num_axes, kernel.ndim)))
-    grad_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), (output_dimensions, ((), ())), preferred_element_type=jnp.float32)
-    rows = ((tuple(range(x.ndim - num_axes)),) * 2, ((), ()))
-    if jax.default_backend() == "cpu" and math.prod(kernel.shape[:num_axes]) > math.prod(kernel.shape[num_axes:]):
-        # XLA's CPU backend first transposes the left operand in memory: let it be the narrow one
-        transposed = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, rows, preferred_element_type=jnp.float32))
-        grad_kernel = jnp.moveaxis(transposed, tuple(range(outputs)), tuple(range(-outputs, 0)))
-    else:
-        grad_kernel = jax.lax.dot_general(x, grad, rows, preferred_element_type=jnp.float32)
-    return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
-
-
-contract.defvjp(_contract_forward, _contract_backward)
-
-
 class Linear(nnx.Module):
-    """y = x W + b over one or more trailing dimensions."""
+    """y = x W + b over one or more trailing dimensions; applied by `fan_out` and `fan_in`."""
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, stddev: float, rngs: nnx.Rngs):
         """`inputs` and `outputs` map axis names to sizes, in order."""
-        axes = (*inputs, *outputs)
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=axes)
+        self.axes = (*inputs, *outputs)
+        self.kernel = nnx.Param(
+            stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=self.axes)
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
-        self.num_inputs = len(inputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(x, self.kernel[...], self.num_inputs)
+    def add_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def fan_out(x: jax.Array, *linears: Linear, states: tuple[str | None, ...] | None = None) -> list[jax.Array]:
+    """States [B, T, D] through several linear layers: [B, T, ...] each. `states`: x's axes, if not the residual stream's."""
+    kernels, axes = tuple(linear.kernel[...] for linear in linears), tuple(linear.axes for linear in linears)
+    products_of = products.fan_out(x, kernels, axes, states or residual_axes(x.shape[1]))
+    return [linear.add_bias(y) for linear, y in zip(linears, products_of, strict=True)]
+
+
+def fan_in(y: jax.Array, linear: Linear) -> jax.Array:
+    """[B, T, ...] through a linear layer to [B, T, D] in the residual stream."""
+    return linear.add_bias(products.fan_in(y, linear.kernel[...], linear.axes, residual_axes(y.shape[1])))
 
 
 # ---- norms, embeddings, dropout --------------------------------------------------------------------------------------
@@ -113,44 +88,26 @@ class Embedding(nnx.Module):
         self.axis = axis
 
     def __call__(self, indices: jax.Array) -> jax.Array:
-        """int32 [B, T] to float32 [B, T, D].
-
-        Written per device, because the partitioner replicates a gather from a table that is cut both ways: each device
-        fetches the rows it has, the others add zeros (Megatron-LM, Shoeybi et al. 2019).
-        """
-        if jax.sharding.get_abstract_mesh().empty:
-            return self.embedding[...][indices]
-        rows, width = mesh_axes(self.axis), mesh_axes("embed")
-
-        def on_device(table: jax.Array, indices: jax.Array) -> jax.Array:
-            table = jax.lax.all_gather(table, width, axis=1, tiled=True) if width else table
-            if not rows:
-                return table[indices]
-            indices = indices - jax.lax.axis_index(rows) * table.shape[0]
-            here = (indices >= 0) & (indices < table.shape[0])
-            return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, indices, 0)], 0), rows)
-
-        tokens = ("batch", "sequence")
-        run = per_device(on_device, ((self.axis, "embed"), tokens), (*tokens, None), check_vma=True)
-        return run(self.embedding[...], indices)
+        """int32 [B, T] to float32 [B, T, D] in the residual stream."""
+        return products.look_up(self.embedding[...], indices, self.axis)
 
 
 def take_positions(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """x [B, T, D] at int32 indices [B, P] of each row: [B, P, D], whose P is cut as T is."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return jnp.take_along_axis(x, indices[..., None], axis=1)
-    axes = mesh_axes("sequence")
+    """x [B, T, D] at int32 indices [B, P] of each row: [B, P, D], whose P is cut as the "sequence" is."""
+    states = residual_axes(x.shape[1])
+    axes, cut = mesh_axes(states[1]), mesh_axes("sequence")
 
     def on_device(x: jax.Array, indices: jax.Array) -> jax.Array:
         if not axes:
             return jnp.take_along_axis(x, indices[..., None], axis=1)
         indices = indices - jax.lax.axis_index(axes) * x.shape[1]
         here = (indices >= 0) & (indices < x.shape[1])
-        taken = jnp.take_along_axis(x, jnp.where(here, indices, 0)[..., None], axis=1)
-        return jax.lax.psum_scatter(jnp.where(here[..., None], taken, 0), axes, scatter_dimension=1, tiled=True)
+        found = jnp.where(here[..., None], jnp.take_along_axis(x, jnp.where(here, indices, 0)[..., None], axis=1), 0)
+        if others := tuple(axis for axis in axes if axis not in cut):
+            found = jax.lax.psum(found, others)
+        return jax.lax.psum_scatter(found, cut, scatter_dimension=1, tiled=True) if cut else found
 
-    states = ("batch", "sequence", None)
-    return per_device(on_device, (states, ("batch", None)), states, check_vma=True)(x, indices)
+    return per_device(on_device, (states, ("batch", None)), (*TOKENS, None), check_vma=True)(x, indices)
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -187,7 +144,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] to [B, T, D], and the KV cache with this call's keys and values written into it."""
-        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, N or K, H]
+        query, key, value = fan_out(x, self.query, self.key, self.value)  # [B, T, N or K, H]
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.settings.positions == "rope":
@@ -205,7 +162,7 @@ class Attention(nnx.Module):
         tokens = Tokens(context.places, context.segment_ids, fold_in(context.dropout_keys, 0) if self.dropout_rate else None)
         out = attention(query, key, value, tokens, causal=self.causal and cache is None, mask=mask,
                         dropout_rate=self.dropout_rate, implementation=self.settings.attention)
-        return self.output(constrain(out, "batch", "sequence", "heads", None)), cache
+        return fan_in(out, self.output), cache
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -237,8 +194,11 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         activate = ACTIVATIONS[self.activation]
-        hidden = activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
-        return self.down(constrain(hidden, "batch", "sequence", "mlp"))
+        if self.gate is None:
+            [up] = fan_out(x, self.up)
+            return fan_in(activate(up), self.down)
+        gate, up = fan_out(x, self.gate, self.up)
+        return fan_in(activate(gate) * up, self.down)
 
 
 # ---- the stack -------------------------------------------------------------------------------------------------------
@@ -268,7 +228,7 @@ def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str 
         index, layer_params, layer_cache = layer
         layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, index))
         x, layer_cache = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
-        return constrain(x, "batch", "sequence", "residual"), layer_cache
+        return constrain(x, *residual_axes(x.shape[1])), layer_cache
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)

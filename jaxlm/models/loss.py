@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.parallel.sharding import mesh_axes, per_device
+from jaxlm.parallel.sharding import divides, mesh_axes, per_device
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -66,21 +66,21 @@ cross_entropy.defvjp(_forward, _backward)
 class Cuts(NamedTuple):
     """Mesh axes that cut what the loss works on."""
 
-    vocab: tuple[str, ...] = ()
-    embed: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
+    vocab: tuple[str, ...]
+    embed: tuple[str, ...]
+    tokens: tuple[str, ...]
+    scattered: bool  # whether the gradient of the states is cut over `vocab` along the sequence, too
 
 
 def _sharded(x, table, bias, targets, mask, head, with_gradients):
     """Runs `_local` on each device's tokens and its part of the vocabulary."""
-    arguments = (x, table, bias, targets, mask)
-    run = functools.partial(_local, head=head, with_gradients=with_gradients)
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(*arguments, cuts=Cuts())
     tokens, states, weights, biases = ("batch", "sequence"), ("batch", "sequence", None), ("vocab", "embed"), ("vocab",)
-    cuts = Cuts(mesh_axes("vocab"), mesh_axes("embed"), mesh_axes("batch") + mesh_axes("sequence"))
-    results = (Sums((), (), (), ()), (states, weights, biases) if with_gradients else None)
-    return per_device(functools.partial(run, cuts=cuts), (states, weights, biases, tokens, tokens), results)(*arguments)
+    cuts = Cuts(mesh_axes("vocab"), mesh_axes("embed"), mesh_axes("batch") + mesh_axes("sequence"),
+                divides(x.shape[1], "residual_sequence"))
+    grad_states = ("batch", "residual_sequence" if cuts.scattered else "sequence", None)
+    results = (Sums((), (), (), ()), (grad_states, weights, biases) if with_gradients else None)
+    run = functools.partial(_local, head=head, with_gradients=with_gradients, cuts=cuts)
+    return per_device(run, (states, weights, biases, tokens, tokens), results)(x, table, bias, targets, mask)
 
 
 def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
@@ -134,7 +134,7 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
     if not with_gradients:
         return sums, None
     grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]  # without the chunks' padding
-    grad_x = _reduce(jax.lax.psum, grad_x, vocab).astype(x.dtype)
+    grad_x = (_reduce_scatter(grad_x, vocab, axis=1) if cuts.scattered else _reduce(jax.lax.psum, grad_x, vocab)).astype(x.dtype)
     # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed whole.
     rest = tuple(axis for axis in cuts.tokens if axis not in embed)
     grad_table = _reduce(jax.lax.psum, _reduce_scatter(grad_table, embed, axis=1), rest)

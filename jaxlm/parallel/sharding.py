@@ -16,6 +16,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
     "sequence": "context",
+    "residual_sequence": ("context", "tensor"),  # between the blocks' parts, where every token is on its own
     "residual": None,
     # parameters (and the activations that run through them)
     "layers": "stage",
@@ -58,12 +59,19 @@ def axis_size(axis: str) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in mesh_axes(axis))
 
 
+def divides(size: int, axis: str) -> bool:
+    """Whether a dimension of this size can be cut along `axis`."""
+    return size % axis_size(axis) == 0
+
+
 def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bool = False) -> Callable:
     """`function` as what each device does with its part (`jax.shard_map` over all axes that are not cut by hand already).
 
     `in_axes` and `out_axes`: trees like the arguments and results, with a tuple of axis names for each array; None for none.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
     in_specs, out_specs = (jax.tree.map(lambda names: _cut(*names), tree, is_leaf=_is_names) for tree in (in_axes, out_axes))
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma,
                          axis_names=set(mesh.axis_names) - set(mesh.manual_axes))
@@ -78,11 +86,15 @@ def _is_names(tree: Any) -> bool:
 
 
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks the partitioner to lay `array` out by its axes' names. Without a mesh (`jax.set_mesh`) it does nothing."""
+    """Asks the partitioner to lay `array` out by its axes' names. Without a mesh (`jax.set_mesh`) it does nothing.
+
+    A dimension that its axes do not divide, such as one decoded token, stays whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array
-    return jax.lax.with_sharding_constraint(array, spec(*axes))
+    divided = (axis if axis and divides(size, axis) else None for axis, size in zip(axes, array.shape, strict=False))
+    return jax.lax.with_sharding_constraint(array, _cut(*divided))
 
 
 def shardings(mesh: Mesh, axes: Any) -> Any:

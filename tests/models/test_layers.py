@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxlm.models.layers import MLP, Embedding, Norm, contract, padded_vocab_size, rotate
+from jaxlm.models.layers import MLP, Embedding, Norm, padded_vocab_size, rotate
 from jaxlm.models.model import Model
 from jaxlm.parallel.sharding import spec
 from jaxlm.settings import TrainSettings
@@ -18,30 +18,6 @@ from jaxlm.settings import TrainSettings
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@pytest.mark.parametrize(("kernel_shape", "num_axes"), [((6, 5), 1), ((6, 2, 4), 1), ((3, 6, 5), 2)])
-def test_contract_and_its_gradients_are_those_of_tensordot(kernel_shape, num_axes):
-    x, kernel = normal(2, 7, 3, 6), normal(*kernel_shape, seed=1)
-    grad = normal(*np.tensordot(x, kernel, num_axes).shape, seed=2)
-    ours, pull = jax.vjp(lambda x, kernel: contract(x, kernel, num_axes), x, kernel)
-    plain, plain_pull = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, num_axes), x, kernel)
-    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
-    for got, want in zip(pull(grad), plain_pull(grad), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_contract_in_bfloat16_rounds_only_operands_and_results():
-    x, kernel, grad = jnp.asarray(normal(4, 9, 32), jnp.bfloat16), normal(32, 8, seed=1), normal(4, 9, 8, seed=2)
-    grad = jnp.asarray(grad, jnp.bfloat16)
-    y, pull = jax.vjp(contract, x, kernel)
-    grad_x, grad_kernel = pull(grad)
-    assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    wide_x, wide_grad = np.asarray(x, np.float64), np.asarray(grad, np.float64)
-    rounded = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float64)
-    np.testing.assert_allclose(np.asarray(y, np.float64), wide_x @ rounded, rtol=2**-8, atol=1e-4)
-    np.testing.assert_allclose(np.asarray(grad_x, np.float64), wide_grad @ rounded.T, rtol=2**-8, atol=1e-4)
-    np.testing.assert_allclose(grad_kernel, np.einsum("btd,btf->df", wide_x, wide_grad), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])  # the second is where E[x^2] - E[x]^2 loses every digit
