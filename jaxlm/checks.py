@@ -92,7 +92,7 @@ def batch_problems(settings: Settings) -> Iterator[str]:
 def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
     decay_steps = schedule.decay_steps or steps
     if schedule.warmup_steps >= steps:
-        yield f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of train.steps={steps}"
+        yield f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of train.steps={steps}; expected fewer"
     if decay_steps > steps:
         yield f"schedule.decay_steps={decay_steps} is more than train.steps={steps}"
     if schedule.name in ("linear", "cosine") and decay_steps <= schedule.warmup_steps:

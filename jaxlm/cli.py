@@ -137,6 +137,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"jaxlm: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         hint = "; the same command goes on where it was stopped" if arguments[0] in RESUMED else ""
         print(f"jaxlm: interrupted{hint}", file=sys.stderr)
@@ -168,7 +173,7 @@ class _Parser(argparse.ArgumentParser):
     """One line instead of the usage text, and the keys' table behind --help."""
 
     def error(self, message: str) -> None:
-        raise UserError(f"{self.prog}: {message}; see {self.prog} --help")
+        raise UserError(f"{self.prog.removeprefix('jaxlm ')}: {message}; see {self.prog} --help")
 
     def print_help(self, file=None) -> None:
         super().print_help(file)
@@ -179,11 +184,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "report":
         parser = _Parser(prog="jaxlm report", description=_summary_of(report))
-        parser.add_argument("runs", nargs="+", metavar="RUN_DIR")
+        parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="one: writes its report.md; several: prints a table "
+                            "and draws comparison.png in the first")
         return parser
     parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]))
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run file, or the run directory of an earlier `jaxlm train`")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
     if verb in ("evaluate", "generate", "bench"):
         parser.add_argument("--json", action="store_true", help="JSON on standard output, for scripts")
     else:

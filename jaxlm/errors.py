@@ -13,5 +13,6 @@ class UserError(Exception):
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """`; did you mean 'X'?` for the choice closest to `word`, or an empty string when none is close."""
-    matches = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.6)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    spelled = {choice.lower(): choice for choice in choices}
+    matches = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.6)
+    return f"; did you mean '{spelled[matches[0]]}'?" if matches else ""

@@ -49,6 +49,7 @@ def write_inputs(folder: Path) -> None:
     (folder / "binary.yaml").write_bytes(bytes(range(256)))
     (folder / "text.txt").write_text("".join(f"the line number {number} of a text\n" for number in range(80)))
     (folder / "short.txt").write_text("ab\nba\n")
+    (folder / "binary.txt").write_bytes(b"text\0text\n" * 9)
     (folder / "blank.txt").write_text("\n   \n\n")
     (folder / "no_text").mkdir()
     (folder / "no_text" / "data.bin").write_bytes(b"\0")
@@ -84,6 +85,9 @@ def house(tmp_path_factory) -> Path:
     shutil.copytree(folder / "run", folder / "stopped_early")
     shutil.rmtree(folder / "stopped_early" / "checkpoints")
     (folder / "stopped_early" / "checkpoints").mkdir()
+    shutil.copytree(folder / "run", folder / "torn")
+    for params in (folder / "torn" / "checkpoints").glob("*/params"):
+        shutil.rmtree(params)
     return folder
 
 
@@ -217,6 +221,8 @@ AT_ONCE = {
     "evaluate run data.corpus=bytes data.raw=null model.vocab_size=null": ("model.vocab_size=260",),
     "evaluate run data.corpus=none_held_out data.raw=null": ("data.validation", "no validation text"),
     "generate run.yaml run_dir=nowhere": ("nowhere: no checkpoints folder",),
+    "evaluate torn": ("torn/checkpoints/", "damaged"),
+    "train torn train.steps=50": ("torn/checkpoints/", "damaged"),
     "generate run checkpoint.step=1": ("checkpoint.step=1",),
     "generate run model.family=bert data.raw=null": ("model.family=bert", "only gpt"),
     "generate run generate.prompts=[été]": ("generate.prompts: 'été'", "'é'", "position 0"),
@@ -239,6 +245,7 @@ def test_bad_input_is_refused_in_one_line(refuse, command):
 READING = {
     f"{NEW} data.raw=truncated.txt.gz": ("truncated.txt.gz: truncated or not valid gzip",),
     f"{NEW} data.raw=plain.txt.gz": ("plain.txt.gz: truncated or not valid gzip",),
+    f"{NEW} data.raw=binary.txt": ("binary.txt: byte 4 is zero", "UTF-8"),
     f"{NEW} data.raw=bad.jsonl": ("bad.jsonl, line 2: not a JSON object",),
     f"{NEW} data.raw=other_field.jsonl": ("other_field.jsonl, line 1: no field 'text'", "txt"),
     f"{NEW} data.raw=number.jsonl": ("number.jsonl, line 3: field 'text'", "int, expected a string"),

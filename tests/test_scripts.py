@@ -98,13 +98,16 @@ def test_the_archive_holds_what_git_does_not_ignore(tmp_path):
     checkout = tmp_path / "check out"
     shutil.copytree(SCRIPTS, checkout / "tpu_scripts")
     (checkout / ".gitignore").write_text("runs/\n")
+    (checkout / "configs").mkdir()
+    (checkout / "configs/gpt2_124m.yaml").write_text("seed: 0\n")
     (checkout / "runs").mkdir()
     (checkout / "runs/big").write_text("x")
     subprocess.run(["git", "init", "-q", str(checkout)], check=True)
     commands = dry_run(checkout / "tpu_scripts/run.sh", *POD, *RUN, TMPDIR=str(tmp_path))
     subprocess.run(next(words for words in commands if words[:2] == ["bash", "-c"]), check=True)
     names = subprocess.run(["tar", "tzf", str(tmp_path / "jaxlm-pod.tar.gz")], check=True, capture_output=True, text=True).stdout
-    assert set(names.split()) == {".gitignore", *(f"tpu_scripts/{path.name}" for path in SCRIPTS.iterdir())}
+    scripts = {f"tpu_scripts/{path.name}" for path in SCRIPTS.iterdir()}
+    assert set(names.split()) == {".gitignore", "configs/gpt2_124m.yaml", *scripts}
 
 
 def test_watch_and_delete():
@@ -121,25 +124,41 @@ def test_resume_dry_run_shows_every_step():
     assert commands[3:] == dry_run("run.sh", *POD, *RUN)
 
 
-@pytest.mark.parametrize(("state", "expected"), [("ACTIVE", []), ("SUSPENDED", ["delete", "create"]), ("GONE", ["create"])])
+@pytest.mark.parametrize(("state", "expected"), [
+    ("ACTIVE", []), ("SUSPENDED", ["delete", "create"]), ("GONE", ["create"]), ("WAITING_FOR_RESOURCES", [])])
 def test_resume_makes_a_lost_tpu_again(tmp_path, state, expected):
     gcloud = tmp_path / "bin/gcloud"
     gcloud.parent.mkdir()
     gcloud.write_text('''#!/bin/sh
 echo "$4" >>"$NOTES"
 case $4 in
-  describe) grep -q . "$STATE" && cat "$STATE" ;;
+  describe)
+    cat "$STATE"
+    if grep -q WAITING "$STATE"; then echo ACTIVE >"$STATE"; fi
+    if grep -q GONE "$STATE"; then echo 'ERROR: NOT_FOUND: Resource was not found' >&2 && exit 1; fi ;;
   create) echo ACTIVE >"$STATE" ;;
+  delete) echo GONE >"$STATE" ;;
+  *) : ;;
 esac
 ''')
     gcloud.chmod(0o755)
-    (tmp_path / "state").write_text("" if state == "GONE" else state)
+    (tmp_path / "state").write_text(state)
     result = call("resume.sh", *POD, "--repository", "url", *RUN, PATH=f"{gcloud.parent}:{os.environ['PATH']}",
                   NOTES=str(tmp_path / "notes"), STATE=str(tmp_path / "state"))
     assert result.returncode == 0, result.stderr
     notes = [note for note in (tmp_path / "notes").read_text().split() if note != "describe"]
     assert notes[: len(expected)] == expected
     assert set(notes[len(expected):]) == {"ssh"}
+
+
+def test_where_gcloud_cannot_tell_nothing_is_made(tmp_path):
+    gcloud = tmp_path / "gcloud"
+    gcloud.write_text('#!/bin/sh\necho "$4" >>"$NOTES"\necho "ERROR: no project" >&2\nexit 1\n')
+    gcloud.chmod(0o755)
+    for script in ("resume.sh", "create.sh"):
+        result = call(script, *POD, *RUN, PATH=f"{tmp_path}:{os.environ['PATH']}", NOTES=str(tmp_path / "notes"))
+        assert result.returncode == 1 and "no project" in result.stderr
+    assert (tmp_path / "notes").read_text().split() == ["describe", "describe"]
 
 
 def test_slurm_starts_one_process_per_gpu():
@@ -156,6 +175,7 @@ def test_slurm_starts_one_process_per_gpu():
     ("watch.sh", ["--nam", "pod"], "unknown option --nam"),
     ("watch.sh", ["--name"], "--name needs a value"),
     ("run.sh", ["--name", "pod", "--zone", "z"], "config file is needed"),
+    ("run.sh", ["--name", "pod", "--zone", "z", "no.yaml"], "no.yaml: no such file"),
     ("slurm.sbatch", [], "config file is needed"),
 ])
 def test_bad_arguments_are_named(script, arguments, message):

@@ -74,7 +74,15 @@ on_workers() {
   run gcloud compute tpus tpu-vm ssh "$NAME" "${WHERE[@]}" --worker "$1" --command "$2"
 }
 
-# State of the queued resource (ACTIVE, SUSPENDED, ...), or GONE.
+# State of the queued resource (ACTIVE, SUSPENDED, ...), or GONE. Fails where gcloud cannot tell.
 state() {
-  gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format 'value(state.state)' 2>/dev/null || echo GONE
+  local answer
+  if answer=$(gcloud compute tpus queued-resources describe "$NAME" "${WHERE[@]}" --format 'value(state.state)' 2>&1); then
+    echo "$answer"
+  elif [[ $answer == *NOT_FOUND* ]]; then
+    echo GONE
+  else
+    echo "$answer" >&2
+    return 1
+  fi
 }

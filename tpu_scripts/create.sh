@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Requests a TPU slice and waits until it is there.
+# Requests a TPU slice and waits until it is there. Where it has been requested already, it only waits.
 #
 # Usage: create.sh --name NAME --zone ZONE --type TYPE [--runtime VERSION] [--spot]
 
@@ -19,12 +19,16 @@ esac
 RUNTIME=${RUNTIME:-$default_runtime}
 [[ -n $RUNTIME ]] || fail "no default --runtime is known for --type $TYPE"
 
-run gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" "${WHERE[@]}" \
-  --accelerator-type "$TYPE" --runtime-version "$RUNTIME" ${SPOT:+--spot}
+[[ -n $DRY_RUN ]] || before=$(state)
+if [[ ${before:-GONE} == GONE ]]; then
+  run gcloud compute tpus queued-resources create "$NAME" --node-id "$NAME" "${WHERE[@]}" \
+    --accelerator-type "$TYPE" --runtime-version "$RUNTIME" ${SPOT:+--spot}
+fi
 [[ -z $DRY_RUN ]] || exit 0
 
 while true; do
-  case $(state) in
+  now=$(state)
+  case $now in
     ACTIVE) break ;;
     FAILED | SUSPENDED | GONE)
       echo "create.sh: the request failed; gcloud compute tpus queued-resources describe $NAME ${WHERE[*]} says why" >&2

@@ -16,8 +16,12 @@ if [[ -n $DRY_RUN ]]; then
   echo '# if it is not there (any more):'
   "$here/create.sh" "$@"
   echo '# in any case:'
-elif [[ $(state) != ACTIVE ]]; then
-  [[ $(state) == GONE ]] || "$here/delete.sh" "$@"
-  "$here/create.sh" "$@"
+else
+  before=$(state)
+  case $before in
+    ACTIVE) ;;
+    SUSPENDED | FAILED) "$here/delete.sh" "$@" && "$here/create.sh" "$@" ;;
+    *) "$here/create.sh" "$@" ;; # not there, or waiting for its turn, which it keeps
+  esac
 fi
 exec "$here/run.sh" "$@"

@@ -11,6 +11,8 @@
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_options "$@"
 ((${#REST[@]})) || fail 'the config file is needed, for example configs/gpt2_124m.yaml'
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ -n $REPOSITORY || -f $root/${REST[0]} ]] || fail "${REST[0]}: no such file in $root"
 
 # The variables in these lines belong to the hosts.
 # shellcheck disable=SC2016
@@ -25,7 +27,6 @@ if [[ -n $REPOSITORY ]]; then
   on_workers all "rm -rf ~/jaxlm && git clone $(quoted "$REPOSITORY") ~/jaxlm"
   [[ -z $REVISION ]] || on_workers all "git -C ~/jaxlm checkout $(quoted "$REVISION")"
 else
-  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   archive=${TMPDIR:-/tmp}/jaxlm-$NAME.tar.gz
   run bash -c "cd $(quoted "$root") && git ls-files -z --cached --others --exclude-standard | tar --null -czf $(quoted "$archive") -T -"
   run gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxlm.tar.gz" "${WHERE[@]}" --worker all

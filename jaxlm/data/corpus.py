@@ -123,7 +123,8 @@ class Corpus:
         lines = [
             f"corpus      {self.directory}",
             f"sources     {counted(len(sources), 'file')}, {format_count(sum(source['bytes'] for source in sources))}B",
-            f"documents   {report['documents_in']:,} read, {report['documents_out']:,} kept ({report['repaired']:,} repaired)",
+            f"documents   {report['documents_in']:,} read, {report['documents_out']:,} kept "
+            f"({report['repaired']:,} of them mended or with invalid UTF-8 replaced)",
             f"dropped     {', '.join(dropped) or 'none'}",
         ]
         for documents in (self.train, self.validation):

@@ -199,10 +199,12 @@ def row_group_parts(file: SourceFile, unit_bytes: int) -> Iterator[Part]:
 def read_documents(unit: Unit, reading: Reading) -> Iterator[Document]:
     """The documents of a unit, in order, empty ones too.
 
-    UserError naming the file, and the line where there is one: unreadable, truncated or corrupt file, bad JSON line, missing or
-    ill-typed field or column.
+    UserError naming the file, and the line where there is one: unreadable, binary, truncated or corrupt file, bad JSON line,
+    missing or ill-typed field or column.
     """
     for part in unit.parts:
+        if part.file.format == "text" and part.start == 0:
+            refuse_binary(part.file)
         if part.file.format == "parquet":
             yield from parquet_documents(part, reading)
         elif part.file.format == "jsonl":
@@ -211,6 +213,14 @@ def read_documents(unit: Unit, reading: Reading) -> Iterator[Document]:
             yield from (decode(line) for line in read_lines(part, reading.max_bytes))
         else:
             yield whole_document(part, reading.max_bytes)
+
+
+def refuse_binary(file: SourceFile) -> None:
+    """Raises UserError where the first 8 KiB hold a zero byte, which UTF-8 text has no use for (it is how git tells, too)."""
+    with opened(file) as stream:
+        place = stream.read(8192).find(0)
+    if place >= 0:
+        raise UserError(f"{file.name}: byte {place} is zero: binary, or UTF-16; expected UTF-8 text")
 
 
 def decode(content: bytes | None) -> Document:

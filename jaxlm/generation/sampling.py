@@ -1,6 +1,7 @@
 """Text from a trained GPT: prompts in, continuations out, one token at a time over a KV cache."""
 
 import functools
+import sys
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model, Params
+from jaxlm.parallel.distributed import is_main
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import GenerateSettings, Settings, to_dict
 from jaxlm.training.checkpoints import MODEL_KEYS, Checkpoints, refuse_changes
@@ -52,6 +54,9 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
     lengths = [len(ids) for ids in encoded]
     ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
     rows = -(-len(prompts) // ways) * ways  # every device gets as many rows
+    if max(lengths) + settings.max_new_tokens > limit and is_main():
+        print(f"generate.max_new_tokens={settings.max_new_tokens}: a continuation ends where it and its prompt fill "
+              f"model.max_length={limit} tokens", file=sys.stderr)
     tokens = np.zeros((rows, min(limit, max(lengths) + settings.max_new_tokens)), np.int32)
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = ids

@@ -72,7 +72,7 @@ def what_ran(run: Run) -> dict[str, str]:
         "batch": batch,
         "optimizer": optimizer,
         "precision": str(config.get("train.precision", "?")),
-        "devices": plain(run.figure("devices")),
+        "devices": " x ".join(plain(run.figure(key)) for key in ("devices", "device_kind") if run.figure(key)) or UNKNOWN,
         "mesh": plain(run.figure("mesh")),
         "seed": str(config.get("seed", "?")),
     }
@@ -94,8 +94,8 @@ def speed(run: Run) -> dict[str, str]:
 
 def again(run: Run) -> str:
     config_file = run.path / "config.yaml"
-    return (f"`jaxlm train {config_file} run_dir=NEW_FOLDER` repeats the run; without `run_dir` it goes on where this one "
-            f"stopped. `jaxlm report {run.path} OTHER_RUN` compares.")
+    return (f"`jaxlm train {config_file} run_dir=NEW_FOLDER` repeats the run, from the folder that it was started in; "
+            f"without `run_dir` it goes on where this one stopped. `jaxlm report {run.path} OTHER_RUN` compares.")
 
 
 def table(figures: dict[str, str]) -> str:
@@ -113,7 +113,7 @@ def fenced(text: str) -> str:
 
 def plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {size}" for key, size in value.items())
+        return ", ".join(f"{key} {size}" for key, size in value.items() if size > 1) or "one device"
     return UNKNOWN if value is None else str(value)
 
 
@@ -141,13 +141,15 @@ def compare(run_dirs: list[str | Path]) -> "Table":
     grid.add_section()
     for key, write in COMPARED.items():
         figures = [run.steps if key == "steps" else run.figure(key) for run in runs]
-        grid.add_row(key, *("-" if figure is None else write(figure) for figure in figures))
+        if key != "val_bits_per_byte" or any(figure is not None for figure in figures):  # only gpt has it
+            grid.add_row(key, *("-" if figure is None else write(figure) for figure in figures))
     return grid
 
 
 COMPARED = {
     "steps": "{:,}".format,
     "val_loss": "{:.4f}".format,
+    "val_bits_per_byte": "{:.4f}".format,
     "tokens_per_second": "{:,.0f}".format,
     "mfu": "{:.1%}".format,
     "wall_seconds": format_duration,

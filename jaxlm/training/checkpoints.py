@@ -30,8 +30,8 @@ FIXED_KEYS = MODEL_KEYS | {
 class Checkpoints:
     """The checkpoints of one run. Each holds `params`, `optimizer`, `clock` (step and random key) and `metadata`.
 
-    `metadata` is plain JSON: the step, the run's settings, the tokenizer itself, the corpus digests, the mesh, and the
-    versions that wrote it. Use as a context manager: leaving waits for the last save.
+    `metadata` is plain JSON: the step, the seconds so far, the run's settings, the tokenizer itself, the corpus digests, the
+    mesh, and the versions that wrote it. Use as a context manager: leaving waits for the last save.
     """
 
     def __init__(self, run_dir: str | Path, keep: CheckpointSettings | None = None):
@@ -72,19 +72,31 @@ class Checkpoints:
 
     def metadata(self, step: int) -> dict[str, Any]:
         """What the checkpoint says of itself."""
-        return self._checkpointer.load_checkpointables(step, {"metadata": None})["metadata"]
+        return self._load(step, {"metadata": None})["metadata"]
 
     def restore(self, step: int, trainer: Trainer) -> TrainState:
         """The whole state, laid out for `trainer`'s mesh, whatever mesh it was saved from."""
         wanted = _abstract(trainer.state_shapes, trainer.state_shardings)
-        loaded = self._checkpointer.load_checkpointables(step, {
+        loaded = self._load(step, {
             "params": wanted.params, "optimizer": wanted.optimizer, "clock": {"step": wanted.step, "key": wanted.key}})
         return TrainState(loaded["clock"]["step"], loaded["clock"]["key"], loaded["params"], loaded["optimizer"])
 
     def restore_params(self, step: int, trainer: Trainer) -> Params:
         """Only the parameters, laid out for `trainer`'s mesh."""
         wanted = _abstract(trainer.state_shapes.params, trainer.state_shardings.params)
-        return self._checkpointer.load_checkpointables(step, {"params": wanted})["params"]
+        return self._load(step, {"params": wanted})["params"]
+
+    def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._checkpointer.load_checkpointables(step, wanted)
+        except (KeyError, ValueError, OSError) as error:
+            raise UserError(f"{self.directory / str(step)}: damaged, or not a checkpoint of this model ({_first_line(error)}); "
+                            "delete it to go on from the one before") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
 
 
 def versions() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
 
-import dataclasses
 import fcntl
 import functools
 import statistics
@@ -68,7 +67,8 @@ def train(settings: Settings) -> dict[str, Any]:
     run = start(settings, mesh)
     run_dir, total, main = Path(settings.run_dir), settings.train.steps, distributed.is_main()
     with _alone_in(run_dir), jax.set_mesh(mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
-        state, first = _start_or_resume(run, checkpoints, corpora)
+        state, first, earlier = _start_or_resume(run, checkpoints, corpora)
+        started -= earlier
         summary = _finished_summary(run_dir, total) if first == total else None
         if summary:
             if main:
@@ -82,7 +82,7 @@ def train(settings: Settings) -> dict[str, Any]:
                 output = Output(progress, writer)
                 for line in _describe(run, corpora, first):
                     progress.print(line)
-                results = _loop(run, corpora, state, first, checkpoints, output)
+                results = _loop(run, corpora, state, first, checkpoints, output, started)
         finally:
             if writer:
                 writer.close()
@@ -109,10 +109,10 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tuple[TrainState, int]:
-    """The newest checkpoint's state, or a fresh one; and the number of steps already done."""
+def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tuple[TrainState, int, float]:
+    """The newest checkpoint's state, or a fresh one; the number of steps already done, and the seconds they took."""
     if not checkpoints.steps:
-        return run.trainer.init(run.settings.seed), 0
+        return run.trainer.init(run.settings.seed), 0, 0.0
     step = checkpoints.choose(None)
     saved, own = checkpoints.metadata(step), _metadata(run, corpora)
     refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
@@ -122,10 +122,11 @@ def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tu
     if step > run.settings.train.steps:
         raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps "
                         "already; expected at least as many, or choose another run_dir")
-    return checkpoints.restore(step, run.trainer), step
+    return checkpoints.restore(step, run.trainer), step, saved.get("wall_seconds", 0.0)
 
 
-def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints: Checkpoints, output: Output) -> dict[str, Any]:
+def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints: Checkpoints, output: Output,
+          started: float) -> dict[str, Any]:
     settings, total = run.settings, run.settings.train.steps
     batches, validation = make_training_batches(settings, corpora), make_validation_batches(settings, corpora)
     metadata = _metadata(run, corpora)
@@ -155,10 +156,11 @@ def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints
                 _log(pending, clock, settings, output)
                 pending = None
                 if evaluating and validation:
-                    val_row = evaluate_run(run, state.params, validation, corpora)
+                    val_row = evaluate_run(run, state.params, validation, corpora, whole=step == total)
                     output.row(step, val_row)
                 if saving:
-                    checkpoints.save(state, step, metadata, val_row.get("val_loss") if evaluating else None)
+                    so_far = metadata | {"wall_seconds": time.monotonic() - started}
+                    checkpoints.save(state, step, so_far, val_row.get("val_loss") if evaluating else None)
                 clock.restart(step)
     return {"val_loss": val_row.get("val_loss"), "clock": clock}
 
@@ -172,9 +174,9 @@ def _log(pending: tuple[int, dict[str, jax.Array]], clock: "_Clock", settings: S
         output.row(step, values | clock.speed(step))
 
 
-def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora) -> dict[str, float]:
-    """Metrics over the validation set (or eval.steps batches of it)."""
-    steps = min(len(validation), run.settings.eval.steps or len(validation))
+def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora, whole: bool) -> dict[str, float]:
+    """Metrics over the whole validation set, or over eval.steps batches of it."""
+    steps = len(validation) if whole else min(len(validation), run.settings.eval.steps or len(validation))
     bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
     with on_devices(validation, 0, steps, run.mesh, run.settings.data.prefetch) as source:
         return evaluate(run.trainer, params, source, bytes_per_token)
@@ -222,7 +224,7 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
         f"{settings.model.family} of {format_count(model.num_parameters())} parameters, {settings.train.precision} compute; "
         f"{counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}",
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
-        f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)}"
+        f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} tokens"
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
@@ -265,7 +267,6 @@ def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str
 
 def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
     """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
-    settings = dataclasses.replace(settings, eval=dataclasses.replace(settings.eval, steps=None))  # all, whatever training took
     mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
@@ -278,4 +279,4 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         validation = make_validation_batches(run.settings, corpora)
         if validation is None:
             raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
-        return {"step": step} | evaluate_run(run, checkpoints.restore_params(step, run.trainer), validation, corpora)
+        return {"step": step} | evaluate_run(run, checkpoints.restore_params(step, run.trainer), validation, corpora, whole=True)

@@ -11,6 +11,7 @@ from jaxlm.reporting.report import compare, write_report
 from jaxlm.reporting.runs import read_run
 
 SUMMARY = {"steps": 40, "tokens": 40 * 8 * 16, "val_loss": 2.25, "tokens_per_second": 1234.5, "mfu": None, "devices": 8,
+           "device_kind": "cpu",
            "mesh": {"data": 4, "fsdp": 2}, "parameters": 123456, "wall_seconds": 125.0, "compile_seconds": 9.5}
 
 
@@ -53,7 +54,7 @@ def test_the_report_of_a_finished_run(tmp_path):
         "| model | gpt, 2 layers, width 64, 4 heads |",
         "| parameters | 123,456 |",
         "| tokens | 5.12k (5,120) |",
-        "| devices | 8 |",
+        "| devices | 8 x cpu |",
         "| mesh | data 4, fsdp 2 |",
         "| tokens per second | 1,234 |",
         "| step time | 100 ms |",

@@ -80,6 +80,13 @@ def test_evaluate_gives_what_training_logged(finished, jaxlm, capsys):
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == evaluations(finished)[-1]
 
 
+def test_the_last_evaluation_is_of_everything(finished, folder, run_file, jaxlm):
+    run_dir = folder / "sampled"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "eval.steps=1") == 0
+    first, last = evaluations(run_dir)
+    assert last == evaluations(finished)[-1] and first != evaluations(finished)[0]
+
+
 # ---- whole validation sets, against predictions made one sequence at a time ------------------------------------------
 
 def windows(documents: Documents, length: int) -> Iterable[np.ndarray]:

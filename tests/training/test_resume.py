@@ -17,6 +17,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.loading import training_batches
 from jaxlm.errors import UserError
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.loop import train
 from jaxlm.training.setup import on_devices
 
@@ -94,6 +95,9 @@ def test_killed_twice_it_ends_as_if_it_had_not_been(undisturbed, folder, run_fil
     jax.tree.map(np.testing.assert_array_equal, *states)
     summaries = [json.loads((directory / "summary.json").read_text()) for directory in (run_dir, undisturbed)]
     assert summaries[0]["val_loss"] == summaries[1]["val_loss"]
+    with Checkpoints(run_dir) as checkpoints:  # time counts from the first start on
+        times = [checkpoints.metadata(step)["wall_seconds"] for step in checkpoints.steps]
+    assert times == sorted(times) and summaries[0]["wall_seconds"] > times[-1]
 
 
 def test_another_mesh_gives_the_same_losses(finished, folder, run_file, devices_are_there):
