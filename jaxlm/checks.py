@@ -8,8 +8,8 @@ from jaxlm.errors import UserError
 from jaxlm.settings import TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
 
 VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
-USED_AXES = ("data", "fsdp", "context", "tensor")
-LATER_AXES = ("stage", "expert")
+USED_AXES = ("stage", "data", "fsdp", "context", "tensor")
+LATER_AXES = ("expert",)
 
 
 def check(settings: Settings) -> None:
@@ -103,7 +103,7 @@ def mesh_problems(mesh: MeshSettings) -> Iterator[str]:
     for axis in LATER_AXES:
         if getattr(mesh, axis) != 1:
             yield (f"mesh.{axis}={getattr(mesh, axis)} is not available yet; "
-                   "leave it at 1 and use mesh.data, mesh.fsdp, mesh.context, mesh.tensor")
+                   "leave it at 1")
     sizes = {axis: getattr(mesh, axis) for axis in USED_AXES}
     for axis, size in sizes.items():
         if size == 0:
@@ -128,13 +128,16 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
     if VOCAB_PADDING % sizes["tensor"]:
         yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"
     yield from context_problems(settings, sizes)
+    yield from stage_problems(settings, sizes["stage"])
     ways = math.prod(sizes[axis] for axis in ("data", "fsdp"))
     micro_batch = data.global_batch_size // settings.train.gradient_accumulation
-    batches = {"data.global_batch_size / train.gradient_accumulation": micro_batch, "eval.batch_size": settings.eval.batch_size}
-    for name, size in batches.items():
-        if size and size % ways:
-            yield (f"{name} = {size} sequences do not divide over mesh.data * mesh.fsdp = {ways} devices; "
-                   f"use a multiple of {ways}, or more of mesh.tensor")
+    if micro_batch % ways:
+        yield (f"data.global_batch_size / train.gradient_accumulation = {micro_batch} sequences do not divide over "
+               f"mesh.data * mesh.fsdp = {ways} devices; use a multiple of {ways}, or more of mesh.tensor")
+    ways *= sizes["stage"]
+    if settings.eval.batch_size and settings.eval.batch_size % ways:
+        yield (f"eval.batch_size = {settings.eval.batch_size} sequences do not divide over "
+               f"mesh.stage * mesh.data * mesh.fsdp = {ways} devices; use a multiple of {ways}")
 
 
 def context_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[str]:
@@ -152,6 +155,19 @@ def context_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[s
     elif model.num_heads % (context * sizes["tensor"]):
         yield (f"model.attention={model.attention} needs whole sequences, and mesh.context * mesh.tensor = "
                f"{context * sizes['tensor']} does not divide model.num_heads={model.num_heads}; use model.attention=auto")
+
+
+def stage_problems(settings: Settings, stages: int) -> Iterator[str]:
+    """What does not divide over the stages of a pipeline."""
+    pieces, repeats = settings.train.gradient_accumulation, settings.train.stage_repeats
+    if stages > 1 and pieces % stages:
+        yield (f"train.gradient_accumulation={pieces}: a pipeline of mesh.stage={stages} stages takes a multiple of as many "
+               f"micro-batches; use {-(-pieces // stages) * stages}, or more to let it idle less")
+    if stages == 1 and repeats > 1:
+        yield f"train.stage_repeats={repeats} needs a pipeline; set mesh.stage, or leave it at 1"
+    if settings.model.num_layers % (stages * repeats):
+        yield (f"model.num_layers={settings.model.num_layers} does not divide into mesh.stage * train.stage_repeats = "
+               f"{stages * repeats} groups")
 
 
 def round_to(number: int, unit: int) -> int:

@@ -142,7 +142,9 @@ class TrainSettings:
 
     steps: Positive = key(1000, "optimizer steps of the whole run", "steps")
     precision: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and optimizer stay float32")
-    gradient_accumulation: Positive = key(1, "micro-batches that one step is cut into")
+    gradient_accumulation: Positive = key(1, "micro-batches that one step is cut into; in a pipeline they follow each other")
+    stage_repeats: Positive = key(
+        1, "groups of layers in each stage of a pipeline: with more of them it idles less and moves more")
     remat: Literal["none", "dots", "full"] = key(
         "none", "what the backward pass recomputes: nothing, all but the matrix products, or each whole block")
     loss_chunk: Positive | None = key(
@@ -183,7 +185,7 @@ class MeshSettings:
     fsdp: AxisSize = key(1, "batch and parameters, gradients, optimizer state sharded together")
     tensor: AxisSize = key(1, "heads, MLP and vocabulary split")
     context: AxisSize = key(1, "sequence split: each device holds a part of every sequence")
-    stage: AxisSize = key(1, "layers split into a pipeline (not yet available: 1)")
+    stage: AxisSize = key(1, "layers split into the stages of a pipeline, which takes the micro-batches in turn")
     expert: AxisSize = key(1, "experts split (not yet available: 1)")
 
 

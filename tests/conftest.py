@@ -36,6 +36,9 @@ MESHES = {
     "fsdp8": MeshSettings(fsdp=8),
     "tensor8": MeshSettings(tensor=8),
     "2x2x2": MeshSettings(data=2, fsdp=2, tensor=2),
+    "stage2data4": MeshSettings(stage=2, data=4),
+    "stage2fsdp2tensor2": MeshSettings(stage=2, fsdp=2, tensor=2),
+    "stage2context2data2": MeshSettings(stage=2, context=2, data=2),
     "context8": MeshSettings(context=8),
     "fsdp2context2tensor2": MeshSettings(fsdp=2, context=2, tensor=2),
 }

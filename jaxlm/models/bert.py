@@ -10,13 +10,14 @@ from jaxlm.models.layers import (
     Attention,
     Context,
     Embedding,
+    Execution,
     Linear,
     Norm,
+    embed_and_run,
     fan_out,
     norm_epsilon,
     output_stddev,
     padded_vocab_size,
-    run_stack,
     stack,
     take_positions,
 )
@@ -49,7 +50,8 @@ class Block(nnx.Module):
 class BERT(nnx.Module):
     """Bidirectional encoder with the masked-language-model head and, on request, the next-sentence head."""
 
-    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, remat: str, loss_chunk: int | None, rngs: nnx.Rngs):
+    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, execution: Execution, loss_chunk: int | None,
+                 rngs: nnx.Rngs):
         rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
         self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         self.position_embedding = Embedding(settings.max_length, width, "positions", stddev=stddev, rngs=rngs)
@@ -62,16 +64,19 @@ class BERT(nnx.Module):
         paired = settings.next_sentence
         self.pooler = Linear({"embed": width}, {"residual": width}, bias=True, stddev=stddev, rngs=rngs) if paired else None
         self.next_sentence_head = Linear({"residual": width}, {None: 2}, bias=True, stddev=stddev, rngs=rngs) if paired else None
-        self.settings, self.dtype, self.remat = settings, dtype, remat
+        self.settings, self.dtype, self.execution = settings, dtype, execution
         self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
+
+    def embed(self, tokens: jax.Array, token_types: jax.Array, context: Context) -> jax.Array:
+        """int32 tokens [B, T] to what the first block reads, [B, T, D]."""
+        x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(token_types)
+        x = constrain(self.embedding_norm(x).astype(self.dtype), *residual_axes(x.shape[1]))
+        return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
 
     def hidden(self, tokens: jax.Array, context: Context, token_types: jax.Array | None = None) -> jax.Array:
         """int32 tokens [B, T] to states [B, T, D]. Missing token types are type 0, which is added, not skipped."""
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(types)
-        x = constrain(self.embedding_norm(x).astype(self.dtype), *residual_axes(x.shape[1]))
-        x = dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
-        return run_stack(self.blocks, x, context, remat=self.remat)[0]
+        return embed_and_run(self, (tokens, types), context, self.execution)
 
     def transform(self, x: jax.Array) -> jax.Array:
         """The part of the masked-language-model head before the (tied) output table. [B, P, D] to [B, P, D]."""

@@ -10,8 +10,10 @@ from jaxlm.models.layers import (
     Attention,
     Context,
     Embedding,
+    Execution,
     Linear,
     Norm,
+    embed_and_run,
     norm_epsilon,
     output_stddev,
     padded_vocab_size,
@@ -45,7 +47,8 @@ class Block(nnx.Module):
 class GPT(nnx.Module):
     """Causal language model."""
 
-    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, remat: str, loss_chunk: int | None, rngs: nnx.Rngs):
+    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, execution: Execution, loss_chunk: int | None,
+                 rngs: nnx.Rngs):
         rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
         self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         learned = settings.positions == "learned"
@@ -55,17 +58,24 @@ class GPT(nnx.Module):
         self.final_norm = _norm(settings)
         tied = settings.tied_embeddings
         self.head = None if tied else Linear({"embed": width}, {"vocab": rows}, bias=False, stddev=stddev, rngs=rngs)
-        self.settings, self.dtype, self.remat = settings, dtype, remat
+        self.settings, self.dtype, self.execution = settings, dtype, execution
         self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
 
-    def hidden(self, tokens: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
-        """int32 tokens [B, T] to the states [B, T, D] that the head reads, and the updated KV cache."""
+    def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
+        """int32 tokens [B, T] to what the first block reads, [B, T, D]."""
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(context.positions)
         x = constrain(x.astype(self.dtype), *residual_axes(x.shape[1]))
-        x = dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
-        x, cache = run_stack(self.blocks, x, context, remat=self.remat, cache=cache)
+        return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
+
+    def hidden(self, tokens: jax.Array, context: Context) -> jax.Array:
+        """int32 tokens [B, T] to the states [B, T, D] that the head reads."""
+        return self.final_norm(embed_and_run(self, (tokens,), context, self.execution))
+
+    def hidden_with_cache(self, tokens: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
+        """The same for tokens that go to the slots from context.cache_index on; and the updated KV cache."""
+        x, cache = run_stack(self.blocks, self.embed(tokens, context), context, cache=cache)
         return self.final_norm(x), cache
 
     def logits(self, x: jax.Array) -> jax.Array:
@@ -86,7 +96,7 @@ class GPT(nnx.Module):
         places = places[None]
         positions = batch.get("positions", jnp.broadcast_to(places, batch["tokens"].shape))
         context = Context(positions, places, batch.get("segment_ids"), token_keys(dropout_keys, places[0]))
-        x, _ = self.hidden(batch["tokens"], context)
+        x = self.hidden(batch["tokens"], context)
         table = self._output_table()
         no_bias = jnp.zeros(table.shape[0])
         return {"next_token": cross_entropy(x, table, no_bias, batch["targets"], batch["loss_mask"], self.head_facts)}

@@ -8,7 +8,7 @@ Each parameter names its axes (`axes=`); `jaxlm.parallel.sharding` says what tha
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 from jaxlm.models.attention import attention
 from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
+from jaxlm.parallel.pipeline import num_stages, run_pipeline
 from jaxlm.parallel.products import TOKENS, residual_axes
 from jaxlm.parallel.ring import Tokens
 from jaxlm.parallel.sharding import constrain, mesh_axes, per_device
@@ -215,6 +216,14 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
     return nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(num_layers))
 
 
+class Execution(NamedTuple):
+    """How a stack of blocks runs. Nothing of it changes what comes out."""
+
+    remat: str = "none"
+    micro_batches: int = 1  # in which a pipeline takes the rows, at most
+    repeats: int = 1  # groups of layers in each stage of a pipeline
+
+
 def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str = "none", cache: dict | None = None
               ) -> tuple[jax.Array, dict | None]:
     """Scans x [B, T, D] through the stacked blocks; compile time does not grow with the depth.
@@ -222,17 +231,44 @@ def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str 
     `cache` holds {"key", "value"}: [L, B, slots, K, H]; the updated cache is returned beside the output.
     """
     graph, params = nnx.split(blocks)
-    num_layers = jax.tree.leaves(params)[0].shape[0]
+    numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
+    return _scan_layers(graph, params, numbers, x, context, remat, cache)
 
+
+def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, context: Context, remat: str, cache: dict | None
+                 ) -> tuple[jax.Array, dict | None]:
     def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, dict | None]:
-        index, layer_params, layer_cache = layer
-        layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, index))
+        number, layer_params, layer_cache = layer
+        layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, number))
         x, layer_cache = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
         return constrain(x, *residual_axes(x.shape[1])), layer_cache
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (jnp.arange(num_layers), params, cache), unroll=num_layers if _loops_are_slow() else 1)
+    return jax.lax.scan(body, x, (numbers, params, cache), unroll=len(numbers) if _loops_are_slow() else 1)
+
+
+def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution) -> jax.Array:
+    """`model.embed(*inputs, context)` through `model.blocks`, in a pipeline where the mesh has stages: states [B, T, D]."""
+    if num_stages() == 1:
+        return run_stack(model.blocks, model.embed(*inputs, context), context, remat=execution.remat)[0]
+    graph, layers, embedding, rest = nnx.split(model, _path_has("blocks"), _path_has("embedding"), ...)
+    block_graph, places = nnx.split(model.blocks)[0], context.places
+
+    def first(embedding: Any, piece: tuple) -> jax.Array:
+        inputs, context = piece
+        return nnx.merge(graph, layers, embedding, rest).embed(*inputs, context._replace(places=places))
+
+    def stage(group: Any, numbers: jax.Array, x: jax.Array, piece: tuple) -> jax.Array:
+        context = piece[1]._replace(places=places)
+        return _scan_layers(block_graph, group, numbers, x, context, execution.remat, None)[0]
+
+    return run_pipeline(first, stage, embedding, layers["blocks"], (inputs, context._replace(places=None)),
+                        micro_batches=execution.micro_batches, repeats=execution.repeats)
+
+
+def _path_has(word: str) -> Callable[[tuple, Any], bool]:
+    return lambda path, _: word in path[0]
 
 
 def _loops_are_slow() -> bool:

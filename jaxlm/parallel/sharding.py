@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("stage", "data", "fsdp"),
     "sequence": "context",
     "residual_sequence": ("context", "tensor"),  # between the blocks' parts, where every token is on its own
     "residual": None,

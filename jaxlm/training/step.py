@@ -5,11 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model, Params
+from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import Axes, constrain, shardings, spec
 from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
 
@@ -35,6 +37,8 @@ class Trainer(NamedTuple):
     evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted
     state_shardings: TrainState
     state_shapes: TrainState
+    state_axes: TrainState
+    layer_order: np.ndarray  # which layer stands in each slot of the stack
 
 
 def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
@@ -44,19 +48,29 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
     """
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
     optimizer = make_optimizer(settings.optimizer, schedule, model.axes)
+    order = layer_order(model.settings.num_layers, mesh.shape["stage"], settings.train.stage_repeats)
+    axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes))
 
     def init(seed: int) -> TrainState:
         key = jax.random.key(seed)
-        params = model.init(jax.random.fold_in(key, 2**31))
+        params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params))
 
-    layout = shardings(mesh, TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes)))
+    layout = shardings(mesh, axes)
     return Trainer(
         model, mesh,
         init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(_train_step(model, optimizer, schedule, settings), donate_argnums=0, out_shardings=(layout, None)),
+        step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"]), donate_argnums=0,
+                     out_shardings=(layout, None)),
         evaluate=jax.jit(lambda params, batch: model.bind(params).losses(batch)),
-        state_shardings=layout, state_shapes=jax.eval_shape(init, 0))
+        state_shardings=layout, state_shapes=jax.eval_shape(init, 0), state_axes=axes, layer_order=order)
+
+
+def reorder_layers(tree: Any, axes: Any, order: np.ndarray) -> Any:
+    """Slot i of every stacked array gets what was in slot `order[i]`. `axes` mirrors `tree`."""
+    if (order == np.arange(len(order))).all():
+        return tree
+    return jax.tree.map(lambda leaf, axes: leaf[order] if axes.names[:1] == ("layers",) else leaf, tree, axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -64,8 +78,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
-def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any) -> Callable:
-    pieces, clip_norm = settings.train.gradient_accumulation, settings.optimizer.clip_norm
+def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any, stages: int
+                ) -> Callable:
+    clip_norm = settings.optimizer.clip_norm
+    pieces = settings.train.gradient_accumulation if stages == 1 else 1  # a pipeline takes the micro-batches itself
     has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
 
     def loss_and_sums(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, dict[str, Sums]]:

@@ -70,7 +70,8 @@ FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"step-{family}")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("mesh", "micro_batches"), [("data8", 1), ("fsdp8", 2), ("tensor8", 1), ("2x2x2", 1), ("one", 4),
-                                                     ("context8", 1), ("fsdp2context2tensor2", 2)])
+                                                     ("context8", 1), ("fsdp2context2tensor2", 2), ("stage2data4", 2),
+                                                     ("stage2fsdp2tensor2", 4), ("stage2context2data2", 2)])
 def test_every_mesh_and_cut_gives_the_curve_of_one_device(mesh, micro_batches, family, reference, meshes, capfd):
     """With dropout; with micro-batches of unequal numbers of predictions, where a mean of means would not do."""
     settings, params, batches, want, want_state = reference(family)
