@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jaxlm.parallel.sharding import axis_size, constrain
+from jaxlm.parallel.products import residual_axes
+from jaxlm.parallel.sharding import axis_size, constrain, per_device
 
 AXIS = "stage"
 
@@ -64,7 +65,10 @@ def _on_stage(first, stage, shared, layers, inputs, *, stages, micro_batches, re
     here = jax.lax.axis_index(AXIS)
     layers = jax.tree.map(lambda leaf: leaf.reshape(repeats, -1, *leaf.shape[1:]), layers)
     per_group = jax.tree.leaves(layers)[0].shape[1]
-    entering = jax.vmap(functools.partial(first, shared))(inputs)
+    together = jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(-1, *array.shape[2:]), inputs)
+    entering = first(shared, together)
+    length = entering.shape[1]
+    entering = jnp.moveaxis(entering.reshape(-1, micro_batches, *entering.shape[1:]), 1, 0)
 
     def tick(carry, time):
         x, done = carry
@@ -81,7 +85,10 @@ def _on_stage(first, stage, shared, layers, inputs, *, stages, micro_batches, re
 
     ticks = jnp.arange(micro_batches * repeats + stages - 1)
     (_, done), _ = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), jnp.zeros_like(entering)), ticks)
-    return jax.lax.psum_scatter(jnp.where(here == stages - 1, done, 0), AXIS, scatter_dimension=0, tiled=True)
+    # by hand on all axes: the partitioner would first gather what the others cut
+    deal = functools.partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)
+    states = (None, *residual_axes(length))
+    return per_device(deal, (states,), states)(jnp.where(here == stages - 1, done, 0))
 
 
 def _to_micro_batches(array: jax.Array, stages: int, micro_batches: int) -> jax.Array:

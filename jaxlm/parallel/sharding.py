@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("stage", "data", "fsdp"),
+    "batch": ("data", "stage", "fsdp"),
     "sequence": "context",
     "residual_sequence": ("context", "tensor"),  # between the blocks' parts, where every token is on its own
     "residual": None,
@@ -75,6 +75,25 @@ def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bo
     in_specs, out_specs = (jax.tree.map(lambda names: _cut(*names), tree, is_leaf=_is_names) for tree in (in_axes, out_axes))
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma,
                          axis_names=set(mesh.axis_names) - set(mesh.manual_axes))
+
+
+def for_each_copy(function: Callable, *by_rows: int) -> Callable:
+    """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies at the end.
+
+    For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which arguments are trees
+    of arrays whose first dimension is the batch; the others are the same everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh
+
+    def run(*arguments: Any) -> Any:
+        if mesh().shape.get("data", 1) == 1:
+            return function(*arguments)
+        specs = tuple(PartitionSpec("data") if i in by_rows else PartitionSpec() for i in range(len(arguments)))
+        summed = jax.shard_map(lambda *arguments: jax.lax.psum(function(*arguments), "data"), in_specs=specs,
+                               out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+        return summed(*arguments)
+
+    return run
 
 
 def _cut(*axes: str | None) -> PartitionSpec:

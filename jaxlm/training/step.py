@@ -1,5 +1,6 @@
 """The training state and the step: what runs a million times, as pure functions of plain pytrees."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model, Params
 from jaxlm.parallel.pipeline import layer_order
-from jaxlm.parallel.sharding import Axes, constrain, shardings, spec
+from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
 from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
 
 Batch = dict[str, jax.Array]
@@ -60,9 +61,9 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
     return Trainer(
         model, mesh,
         init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"]), donate_argnums=0,
+        step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1), donate_argnums=0,
                      out_shardings=(layout, None)),
-        evaluate=jax.jit(lambda params, batch: model.bind(params).losses(batch)),
+        evaluate=jax.jit(for_each_copy(lambda params, batch: model.bind(params).losses(batch), 1)),
         state_shardings=layout, state_shapes=jax.eval_shape(init, 0), state_axes=axes, layer_order=order)
 
 
@@ -78,10 +79,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
-def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any, stages: int
+def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any, pipelined: bool
                 ) -> Callable:
     clip_norm = settings.optimizer.clip_norm
-    pieces = settings.train.gradient_accumulation if stages == 1 else 1  # a pipeline takes the micro-batches itself
     has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
 
     def loss_and_sums(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, dict[str, Sums]]:
@@ -92,16 +92,10 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         # Divided by the whole batch's counts, so that micro-batches simply add up to the big batch's gradient.
         counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in model.bind(params).counts(batch).items()}
         gradient = jax.grad(loss_and_sums, has_aux=True)
-        if pieces == 1:
+        if settings.train.gradient_accumulation == 1:
             return gradient(params, batch, keys, counts)
-
-        def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *piece, counts)), None
-
-        cut = jax.tree.map(lambda array: _micro_batches(array, pieces), (batch, keys))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                             jax.eval_shape(gradient, params, *jax.tree.map(lambda array: array[0], cut), counts))
-        return jax.lax.scan(accumulate, zeros, cut)[0]
+        one_by_one = gradient if pipelined else functools.partial(_accumulated, gradient, settings.train.gradient_accumulation)
+        return for_each_copy(one_by_one, 1, 2)(params, batch, keys, counts)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = None
@@ -119,6 +113,17 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         return TrainState(state.step + 1, state.key, params, optimizer_state), metrics
 
     return train_step
+
+
+def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> Any:
+    """The sum of `gradient` over `pieces` micro-batches, one after the other."""
+    def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *piece, counts)), None
+
+    cut = jax.tree.map(lambda array: _micro_batches(array, pieces), (batch, keys))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                         jax.eval_shape(gradient, params, *jax.tree.map(lambda array: array[0], cut), counts))
+    return jax.lax.scan(accumulate, zeros, cut)[0]
 
 
 def _micro_batches(array: jax.Array, pieces: int) -> jax.Array:
