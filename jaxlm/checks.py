@@ -8,8 +8,7 @@ from jaxlm.errors import UserError
 from jaxlm.settings import TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
 
 VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
-USED_AXES = ("stage", "data", "fsdp", "context", "tensor")
-LATER_AXES = ("expert",)
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
 def check(settings: Settings) -> None:
@@ -20,7 +19,7 @@ def check(settings: Settings) -> None:
         batch_problems(settings),
         schedule_problems(settings.schedule, settings.train.steps),
         mesh_problems(settings.mesh),
-        layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in USED_AXES}),
+        layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in AXES}),
     )
     refuse_first(problems)
 
@@ -42,11 +41,14 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
                "change one or set model.head_dim")
     if model.num_heads % kv_heads:
         yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads}"
+    if model.num_experts is not None and model.experts_per_token > model.num_experts:
+        yield f"model.experts_per_token={model.experts_per_token} is more than model.num_experts={model.num_experts}"
     if model.positions == "rope" and (model.head_dim or model.hidden_size // model.num_heads) % 2:
         yield "model.positions=rope needs an even head width; change model.hidden_size, model.num_heads or model.head_dim"
     if model.family == "bert":
         only_gpt = {"positions=rope": model.positions == "rope", "normalization=rmsnorm": model.normalization == "rmsnorm",
-                    "qk_norm=true": model.qk_norm, "tied_embeddings=false": not model.tied_embeddings}
+                    "qk_norm=true": model.qk_norm, "tied_embeddings=false": not model.tied_embeddings,
+                    f"num_experts={model.num_experts}": model.num_experts is not None}
         for name, wanted in only_gpt.items():
             if wanted:
                 yield f"model.{name}: only for gpt; model.family=bert is BERT exactly"
@@ -100,11 +102,7 @@ def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
 
 
 def mesh_problems(mesh: MeshSettings) -> Iterator[str]:
-    for axis in LATER_AXES:
-        if getattr(mesh, axis) != 1:
-            yield (f"mesh.{axis}={getattr(mesh, axis)} is not available yet; "
-                   "leave it at 1")
-    sizes = {axis: getattr(mesh, axis) for axis in USED_AXES}
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
     for axis, size in sizes.items():
         if size == 0:
             yield f"mesh.{axis}=0; expected a positive number, or -1 for the rest"
@@ -129,15 +127,18 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
         yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"
     yield from context_problems(settings, sizes)
     yield from stage_problems(settings, sizes["stage"])
-    ways = math.prod(sizes[axis] for axis in ("data", "fsdp"))
+    if sizes["expert"] > 1 and (model.num_experts or 1) % sizes["expert"]:
+        yield (f"mesh.expert={sizes['expert']} does not divide model.num_experts={model.num_experts or 1}; "
+               "leave it at 1, or change model.num_experts")
+    ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     micro_batch = data.global_batch_size // settings.train.gradient_accumulation
     if micro_batch % ways:
         yield (f"data.global_batch_size / train.gradient_accumulation = {micro_batch} sequences do not divide over "
-               f"mesh.data * mesh.fsdp = {ways} devices; use a multiple of {ways}, or more of mesh.tensor")
+               f"mesh.data * mesh.fsdp * mesh.expert = {ways} devices; use a multiple of {ways}, or more of mesh.tensor")
     ways *= sizes["stage"]
     if settings.eval.batch_size and settings.eval.batch_size % ways:
         yield (f"eval.batch_size = {settings.eval.batch_size} sequences do not divide over "
-               f"mesh.stage * mesh.data * mesh.fsdp = {ways} devices; use a multiple of {ways}")
+               f"mesh.stage * mesh.data * mesh.fsdp * mesh.expert = {ways} devices; use a multiple of {ways}")
 
 
 def context_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[str]:

@@ -65,6 +65,12 @@ class ModelSettings:
     norm_epsilon: PositiveFloat | None = key(None, "added to the variance; null: 1e-5 for gpt, 1e-12 for bert")
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] | None = key(
         None, "MLP activation; null: gelu_tanh for gpt, gelu (erf) for bert")
+    num_experts: Positive | None = key(None, "gpt: experts in place of each MLP; null: one MLP for all tokens")
+    experts_per_token: Positive = key(2, "experts that each token goes to")
+    capacity_factor: PositiveFloat | None = key(
+        None, "most tokens of an expert, as a multiple of its even share on each device; null: dropless")
+    balance_loss: NotNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts")
+    router_z_loss: NotNegativeFloat = key(0.001, "weight of the squared log-partition penalty on the router's logits")
     bias: bool = key(True, "biases in linear layers and layernorms")
     tied_embeddings: bool = key(True, "output head shares the embedding table")
     qk_norm: bool = key(False, "RMS-normalize queries and keys per head")
@@ -186,7 +192,7 @@ class MeshSettings:
     tensor: AxisSize = key(1, "heads, MLP and vocabulary split")
     context: AxisSize = key(1, "sequence split: each device holds a part of every sequence")
     stage: AxisSize = key(1, "layers split into the stages of a pipeline, which takes the micro-batches in turn")
-    expert: AxisSize = key(1, "experts split (not yet available: 1)")
+    expert: AxisSize = key(1, "experts split, and the batch; tokens travel to their experts")
 
 
 @dataclass(frozen=True, kw_only=True)

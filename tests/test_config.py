@@ -189,7 +189,9 @@ CONTRADICTIONS = {
     "schedule.warmup_steps=1000 leaves nothing of train.steps=1000": ["schedule.warmup_steps=1000"],
     "schedule.decay_steps=2000 is more than train.steps=1000": ["schedule.decay_steps=2000"],
     "schedule.decay_steps=50 is not more than schedule.warmup_steps=50": ["schedule.decay_steps=50", "schedule.warmup_steps=50"],
-    "mesh.expert=2 is not available yet": ["mesh.expert=2"],
+    "mesh.expert=2 does not divide model.num_experts=1": ["mesh.expert=2"],
+    "model.experts_per_token=2 is more than model.num_experts=1": ["model.num_experts=1"],
+    "model.num_experts=4: only for gpt": ["model.num_experts=4", "model.family=bert"],
     "train.gradient_accumulation=3: a pipeline of mesh.stage=2 stages takes a multiple of as many micro-batches; use 4":
         ["mesh.stage=2", "train.gradient_accumulation=3", "data.global_batch_size=12"],
     "model.num_layers=12 does not divide into mesh.stage * train.stage_repeats = 10 groups":
@@ -206,7 +208,7 @@ CONTRADICTIONS = {
     "mesh.tensor=4 does not divide model.intermediate_size=50": ["mesh.tensor=4", "model.intermediate_size=50"],
     "mesh.tensor=3 does not divide the vocabulary": ["mesh.tensor=3"],
     "mesh.fsdp=5 does not divide model.hidden_size=768": ["mesh.fsdp=5"],
-    "data.global_batch_size / train.gradient_accumulation = 2 sequences do not divide over mesh.data * mesh.fsdp = 4 devices":
+    "data.global_batch_size / train.gradient_accumulation = 2 sequences do not divide over mesh.data":
         ["mesh.data=2", "mesh.fsdp=2", "train.gradient_accumulation=4"],
     "eval.batch_size = 3 sequences do not divide": ["mesh.data=4", "eval.batch_size=3"],
 }

@@ -8,6 +8,7 @@ from jaxlm.models.layers import (
     ACTIVATIONS,
     MLP,
     Attention,
+    Beside,
     Context,
     Embedding,
     Execution,
@@ -41,10 +42,10 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(settings)
         self.dropout_rate = settings.dropout
 
-    def __call__(self, x: jax.Array, context: Context, cache: None = None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, context: Context, cache: None = None) -> tuple[jax.Array, Beside]:
         attended, _ = self.attention(x, context)
         x = self.attention_norm(x + dropout(attended, self.dropout_rate, context.dropout_keys, site=1))
-        return self.mlp_norm(x + dropout(self.mlp(x), self.dropout_rate, context.dropout_keys, site=2)), None
+        return self.mlp_norm(x + dropout(self.mlp(x), self.dropout_rate, context.dropout_keys, site=2)), Beside()
 
 
 class BERT(nnx.Module):
@@ -76,7 +77,7 @@ class BERT(nnx.Module):
     def hidden(self, tokens: jax.Array, context: Context, token_types: jax.Array | None = None) -> jax.Array:
         """int32 tokens [B, T] to states [B, T, D]. Missing token types are type 0, which is added, not skipped."""
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        return embed_and_run(self, (tokens, types), context, self.execution)
+        return embed_and_run(self, (tokens, types), context, self.execution)[0]
 
     def transform(self, x: jax.Array) -> jax.Array:
         """The part of the masked-language-model head before the (tied) output table. [B, P, D] to [B, P, D]."""

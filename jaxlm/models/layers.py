@@ -17,6 +17,7 @@ from flax import nnx
 from jaxlm.models.attention import attention
 from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
+from jaxlm.parallel.experts import RouterSums, Routing, mixture
 from jaxlm.parallel.pipeline import num_stages, run_pipeline
 from jaxlm.parallel.products import TOKENS, residual_axes
 from jaxlm.parallel.ring import Tokens
@@ -202,6 +203,27 @@ class MLP(nnx.Module):
         return fan_in(activate(gate) * up, self.down)
 
 
+class Experts(nnx.Module):
+    """Many MLPs, of which each token takes a few (Shazeer et al. 2017); see `jaxlm.parallel.experts`."""
+
+    def __init__(self, settings: ModelSettings, *, activation: str, output_stddev: float, rngs: nnx.Rngs):
+        experts, embed = {"experts": settings.num_experts}, {"embed": settings.hidden_size}
+        inner, stddev = {"mlp": settings.intermediate_size or 4 * settings.hidden_size}, settings.initializer_range
+        linear = functools.partial(Linear, bias=False, rngs=rngs)
+        self.router = linear(embed, {None: settings.num_experts}, stddev=stddev)
+        self.up = linear(experts | embed, inner, stddev=stddev)
+        self.gate = linear(experts | embed, inner, stddev=stddev) if activation in ("swiglu", "geglu") else None
+        self.down = linear(experts | inner, embed, stddev=output_stddev)
+        self.activation = activation
+        self.routing = Routing(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, RouterSums]:
+        """[B, T, D] to [B, T, D]."""
+        linears = {"up": self.up, "gate": self.gate, "down": self.down}
+        kernels = {name: linear.kernel[...] for name, linear in linears.items() if linear is not None}
+        return mixture(x, self.router.kernel[...], kernels, ACTIVATIONS[self.activation], self.routing)
+
+
 # ---- the stack -------------------------------------------------------------------------------------------------------
 
 REMAT_POLICIES = {
@@ -224,11 +246,18 @@ class Execution(NamedTuple):
     repeats: int = 1  # groups of layers in each stage of a pipeline
 
 
+class Beside(NamedTuple):
+    """What the blocks of a stack give beside the states; leading dimension L."""
+
+    cache: dict | None = None  # the updated KV cache
+    router: RouterSums | None = None  # of mixtures of experts
+
+
 def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str = "none", cache: dict | None = None
-              ) -> tuple[jax.Array, dict | None]:
+              ) -> tuple[jax.Array, Beside]:
     """Scans x [B, T, D] through the stacked blocks; compile time does not grow with the depth.
 
-    `cache` holds {"key", "value"}: [L, B, slots, K, H]; the updated cache is returned beside the output.
+    `cache` holds {"key", "value"}: [L, B, slots, K, H].
     """
     graph, params = nnx.split(blocks)
     numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
@@ -236,22 +265,23 @@ def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str 
 
 
 def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, context: Context, remat: str, cache: dict | None
-                 ) -> tuple[jax.Array, dict | None]:
-    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, dict | None]:
+                 ) -> tuple[jax.Array, Beside]:
+    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, Beside]:
         number, layer_params, layer_cache = layer
         layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, number))
-        x, layer_cache = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
-        return constrain(x, *residual_axes(x.shape[1])), layer_cache
+        x, beside = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
+        return constrain(x, *residual_axes(x.shape[1])), beside
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(body, x, (numbers, params, cache), unroll=len(numbers) if _loops_are_slow() else 1)
 
 
-def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution) -> jax.Array:
+def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution) -> tuple[jax.Array, RouterSums | None]:
     """`model.embed(*inputs, context)` through `model.blocks`, in a pipeline where the mesh has stages: states [B, T, D]."""
     if num_stages() == 1:
-        return run_stack(model.blocks, model.embed(*inputs, context), context, remat=execution.remat)[0]
+        x, beside = run_stack(model.blocks, model.embed(*inputs, context), context, remat=execution.remat)
+        return x, beside.router
     graph, layers, embedding, rest = nnx.split(model, _path_has("blocks"), _path_has("embedding"), ...)
     block_graph, places = nnx.split(model.blocks)[0], context.places
 
@@ -259,9 +289,10 @@ def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execut
         inputs, context = piece
         return nnx.merge(graph, layers, embedding, rest).embed(*inputs, context._replace(places=places))
 
-    def stage(group: Any, numbers: jax.Array, x: jax.Array, piece: tuple) -> jax.Array:
+    def stage(group: Any, numbers: jax.Array, x: jax.Array, piece: tuple) -> tuple[jax.Array, RouterSums | None]:
         context = piece[1]._replace(places=places)
-        return _scan_layers(block_graph, group, numbers, x, context, execution.remat, None)[0]
+        x, beside = _scan_layers(block_graph, group, numbers, x, context, execution.remat, None)
+        return x, beside.router
 
     return run_pipeline(first, stage, embedding, layers["blocks"], (inputs, context._replace(places=None)),
                         micro_batches=execution.micro_batches, repeats=execution.repeats)

@@ -26,6 +26,15 @@ class Sums(NamedTuple):
     count: jax.Array
 
 
+class RouterLoss(NamedTuple):
+    """Sums over sequences from the routers of experts, float32."""
+
+    loss: jax.Array  # balance and z losses, weighted, mean over layers
+    count: jax.Array  # sequences
+    load: jax.Array  # [L, E]: tokens that chose each expert
+    dropped: jax.Array  # choices that found their expert full
+
+
 class Head(NamedTuple):
     """Static facts of the output head."""
 

@@ -81,6 +81,8 @@ class Model:
         head_dim = model.head_dim or width // model.num_heads
         projections = width * head_dim * (2 * model.num_heads + 2 * kv_heads)
         mlp = width * (model.intermediate_size or 4 * width) * (3 if model.activation in ("swiglu", "geglu") else 2)
+        if model.num_experts is not None:
+            mlp = mlp * model.experts_per_token + width * model.num_experts
         attention = 2 * length * model.num_heads * head_dim
         head = predictions * width * (model.vocab_size + (width if model.family == "bert" else 0))
         return 3 * 2 * (length * model.num_layers * (projections + mlp + attention) + head)

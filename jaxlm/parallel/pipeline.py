@@ -37,13 +37,13 @@ def num_stages() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
-def run_pipeline(first: Callable[[Any, Any], jax.Array], stage: Callable[[Any, jax.Array, jax.Array, Any], jax.Array],
-                 shared: Any, layers: Any, inputs: Any, *, micro_batches: int, repeats: int) -> jax.Array:
-    """What comes out of the last layer: [B, T, D], rows cut over the stages too.
+def run_pipeline(first: Callable[[Any, Any], jax.Array], stage: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
+                 shared: Any, layers: Any, inputs: Any, *, micro_batches: int, repeats: int) -> tuple[jax.Array, Any]:
+    """What comes out of the last layer: [B, T, D], rows cut over the stages too; and beside it sums of [L, ...] over rows.
 
     Args:
       first: (shared, inputs) -> [B, T, D], the first layer's input; each stage computes it.
-      stage: (a group's layers, their numbers, x [b, T, D], inputs) -> x, for one micro-batch.
+      stage: (a group's layers, their numbers, x [b, T, D], inputs) -> (x, tree of [layers, ...]), for one micro-batch.
       shared: parameters that `first` takes.
       layers: tree of parameters with a leading dimension L, in `layer_order`.
       inputs: tree of arrays [B, ...], rows cut over the stages too; a micro-batch gets its rows.
@@ -58,7 +58,8 @@ def run_pipeline(first: Callable[[Any, Any], jax.Array], stage: Callable[[Any, j
     whole, cut = PartitionSpec(), PartitionSpec(AXIS)
     inputs = jax.tree.map(lambda array: _to_micro_batches(array, stages, micro_batches), inputs)
     on_stages = jax.shard_map(run, in_specs=(whole, cut, whole), out_specs=cut, axis_names={AXIS}, check_vma=False)
-    return _from_micro_batches(on_stages(shared, layers, inputs), stages)
+    out, beside = on_stages(shared, layers, inputs)
+    return _from_micro_batches(out, stages), beside
 
 
 def _on_stage(first, stage, shared, layers, inputs, *, stages, micro_batches, repeats):
@@ -71,24 +72,30 @@ def _on_stage(first, stage, shared, layers, inputs, *, stages, micro_batches, re
     entering = jnp.moveaxis(entering.reshape(-1, micro_batches, *entering.shape[1:]), 1, 0)
 
     def tick(carry, time):
-        x, done = carry
+        x, done, beside = carry
         index = jnp.clip(time - here, 0, micro_batches * repeats - 1)
         repeat = index // stages % repeats
         micro_batch = index // (stages * repeats) * stages + index % stages
         x = jnp.where((here == 0) & (repeat == 0), entering[micro_batch], x)
         group = jax.tree.map(lambda leaf: leaf[repeat], layers)
         numbers = (repeat * stages + here) * per_group + jnp.arange(per_group)
-        x = stage(group, numbers, x, jax.tree.map(lambda array: array[micro_batch], inputs))
-        leaving = (here == stages - 1) & (repeat == repeats - 1) & (time >= here)
+        x, new = stage(group, numbers, x, jax.tree.map(lambda array: array[micro_batch], inputs))
+        busy = (time >= here) & (time - here < micro_batches * repeats)
+        beside = jax.tree.map(lambda total, part: total.at[repeat].add(jnp.where(busy, part, 0)), beside, new)
+        leaving = (here == stages - 1) & (repeat == repeats - 1) & busy
         done = done.at[micro_batch].set(jnp.where(leaving, x, done[micro_batch]))
-        return (jax.lax.ppermute(x, AXIS, [(i, (i + 1) % stages) for i in range(stages)]), done), None
+        return (jax.lax.ppermute(x, AXIS, [(i, (i + 1) % stages) for i in range(stages)]), done, beside), None
 
     ticks = jnp.arange(micro_batches * repeats + stages - 1)
-    (_, done), _ = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), jnp.zeros_like(entering)), ticks)
+    piece = jax.tree.map(lambda array: array[0], (layers, entering, inputs))
+    shapes = jax.eval_shape(stage, piece[0], jnp.arange(per_group), *piece[1:])[1]
+    beside = jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), shapes)
+    (_, done, beside), _ = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), jnp.zeros_like(entering), beside), ticks)
     # by hand on all axes: the partitioner would first gather what the others cut
     deal = functools.partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)
     states = (None, *residual_axes(length))
-    return per_device(deal, (states,), states)(jnp.where(here == stages - 1, done, 0))
+    done = per_device(deal, (states,), states)(jnp.where(here == stages - 1, done, 0))
+    return done, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), beside)
 
 
 def _to_micro_batches(array: jax.Array, stages: int, micro_batches: int) -> jax.Array:

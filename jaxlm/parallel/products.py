@@ -140,44 +140,44 @@ def _outputs(axes: tuple[Names, ...], states: Names) -> tuple[Names, ...]:
 # ---- one device ------------------------------------------------------------------------------------------------------
 
 def _fan_out(x, kernels, *, cuts):
-    x = _gather(x, cuts.scattered, axis=1)
-    return tuple(_product(x, _gather(kernel.astype(x.dtype), cuts.embed, axis=0), 1).astype(x.dtype) for kernel in kernels)
+    x = gather(x, cuts.scattered, axis=1)
+    return tuple(_product(x, gather(kernel.astype(x.dtype), cuts.embed, axis=0), 1).astype(x.dtype) for kernel in kernels)
 
 
 def _fan_out_gradients(x, kernels, grads, *, cuts):
-    x = _gather(x, cuts.scattered, axis=1)
-    grad_x = sum(_product_transposed(grad, _gather(kernel.astype(x.dtype), cuts.embed, axis=0), grad.ndim - 2)
+    x = gather(x, cuts.scattered, axis=1)
+    grad_x = sum(_product_transposed(grad, gather(kernel.astype(x.dtype), cuts.embed, axis=0), grad.ndim - 2)
                  for kernel, grad in zip(kernels, grads, strict=True))
     if cuts.scattered:
-        grad_x = _scatter_sum(grad_x.astype(x.dtype), cuts.scattered, axis=1)
+        grad_x = scatter_sum(grad_x.astype(x.dtype), cuts.scattered, axis=1)
     else:
-        grad_x = _sum(grad_x.astype(x.dtype), cuts.columns)
+        grad_x = sum_over(grad_x.astype(x.dtype), cuts.columns)
     return grad_x, tuple(_sum_kernel(_kernel_gradient(x, grad), cuts, axis=0) for grad in grads)
 
 
 def _fan_in(y, kernel, *, cuts):
-    out = _product(y, _gather(kernel.astype(y.dtype), cuts.embed, axis=-1), kernel.ndim - 1).astype(y.dtype)
-    return _scatter_sum(out, cuts.scattered, axis=1) if cuts.scattered else _sum(out, cuts.columns)
+    out = _product(y, gather(kernel.astype(y.dtype), cuts.embed, axis=-1), kernel.ndim - 1).astype(y.dtype)
+    return scatter_sum(out, cuts.scattered, axis=1) if cuts.scattered else sum_over(out, cuts.columns)
 
 
 def _fan_in_gradients(y, kernel, grad, *, cuts):
-    grad = _gather(grad, cuts.scattered, axis=1)
-    grad_y = _product_transposed(grad, _gather(kernel.astype(y.dtype), cuts.embed, axis=-1), 1)
+    grad = gather(grad, cuts.scattered, axis=1)
+    grad_y = _product_transposed(grad, gather(kernel.astype(y.dtype), cuts.embed, axis=-1), 1)
     return grad_y.astype(y.dtype), _sum_kernel(_kernel_gradient(y, grad), cuts, axis=-1)
 
 
 def _look_up(table, indices, *, cuts):
-    table = _gather(table, cuts.embed, axis=1)
+    table = gather(table, cuts.embed, axis=1)
     if not cuts.columns:
         return table[indices]
     indices, here = _own(indices, table, cuts)
     found = jnp.where(here[..., None], table[indices], 0)
-    return _scatter_sum(found, cuts.scattered, axis=1) if cuts.scattered else _sum(found, cuts.columns)
+    return scatter_sum(found, cuts.scattered, axis=1) if cuts.scattered else sum_over(found, cuts.columns)
 
 
 def _look_up_gradient(table, indices, grad, *, cuts):
     if cuts.columns:
-        grad = _gather(grad, cuts.scattered, axis=1)
+        grad = gather(grad, cuts.scattered, axis=1)
         indices, here = _own(indices, table, cuts)
         grad = jnp.where(here[..., None], grad, 0)
         tokens = cuts.tokens
@@ -196,8 +196,8 @@ def _own(indices, table, cuts):
 
 def _sum_kernel(grad, cuts, axis):
     """Tokens are cut over `embed`'s axes too: that sum comes back already cut. The other axes of the tokens are summed whole."""
-    grad = _scatter_sum(grad, cuts.embed, axis=axis % grad.ndim)
-    return _sum(grad, tuple(name for name in cuts.tokens if name not in cuts.embed))
+    grad = scatter_sum(grad, cuts.embed, axis=axis % grad.ndim)
+    return sum_over(grad, tuple(name for name in cuts.tokens if name not in cuts.embed))
 
 
 def _product(x, kernel, num_axes):
@@ -222,13 +222,13 @@ def _kernel_gradient(x, grad):
     return jax.lax.dot_general(x, grad, tokens, preferred_element_type=jnp.float32)
 
 
-def _gather(array, axes, axis):
+def gather(array, axes, axis):
     return jax.lax.all_gather(array, axes, axis=axis % array.ndim, tiled=True) if axes else array
 
 
-def _sum(array, axes):
+def sum_over(array, axes):
     return jax.lax.psum(array, axes) if axes else array
 
 
-def _scatter_sum(array, axes, axis):
+def scatter_sum(array, axes, axis):
     return jax.lax.psum_scatter(array, axes, scatter_dimension=axis, tiled=True) if axes else array

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("data", "stage", "fsdp"),
+    "batch": ("data", "stage", "fsdp", "expert"),
     "sequence": "context",
     "residual_sequence": ("context", "tensor"),  # between the blocks' parts, where every token is on its own
     "residual": None,
@@ -27,6 +27,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "experts": "expert",
     "positions": None,
     "types": None,
 }

@@ -139,8 +139,8 @@ def _muon_dimensions(path: tuple, leaf: Axes) -> contrib.MuonDimensionNumbers | 
     if path[-1].key != "kernel" or names[0] != "layers":
         return optax.MaskedNode()
     embed = names.index("embed")
-    others = tuple(i for i in range(1, len(names)) if i != embed)
-    inputs, outputs = ((embed,), others) if embed == 1 else (others, (embed,))
+    others = tuple(i for i in range(1, len(names)) if i != embed and names[i] != "experts")
+    inputs, outputs = ((embed,), others) if embed < others[0] else (others, (embed,))
     return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
 

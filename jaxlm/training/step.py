@@ -63,7 +63,7 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
         init=jax.jit(init, out_shardings=layout),
         step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1), donate_argnums=0,
                      out_shardings=(layout, None)),
-        evaluate=jax.jit(for_each_copy(lambda params, batch: model.bind(params).losses(batch), 1)),
+        evaluate=jax.jit(for_each_copy(functools.partial(_evaluation_sums, model), 1)),
         state_shardings=layout, state_shapes=jax.eval_shape(init, 0), state_axes=axes, layer_order=order)
 
 
@@ -115,6 +115,11 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
     return train_step
 
 
+def _evaluation_sums(model: Model, params: Params, batch: Batch) -> dict[str, Sums]:
+    """The sums of what is predicted; how experts are used is a matter of training."""
+    return {name: sums for name, sums in model.bind(params).losses(batch).items() if isinstance(sums, Sums)}
+
+
 def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> Any:
     """The sum of `gradient` over `pieces` micro-batches, one after the other."""
     def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
@@ -136,4 +141,11 @@ def training_metrics(sums: dict[str, Sums]) -> dict[str, jax.Array]:
     """`loss` (what is minimized, per prediction) and, where there are several objectives, each one's part."""
     parts = {name: term.loss / jnp.maximum(term.count, 1) for name, term in sums.items()}
     metrics = {"loss": sum(parts.values())}
-    return metrics if len(parts) == 1 else metrics | {f"{name}_loss": part for name, part in parts.items()}
+    if len(parts) > 1:
+        metrics |= {f"{name}_loss": part for name, part in parts.items()}
+    if "router" in sums:  # of the fullest and the emptiest expert of any layer, 1 being an even share
+        load = sums["router"].load
+        share = load * load.shape[1] / load.sum(1, keepdims=True)
+        metrics |= {"expert_load_max": share.max(), "expert_load_min": share.min(),
+                    "dropped_fraction": sums["router"].dropped / load.sum()}
+    return metrics

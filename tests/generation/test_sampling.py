@@ -61,7 +61,7 @@ def whole_passes(random_params) -> Callable[[ModelSettings, list[int]], np.ndarr
     """`whole_passes(model, tokens)`: the logits [V] of the next token, from a forward pass over all of them, without a cache."""
     def last_logits(run: Run, params: dict, tokens: jax.Array, last: jax.Array) -> jax.Array:
         gpt = run.trainer.model.bind(params)
-        x = gpt.hidden(tokens[None], Context(jnp.arange(MAX_LENGTH)[None]))
+        x, _ = gpt.hidden(tokens[None], Context(jnp.arange(MAX_LENGTH)[None]))
         return gpt.logits(x)[0, last]
 
     def next_logits(model: ModelSettings, tokens: list[int]) -> np.ndarray:

@@ -29,7 +29,7 @@ def shape(request, models, random_params):
     @jax.jit
     def logits(tokens, positions, segment_ids):
         bound = model.bind(params)
-        return bound.logits(bound.hidden(tokens, Context(positions, segment_ids=segment_ids)))
+        return bound.logits(bound.hidden(tokens, Context(positions, segment_ids=segment_ids))[0])
 
     return model, params, logits
 
@@ -65,7 +65,7 @@ def test_logits_loss_and_gradients_equal_transformers(golden):
             bound = model.bind(params)
             positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
             sums = bound.losses(batch)["next_token"]
-            return sums.loss / sums.count, bound.logits(bound.hidden(tokens, Context(positions)))
+            return sums.loss / sums.count, bound.logits(bound.hidden(tokens, Context(positions))[0])
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, logits), grads = run(model.pad_vocabulary(from_huggingface(weights, settings)))
@@ -145,7 +145,7 @@ def test_every_layer_drops_other_elements(models, random_params):
 
     def residual(params):
         positions = jnp.broadcast_to(jnp.arange(16), (4, 16))
-        return model.bind(params).hidden(jnp.zeros((4, 16), jnp.int32), Context(positions, dropout_keys=keys))
+        return model.bind(params).hidden(jnp.zeros((4, 16), jnp.int32), Context(positions, dropout_keys=keys))[0]
 
     states = np.asarray(jax.jit(residual)(params))  # normalized sums: four values, one for each pair of masks
     low, middle_low, middle_high, high = (np.isclose(rank, index) for index in range(4) for rank in [ranks(states)])

@@ -110,7 +110,7 @@ def surprise(run_dir: Path, restore: Callable, sequences: Iterable[np.ndarray]) 
     @jax.jit
     def logits(tokens):
         gpt = trainer.model.bind(state.params)
-        return gpt.logits(gpt.hidden(tokens[None], Context(np.arange(length)[None])))[0]
+        return gpt.logits(gpt.hidden(tokens[None], Context(np.arange(length)[None]))[0])[0]
 
     found = []
     for sequence in sequences:

@@ -65,6 +65,7 @@ def reference(models, make_batch, meshes, random_params):
     return get
 
 
+MESHES_OF_MOE = [("2x2x2", 1), ("one", 4), ("expert4data2", 1), ("stage2expert2tensor2", 4), ("fsdp2context2tensor2", 1)]
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"step-{family}")) for family in ("gpt", "bert")]
 
 
@@ -74,8 +75,18 @@ FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"step-{family}")
                                                      ("stage2fsdp2tensor2", 4), ("stage2context2data2", 2)])
 def test_every_mesh_and_cut_gives_the_curve_of_one_device(mesh, micro_batches, family, reference, meshes, capfd):
     """With dropout; with micro-batches of unequal numbers of predictions, where a mean of means would not do."""
+    same_curve(mesh, micro_batches, family, reference, meshes, capfd)
+
+
+@pytest.mark.xdist_group("step-moe")
+@pytest.mark.parametrize(("mesh", "micro_batches"), MESHES_OF_MOE)
+def test_experts_too(mesh, micro_batches, reference, meshes, capfd):
+    same_curve(mesh, micro_batches, "moe", reference, meshes, capfd)
+
+
+def same_curve(mesh, micro_batches, family, reference, meshes, capfd):
     settings, params, batches, want, want_state = reference(family)
-    mask = batches[0]["loss_mask" if family == "gpt" else "masked_mask"]
+    mask = batches[0]["masked_mask" if family == "bert" else "loss_mask"]
     assert micro_batches == 1 or len({int(mask[piece::micro_batches].sum()) for piece in range(micro_batches)}) > 1
     settings = replace(settings, train=replace(settings.train, gradient_accumulation=micro_batches))
     got, state = run(settings, meshes[mesh], params, batches)
