@@ -57,6 +57,8 @@ def reference(models, make_batch, meshes, random_params):
     def get(family):
         if family not in made:
             settings = settings_for(replace(models[family], dropout=0.1))
+            momentum = replace(settings.optimizer, name="sgd", learning_rate=0.1, weight_decay=0.0)  # keeps gradients
+            settings = replace(settings, optimizer=momentum)
             params = random_params(Model(settings.model, settings.train))
             batches = [make_batch(family, seed) for seed in range(STEPS)]
             made[family] = settings, params, batches, *run(settings, meshes["one"], params, batches)
@@ -91,8 +93,10 @@ def same_curve(mesh, micro_batches, family, reference, meshes, capfd):
     settings = replace(settings, train=replace(settings.train, gradient_accumulation=micro_batches))
     got, state = run(settings, meshes[mesh], params, batches)
     assert_same_curve(got, want)
-    for one, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(want_state.params), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=STEPS * 1e-3)
+    gradients, want = (jax.device_get(jax.tree.leaves(one.optimizer)) for one in (state, want_state))
+    whole = np.sqrt(sum(np.square(leaf).sum() for leaf in want))
+    for one, other in zip(gradients, want, strict=True):  # where theory says zero, rounding is measured by the whole
+        assert np.linalg.norm(one - other) <= max(1e-5 * np.linalg.norm(other), 1e-7 * whole)
     # What the compiler says when it can cut an array no better than by copying the whole of it to every device
     assert "rematerialization" not in capfd.readouterr().err
     if mesh == "fsdp8":
