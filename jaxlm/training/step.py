@@ -49,7 +49,7 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
     """
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
     optimizer = make_optimizer(settings.optimizer, schedule, model.axes)
-    order = layer_order(model.settings.num_layers, mesh.shape["stage"], settings.train.stage_repeats)
+    order = layer_order(settings.model.num_layers, mesh.shape["stage"], settings.train.stage_repeats)
     axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes))
 
     def init(seed: int) -> TrainState:
