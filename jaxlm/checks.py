@@ -8,8 +8,7 @@ from jaxlm.errors import UserError
 from jaxlm.settings import TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
 
 VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
-USED_AXES = ("data", "fsdp", "tensor")
-LATER_AXES = ("context", "stage", "expert")
+AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
 def check(settings: Settings) -> None:
@@ -20,7 +19,7 @@ def check(settings: Settings) -> None:
         batch_problems(settings),
         schedule_problems(settings.schedule, settings.train.steps),
         mesh_problems(settings.mesh),
-        layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in USED_AXES}),
+        layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in AXES}),
     )
     refuse_first(problems)
 
@@ -42,11 +41,14 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
                "change one or set model.head_dim")
     if model.num_heads % kv_heads:
         yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads}"
+    if model.num_experts is not None and model.experts_per_token > model.num_experts:
+        yield f"model.experts_per_token={model.experts_per_token} is more than model.num_experts={model.num_experts}"
     if model.positions == "rope" and (model.head_dim or model.hidden_size // model.num_heads) % 2:
         yield "model.positions=rope needs an even head width; change model.hidden_size, model.num_heads or model.head_dim"
     if model.family == "bert":
         only_gpt = {"positions=rope": model.positions == "rope", "normalization=rmsnorm": model.normalization == "rmsnorm",
-                    "qk_norm=true": model.qk_norm, "tied_embeddings=false": not model.tied_embeddings}
+                    "qk_norm=true": model.qk_norm, "tied_embeddings=false": not model.tied_embeddings,
+                    f"num_experts={model.num_experts}": model.num_experts is not None}
         for name, wanted in only_gpt.items():
             if wanted:
                 yield f"model.{name}: only for gpt; model.family=bert is BERT exactly"
@@ -100,11 +102,7 @@ def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
 
 
 def mesh_problems(mesh: MeshSettings) -> Iterator[str]:
-    for axis in LATER_AXES:
-        if getattr(mesh, axis) != 1:
-            yield (f"mesh.{axis}={getattr(mesh, axis)} is not available yet; "
-                   "leave it at 1 and use mesh.data, mesh.fsdp, mesh.tensor")
-    sizes = {axis: getattr(mesh, axis) for axis in USED_AXES}
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
     for axis, size in sizes.items():
         if size == 0:
             yield f"mesh.{axis}=0; expected a positive number, or -1 for the rest"
@@ -127,10 +125,52 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
             yield f"mesh.{axis}={sizes[axis]} does not divide {name}={size}"
     if VOCAB_PADDING % sizes["tensor"]:
         yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"
-    ways = math.prod(sizes[axis] for axis in ("data", "fsdp"))
+    yield from context_problems(settings, sizes)
+    yield from stage_problems(settings, sizes["stage"])
+    if sizes["expert"] > 1 and (model.num_experts or 1) % sizes["expert"]:
+        yield (f"mesh.expert={sizes['expert']} does not divide model.num_experts={model.num_experts or 1}; "
+               "leave it at 1, or change model.num_experts")
+    ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     micro_batch = data.global_batch_size // settings.train.gradient_accumulation
-    batches = {"data.global_batch_size / train.gradient_accumulation": micro_batch, "eval.batch_size": settings.eval.batch_size}
-    for name, size in batches.items():
-        if size and size % ways:
-            yield (f"{name} = {size} sequences do not divide over mesh.data * mesh.fsdp = {ways} devices; "
-                   f"use a multiple of {ways}, or more of mesh.tensor")
+    if micro_batch % ways:
+        yield (f"data.global_batch_size / train.gradient_accumulation = {micro_batch} sequences do not divide over "
+               f"mesh.data * mesh.fsdp * mesh.expert = {ways} devices; use a multiple of {ways}, or more of mesh.tensor")
+    ways *= sizes["stage"]
+    if settings.eval.batch_size and settings.eval.batch_size % ways:
+        yield (f"eval.batch_size = {settings.eval.batch_size} sequences do not divide over "
+               f"mesh.stage * mesh.data * mesh.fsdp * mesh.expert = {ways} devices; use a multiple of {ways}")
+
+
+def context_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[str]:
+    """What does not divide where the sequence is cut."""
+    model, length, context = settings.model, settings.data.sequence_length, sizes["context"]
+    if context == 1:
+        return
+    if model.attention == "auto":
+        pieces = 2 * context if model.family == "gpt" else context  # zigzag order: two pieces for each device
+        if length % pieces:
+            yield (f"mesh.context={context} cuts data.sequence_length={length} into {pieces} pieces, which are not equal; "
+                   f"use {round_to(length, pieces)}")
+    elif length % context:
+        yield f"mesh.context={context} does not divide data.sequence_length={length}; use {round_to(length, context)}"
+    elif model.num_heads % (context * sizes["tensor"]):
+        yield (f"model.attention={model.attention} needs whole sequences, and mesh.context * mesh.tensor = "
+               f"{context * sizes['tensor']} does not divide model.num_heads={model.num_heads}; use model.attention=auto")
+
+
+def stage_problems(settings: Settings, stages: int) -> Iterator[str]:
+    """What does not divide over the stages of a pipeline."""
+    pieces, repeats = settings.train.gradient_accumulation, settings.train.stage_repeats
+    if stages > 1 and pieces % stages:
+        yield (f"train.gradient_accumulation={pieces}: a pipeline of mesh.stage={stages} stages takes a multiple of as many "
+               f"micro-batches; use {-(-pieces // stages) * stages}, or more to let it idle less")
+    if stages == 1 and repeats > 1:
+        yield f"train.stage_repeats={repeats} needs a pipeline; set mesh.stage, or leave it at 1"
+    if settings.model.num_layers % (stages * repeats):
+        yield (f"model.num_layers={settings.model.num_layers} does not divide into mesh.stage * train.stage_repeats = "
+               f"{stages * repeats} groups")
+
+
+def round_to(number: int, unit: int) -> int:
+    """The multiple of `unit` nearest to `number`, and at least one."""
+    return max(1, round(number / unit)) * unit

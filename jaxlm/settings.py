@@ -65,6 +65,12 @@ class ModelSettings:
     norm_epsilon: PositiveFloat | None = key(None, "added to the variance; null: 1e-5 for gpt, 1e-12 for bert")
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] | None = key(
         None, "MLP activation; null: gelu_tanh for gpt, gelu (erf) for bert")
+    num_experts: Positive | None = key(None, "gpt: experts in place of each MLP; null: one MLP for all tokens")
+    experts_per_token: Positive = key(2, "experts that each token goes to")
+    capacity_factor: PositiveFloat | None = key(
+        None, "most tokens of an expert, as a multiple of its even share on each device; null: dropless")
+    balance_loss: NotNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts")
+    router_z_loss: NotNegativeFloat = key(0.001, "weight of the squared log-partition penalty on the router's logits")
     bias: bool = key(True, "biases in linear layers and layernorms")
     tied_embeddings: bool = key(True, "output head shares the embedding table")
     qk_norm: bool = key(False, "RMS-normalize queries and keys per head")
@@ -74,7 +80,8 @@ class ModelSettings:
     next_sentence: bool = key(False, "bert: train the next-sentence head on sentence pairs (false: RoBERTa)")
     initializer_range: PositiveFloat = key(0.02, "standard deviation of the initial weights")
     attention: Literal["auto", "xla", "cudnn", "splash"] = key(
-        "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve")
+        "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve, and a ring "
+        "where mesh.context splits sequences (any other value then exchanges heads for whole sequences: all-to-all)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +148,9 @@ class TrainSettings:
 
     steps: Positive = key(1000, "optimizer steps of the whole run", "steps")
     precision: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and optimizer stay float32")
-    gradient_accumulation: Positive = key(1, "micro-batches that one step is cut into")
+    gradient_accumulation: Positive = key(1, "micro-batches that one step is cut into; in a pipeline they follow each other")
+    stage_repeats: Positive = key(
+        1, "groups of layers in each stage of a pipeline: with more of them it idles less and moves more")
     remat: Literal["none", "dots", "full"] = key(
         "none", "what the backward pass recomputes: nothing, all but the matrix products, or each whole block")
     loss_chunk: Positive | None = key(
@@ -181,9 +190,9 @@ class MeshSettings:
     data: AxisSize | None = key(None, "copies of the model, each with its share of the batch; null: -1 unless another axis is")
     fsdp: AxisSize = key(1, "batch and parameters, gradients, optimizer state sharded together")
     tensor: AxisSize = key(1, "heads, MLP and vocabulary split")
-    context: AxisSize = key(1, "sequence split (not yet available: 1)")
-    stage: AxisSize = key(1, "layers split into a pipeline (not yet available: 1)")
-    expert: AxisSize = key(1, "experts split (not yet available: 1)")
+    context: AxisSize = key(1, "sequence split: each device holds a part of every sequence")
+    stage: AxisSize = key(1, "layers split into the stages of a pipeline, which takes the micro-batches in turn")
+    expert: AxisSize = key(1, "experts split, and the batch; tokens travel to their experts")
 
 
 @dataclass(frozen=True, kw_only=True)

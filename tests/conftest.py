@@ -29,13 +29,21 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 ROWS, LENGTH, VOCAB, PREDICTIONS = 16, 16, 300, 4  # the vocabulary's table has 384 rows
 SHAPE = {"num_layers": 2, "num_heads": 8, "hidden_size": 32, "vocab_size": VOCAB, "max_length": LENGTH}
-MODELS = {"gpt": ModelSettings(family="gpt", **SHAPE), "bert": ModelSettings(family="bert", next_sentence=True, **SHAPE)}
+MODELS = {"gpt": ModelSettings(family="gpt", **SHAPE), "bert": ModelSettings(family="bert", next_sentence=True, **SHAPE),
+          "moe": ModelSettings(family="gpt", num_experts=4, activation="swiglu", **SHAPE)}
 MESHES = {
     "one": MeshSettings(),
     "data8": MeshSettings(data=8),
     "fsdp8": MeshSettings(fsdp=8),
     "tensor8": MeshSettings(tensor=8),
     "2x2x2": MeshSettings(data=2, fsdp=2, tensor=2),
+    "stage2data4": MeshSettings(stage=2, data=4),
+    "stage2fsdp2tensor2": MeshSettings(stage=2, fsdp=2, tensor=2),
+    "stage2context2data2": MeshSettings(stage=2, context=2, data=2),
+    "expert4data2": MeshSettings(expert=4, data=2),
+    "stage2expert2tensor2": MeshSettings(stage=2, expert=2, tensor=2),
+    "context8": MeshSettings(context=8),
+    "fsdp2context2tensor2": MeshSettings(fsdp=2, context=2, tensor=2),
 }
 
 
@@ -46,7 +54,7 @@ def _batch(family: str, seed: int) -> dict[str, np.ndarray]:
     slots = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
     real = slots < ends
     batch = {"tokens": random.integers(0, VOCAB, (ROWS, LENGTH)) * real}
-    if family == "gpt":  # two documents in each row, then padding
+    if family in ("gpt", "moe"):  # two documents in each row, then padding
         second = slots >= LENGTH // 3
         batch |= {"targets": np.roll(batch["tokens"], -1, axis=1), "loss_mask": real & (slots < LENGTH - 1),
                   "segment_ids": (1 + second) * real, "positions": np.where(second, slots - LENGTH // 3, slots)}

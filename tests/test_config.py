@@ -11,6 +11,7 @@ import yaml
 from jaxlm import cli, config
 from jaxlm.checks import check_layout
 from jaxlm.errors import UserError
+from jaxlm.parallel.mesh import AXES
 from jaxlm.settings import Settings, dump, flatten, to_dict
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -188,7 +189,18 @@ CONTRADICTIONS = {
     "schedule.warmup_steps=1000 leaves nothing of train.steps=1000": ["schedule.warmup_steps=1000"],
     "schedule.decay_steps=2000 is more than train.steps=1000": ["schedule.decay_steps=2000"],
     "schedule.decay_steps=50 is not more than schedule.warmup_steps=50": ["schedule.decay_steps=50", "schedule.warmup_steps=50"],
-    "mesh.stage=2 is not available yet": ["mesh.stage=2"],
+    "mesh.expert=2 does not divide model.num_experts=1": ["mesh.expert=2"],
+    "model.experts_per_token=2 is more than model.num_experts=1": ["model.num_experts=1"],
+    "model.num_experts=4: only for gpt": ["model.num_experts=4", "model.family=bert"],
+    "train.gradient_accumulation=3: a pipeline of mesh.stage=2 stages takes a multiple of as many micro-batches; use 4":
+        ["mesh.stage=2", "train.gradient_accumulation=3", "data.global_batch_size=12"],
+    "model.num_layers=12 does not divide into mesh.stage * train.stage_repeats = 10 groups":
+        ["mesh.stage=2", "train.gradient_accumulation=2", "train.stage_repeats=5"],
+    "train.stage_repeats=2 needs a pipeline": ["train.stage_repeats=2"],
+    "mesh.context=3 cuts data.sequence_length=128 into 6 pieces, which are not equal; use 126":
+        ["mesh.context=3", "data.sequence_length=128"],
+    "model.attention=xla needs whole sequences, and mesh.context * mesh.tensor = 8 does not divide model.num_heads=12":
+        ["mesh.context=8", "model.attention=xla", "data.sequence_length=128"],
     "mesh.fsdp=0; expected a positive number": ["mesh.fsdp=0"],
     "mesh.data=-1 and mesh.tensor=-1: only one axis": ["mesh.data=-1", "mesh.tensor=-1"],
     "mesh.tensor=8 does not divide model.num_heads=12": ["mesh.tensor=8"],
@@ -196,7 +208,7 @@ CONTRADICTIONS = {
     "mesh.tensor=4 does not divide model.intermediate_size=50": ["mesh.tensor=4", "model.intermediate_size=50"],
     "mesh.tensor=3 does not divide the vocabulary": ["mesh.tensor=3"],
     "mesh.fsdp=5 does not divide model.hidden_size=768": ["mesh.fsdp=5"],
-    "data.global_batch_size / train.gradient_accumulation = 2 sequences do not divide over mesh.data * mesh.fsdp = 4 devices":
+    "data.global_batch_size / train.gradient_accumulation = 2 sequences do not divide over mesh.data":
         ["mesh.data=2", "mesh.fsdp=2", "train.gradient_accumulation=4"],
     "eval.batch_size = 3 sequences do not divide": ["mesh.data=4", "eval.batch_size=3"],
 }
@@ -218,11 +230,12 @@ def test_what_looks_like_a_contradiction_and_is_none(load):
 
 def test_a_mesh_is_checked_again_once_its_devices_are_known(load):
     settings = load("", "mesh.fsdp=-1", "mesh.tensor=2", "data.global_batch_size=12")
-    check_layout(settings, {"data": 1, "fsdp": 4, "tensor": 2})
-    for sizes, message in (({"data": 1, "fsdp": 8, "tensor": 2}, "12 sequences do not divide over .* = 8 devices"),
-                           ({"data": 1, "fsdp": 5, "tensor": 2}, "mesh.fsdp=5 does not divide model.hidden_size=768")):
+    rest = dict.fromkeys(AXES, 1) | {"tensor": 2}
+    check_layout(settings, rest | {"fsdp": 4})
+    for fsdp, message in ((8, "12 sequences do not divide over .* = 8 devices"),
+                          (5, "mesh.fsdp=5 does not divide model.hidden_size=768")):
         with pytest.raises(UserError, match=message):
-            check_layout(settings, sizes)
+            check_layout(settings, rest | {"fsdp": fsdp})
 
 
 def test_numbers_are_numbers(load):

@@ -7,15 +7,16 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model, Params
 from jaxlm.parallel.distributed import is_main
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import constrain
-from jaxlm.settings import GenerateSettings, Settings, to_dict
+from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
 from jaxlm.training.checkpoints import MODEL_KEYS, Checkpoints, refuse_changes
 from jaxlm.training.setup import Run, encode_prompts, lay_mesh, resolve, start
 
@@ -31,7 +32,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
     """Continues `generate.prompts` with a checkpoint of `run_dir`. Raises UserError."""
     if settings.model.family != "gpt":
         raise UserError(f"model.family={settings.model.family}: only gpt models continue text")
-    mesh = lay_mesh(settings)
+    mesh = _for_decoding(lay_mesh(settings))
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
@@ -40,6 +41,14 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         refuse_changes(MODEL_KEYS, saved["settings"], to_dict(settings), checkpoints.directory)
         run = start(settings, mesh)
         return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
+
+
+def _for_decoding(mesh: Mesh) -> Mesh:
+    """Sequences grow token by token through all layers: devices that cut sequences or layers take prompts of their own."""
+    shape = mesh.shape
+    settings = MeshSettings(data=shape["stage"] * shape["data"] * shape["expert"] * shape["context"], fsdp=shape["fsdp"],
+                            tensor=shape["tensor"])
+    return make_mesh(settings, mesh.devices.flatten())
 
 
 def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
@@ -87,7 +96,7 @@ def decode_batch(model: Model, settings: GenerateSettings, prefill: int, end_tok
 
     def next_logits(tokens: jax.Array, index: jax.Array | int, cache: dict) -> tuple[jax.Array, dict]:
         positions = jnp.broadcast_to(index + jnp.arange(tokens.shape[1]), tokens.shape)
-        x, cache = gpt.hidden(tokens, Context(positions, cache_index=jnp.asarray(index)), cache)
+        x, cache = gpt.hidden_with_cache(tokens, Context(positions, cache_index=jnp.asarray(index)), cache)
         return gpt.logits(x[:, -1:])[:, 0], cache
 
     def one_position(carry: tuple) -> tuple:

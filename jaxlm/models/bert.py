@@ -8,20 +8,27 @@ from jaxlm.models.layers import (
     ACTIVATIONS,
     MLP,
     Attention,
+    Beside,
     Context,
     Embedding,
+    Execution,
     Linear,
     Norm,
-    dropout,
+    embed_and_run,
+    fan_out,
     norm_epsilon,
     output_stddev,
     padded_vocab_size,
-    run_stack,
     stack,
+    take_positions,
 )
 from jaxlm.models.loss import Head, Sums, cross_entropy
-from jaxlm.parallel.sharding import constrain
+from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.parallel.products import TOKENS, residual_axes
+from jaxlm.parallel.sharding import axis_size, constrain
 from jaxlm.settings import ModelSettings
+
+FIRST_TOKEN = ("batch", None, "residual")
 
 
 class Block(nnx.Module):
@@ -35,16 +42,17 @@ class Block(nnx.Module):
         self.mlp_norm = _norm(settings)
         self.dropout_rate = settings.dropout
 
-    def __call__(self, x: jax.Array, context: Context, cache: None = None) -> tuple[jax.Array, None]:
+    def __call__(self, x: jax.Array, context: Context, cache: None = None) -> tuple[jax.Array, Beside]:
         attended, _ = self.attention(x, context)
         x = self.attention_norm(x + dropout(attended, self.dropout_rate, context.dropout_keys, site=1))
-        return self.mlp_norm(x + dropout(self.mlp(x), self.dropout_rate, context.dropout_keys, site=2)), None
+        return self.mlp_norm(x + dropout(self.mlp(x), self.dropout_rate, context.dropout_keys, site=2)), Beside()
 
 
 class BERT(nnx.Module):
     """Bidirectional encoder with the masked-language-model head and, on request, the next-sentence head."""
 
-    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, remat: str, loss_chunk: int | None, rngs: nnx.Rngs):
+    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, execution: Execution, loss_chunk: int | None,
+                 rngs: nnx.Rngs):
         rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
         self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         self.position_embedding = Embedding(settings.max_length, width, "positions", stddev=stddev, rngs=rngs)
@@ -57,22 +65,24 @@ class BERT(nnx.Module):
         paired = settings.next_sentence
         self.pooler = Linear({"embed": width}, {"residual": width}, bias=True, stddev=stddev, rngs=rngs) if paired else None
         self.next_sentence_head = Linear({"residual": width}, {None: 2}, bias=True, stddev=stddev, rngs=rngs) if paired else None
-        self.settings, self.dtype, self.remat = settings, dtype, remat
+        self.settings, self.dtype, self.execution = settings, dtype, execution
         self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
+
+    def embed(self, tokens: jax.Array, token_types: jax.Array, context: Context) -> jax.Array:
+        """int32 tokens [B, T] to what the first block reads, [B, T, D]."""
+        x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(token_types)
+        x = constrain(self.embedding_norm(x).astype(self.dtype), *residual_axes(x.shape[1]))
+        return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
 
     def hidden(self, tokens: jax.Array, context: Context, token_types: jax.Array | None = None) -> jax.Array:
         """int32 tokens [B, T] to states [B, T, D]. Missing token types are type 0, which is added, not skipped."""
         types = jnp.zeros_like(tokens) if token_types is None else token_types
-        x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(types)
-        x = constrain(self.embedding_norm(x).astype(self.dtype), "batch", "sequence", "residual")
-        keys = context.dropout_keys
-        keys = None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)
-        x, _ = run_stack(self.blocks, dropout(x, self.settings.dropout, keys, site=0), context, remat=self.remat)
-        return x
+        return embed_and_run(self, (tokens, types), context, self.execution)[0]
 
     def transform(self, x: jax.Array) -> jax.Array:
         """The part of the masked-language-model head before the (tied) output table. [B, P, D] to [B, P, D]."""
-        return self.mlm_norm(ACTIVATIONS[self.settings.activation or "gelu"](self.mlm_transform(x)))
+        [transformed] = fan_out(x, self.mlm_transform, states=(*TOKENS, "residual"))
+        return self.mlm_norm(ACTIVATIONS[self.settings.activation or "gelu"](transformed))
 
     def logits(self, x: jax.Array) -> jax.Array:
         """States [B, P, D] to float32 logits [B, P, vocab_size]. Training never calls it."""
@@ -84,17 +94,23 @@ class BERT(nnx.Module):
 
     def next_sentence_logits(self, x: jax.Array) -> jax.Array:
         """States [B, T, D] to float32 [B, 2]; label 0 means that the second text follows the first."""
-        return self.next_sentence_head(jnp.tanh(self.pooler(x[:, 0]))).astype(jnp.float32)
+        [pooled] = fan_out(x[:, :1], self.pooler, states=FIRST_TOKEN)
+        [logits] = fan_out(jnp.tanh(pooled), self.next_sentence_head, states=FIRST_TOKEN)
+        return logits[:, 0].astype(jnp.float32)
 
     def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
         """Loss sums of a batch; its keys are described in `jaxlm.data.loading`."""
         tokens = batch["tokens"]
-        positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        x = self.hidden(tokens, Context(positions, batch.get("segment_ids"), dropout_keys), batch.get("token_types"))
-        masked = jnp.take_along_axis(x, batch["masked_positions"][..., None], axis=1)  # only these reach the vocabulary
-        masked = self.transform(constrain(masked, "batch", None, "residual"))
-        sums = {"masked_token": cross_entropy(masked, self.token_embedding.embedding[...], self.mlm_bias[...],
-                                              batch["masked_targets"], batch["masked_mask"], self.head_facts)}
+        places = jnp.arange(tokens.shape[1])[None]
+        positions = batch.get("positions", jnp.broadcast_to(places, tokens.shape))
+        context = Context(positions, places, batch.get("segment_ids"), token_keys(dropout_keys, places[0]))
+        x = self.hidden(tokens, context, batch.get("token_types"))
+        spare = -batch["masked_positions"].shape[1] % axis_size("sequence")  # so that predictions, too, can be cut
+        masked_positions, targets, mask = (
+            jnp.pad(batch[name], ((0, 0), (0, spare))) for name in ("masked_positions", "masked_targets", "masked_mask"))
+        masked = self.transform(take_positions(x, masked_positions))  # only these reach the vocabulary
+        sums = {"masked_token": cross_entropy(
+            masked, self.token_embedding.embedding[...], self.mlm_bias[...], targets, mask, self.head_facts)}
         if self.next_sentence_head is not None:
             sums["next_sentence"] = _next_sentence_sums(self.next_sentence_logits(x), batch)
         return sums

@@ -4,21 +4,28 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxlm.models.attention import causal_order
 from jaxlm.models.layers import (
     MLP,
     Attention,
+    Beside,
     Context,
     Embedding,
+    Execution,
+    Experts,
     Linear,
     Norm,
-    dropout,
+    embed_and_run,
     norm_epsilon,
     output_stddev,
     padded_vocab_size,
     run_stack,
     stack,
 )
-from jaxlm.models.loss import Head, Sums, cross_entropy
+from jaxlm.models.loss import Head, RouterLoss, Sums, cross_entropy
+from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.parallel.experts import RouterSums
+from jaxlm.parallel.products import residual_axes
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import ModelSettings
 
@@ -31,19 +38,24 @@ class Block(nnx.Module):
         self.attention_norm = _norm(settings)
         self.attention = Attention(settings, causal=True, output_stddev=stddev, rngs=rngs)
         self.mlp_norm = _norm(settings)
-        self.mlp = MLP(settings, activation=settings.activation or "gelu_tanh", output_stddev=stddev, rngs=rngs)
+        kind = MLP if settings.num_experts is None else Experts
+        self.mlp = kind(settings, activation=settings.activation or "gelu_tanh", output_stddev=stddev, rngs=rngs)
         self.dropout_rate = settings.dropout
 
-    def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
+    def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, Beside]:
         attended, cache = self.attention(self.attention_norm(x), context, cache)
         x = x + dropout(attended, self.dropout_rate, context.dropout_keys, site=1)
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout_rate, context.dropout_keys, site=2), cache
+        y, router = self.mlp(self.mlp_norm(x)), None
+        if isinstance(self.mlp, Experts):
+            y, router = y
+        return x + dropout(y, self.dropout_rate, context.dropout_keys, site=2), Beside(cache, router)
 
 
 class GPT(nnx.Module):
     """Causal language model."""
 
-    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, remat: str, loss_chunk: int | None, rngs: nnx.Rngs):
+    def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, execution: Execution, loss_chunk: int | None,
+                 rngs: nnx.Rngs):
         rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
         self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         learned = settings.positions == "learned"
@@ -53,18 +65,26 @@ class GPT(nnx.Module):
         self.final_norm = _norm(settings)
         tied = settings.tied_embeddings
         self.head = None if tied else Linear({"embed": width}, {"vocab": rows}, bias=False, stddev=stddev, rngs=rngs)
-        self.settings, self.dtype, self.remat = settings, dtype, remat
+        self.settings, self.dtype, self.execution = settings, dtype, execution
         self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
 
-    def hidden(self, tokens: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
-        """int32 tokens [B, T] to the states [B, T, D] that the head reads, and the updated KV cache."""
+    def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
+        """int32 tokens [B, T] to what the first block reads, [B, T, D]."""
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
             x = x + self.position_embedding(context.positions)
-        x = constrain(x.astype(self.dtype), "batch", "sequence", "residual")
-        x = dropout(x, self.settings.dropout, _fold(context.dropout_keys), site=0)
-        x, cache = run_stack(self.blocks, x, context, remat=self.remat, cache=cache)
-        return self.final_norm(x), cache
+        x = constrain(x.astype(self.dtype), *residual_axes(x.shape[1]))
+        return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
+
+    def hidden(self, tokens: jax.Array, context: Context) -> tuple[jax.Array, RouterSums | None]:
+        """int32 tokens [B, T] to the states [B, T, D] that the head reads, and the sums of the routers of experts."""
+        x, router = embed_and_run(self, (tokens,), context, self.execution)
+        return self.final_norm(x), router
+
+    def hidden_with_cache(self, tokens: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
+        """The same for tokens that go to the slots from context.cache_index on; and the updated KV cache."""
+        x, beside = run_stack(self.blocks, self.embed(tokens, context), context, cache=cache)
+        return self.final_norm(x), beside.cache
 
     def logits(self, x: jax.Array) -> jax.Array:
         """States [B, T, D] to float32 logits [B, T, vocab_size]. For generation; training never calls it."""
@@ -73,19 +93,32 @@ class GPT(nnx.Module):
             logits = self.settings.logit_soft_cap * jnp.tanh(logits / self.settings.logit_soft_cap)
         return logits[..., : self.settings.vocab_size]
 
-    def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
+    def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums | RouterLoss]:
         """Loss sums of a batch {tokens, targets, loss_mask [B, T], optionally segment_ids, positions}."""
-        tokens = batch["tokens"]
-        positions = batch.get("positions", jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
-        x, _ = self.hidden(tokens, Context(positions, batch.get("segment_ids"), dropout_keys))
+        length = batch["tokens"].shape[1]
+        places = causal_order(length, self.settings.attention)
+        if places is None:
+            places = jnp.arange(length)
+        else:  # the loss is a sum over positions: their order is free
+            batch = {name: array[:, places] for name, array in batch.items()}
+        places = places[None]
+        positions = batch.get("positions", jnp.broadcast_to(places, batch["tokens"].shape))
+        context = Context(positions, places, batch.get("segment_ids"), token_keys(dropout_keys, places[0]))
+        x, router = self.hidden(batch["tokens"], context)
         table = self._output_table()
         no_bias = jnp.zeros(table.shape[0])
-        return {"next_token": cross_entropy(x, table, no_bias, batch["targets"], batch["loss_mask"], self.head_facts)}
+        sums = {"next_token": cross_entropy(x, table, no_bias, batch["targets"], batch["loss_mask"], self.head_facts)}
+        if router is not None:
+            layers = self.settings.num_layers
+            loss = (self.settings.balance_loss * router.balance.sum() + self.settings.router_z_loss * router.z.sum()) / layers
+            rows = jnp.asarray(len(batch["tokens"]), jnp.float32)
+            sums["router"] = RouterLoss(loss, rows, router.load, router.dropped.sum())
+        return sums
 
     @staticmethod
     def counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        """How many predictions of each kind a batch holds; what `losses` is to be divided by."""
-        return {"next_token": batch["loss_mask"].sum()}
+        """How many predictions (and sequences) a batch holds; what `losses` is to be divided by."""
+        return {"next_token": batch["loss_mask"].sum(), "router": jnp.asarray(len(batch["tokens"]))}
 
     def _output_table(self) -> jax.Array:
         return self.token_embedding.embedding[...] if self.head is None else self.head.kernel[...].T
@@ -93,8 +126,3 @@ class GPT(nnx.Module):
 
 def _norm(settings: ModelSettings) -> Norm:
     return Norm(settings.hidden_size, "residual", kind=settings.normalization, epsilon=norm_epsilon(settings), bias=settings.bias)
-
-
-def _fold(keys: jax.Array | None) -> jax.Array | None:
-    """Keys of the embedding's dropout, apart from every layer's."""
-    return None if keys is None else jax.vmap(lambda key: jax.random.fold_in(key, 2**31))(keys)

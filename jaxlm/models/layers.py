@@ -8,79 +8,59 @@ Each parameter names its axes (`axes=`); `jaxlm.parallel.sharding` says what tha
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.attention import attention
-from jaxlm.parallel.sharding import constrain, cut, mesh_axes
+from jaxlm.parallel import products
+from jaxlm.parallel.dropout import fold_in
+from jaxlm.parallel.experts import RouterSums, Routing, mixture
+from jaxlm.parallel.pipeline import num_stages, run_pipeline
+from jaxlm.parallel.products import TOKENS, residual_axes
+from jaxlm.parallel.ring import Tokens
+from jaxlm.parallel.sharding import constrain, mesh_axes, per_device
 from jaxlm.settings import ModelSettings
 
 
 class Context(NamedTuple):
     """What every block of a stack needs to know beside its input."""
 
-    positions: jax.Array  # int32 [B, T]
+    positions: jax.Array  # int32 [B, T]: what position embeddings take; may start anew with each document
+    places: jax.Array | None = None  # int32 [1, T]: place of each slot in the sequence
     segment_ids: jax.Array | None = None  # int32 [B, T]: tokens see only their own segment; 0 is padding
-    dropout_keys: jax.Array | None = None  # key [B], one per sequence; None: no dropout
+    dropout_keys: jax.Array | None = None  # uint32 [B, T, 2], one key for each token; None: no dropout
     cache_index: jax.Array | None = None  # int32 []: slot of the KV cache that the first token goes to
 
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def contract(x: jax.Array, kernel: jax.Array, num_axes: int = 1) -> jax.Array:
-    """tensordot of the last `num_axes` dimensions of `x` with the first of `kernel`.
-
-    Operands in x's type, float32 accumulation, result in x's type; the kernel's gradient comes out in the kernel's own
-    float32. Left to autodiff, the backward products of a float32-accumulated bfloat16 product mix types, which no
-    backend has a fast path for (on CPUs the difference is threefold: docs/lab-notes.md).
-    """
-    return _contract(x, kernel.astype(x.dtype), num_axes)
-
-
-def _contract(x: jax.Array, kernel: jax.Array, num_axes: int) -> jax.Array:
-    dimensions = (tuple(range(x.ndim - num_axes, x.ndim)), tuple(range(num_axes)))
-    return jax.lax.dot_general(x, kernel, (dimensions, ((), ())), preferred_element_type=jnp.float32).astype(x.dtype)
-
-
-def _contract_forward(x: jax.Array, kernel: jax.Array, num_axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return contract(x, kernel, num_axes), (x, kernel)
-
-
-def _contract_backward(num_axes: int, saved: tuple[jax.Array, jax.Array], grad: jax.Array) -> tuple[jax.Array, jax.Array]:
-    x, kernel = saved
-    outputs = kernel.ndim - num_axes
-    output_dimensions = (tuple(range(grad.ndim - outputs, grad.ndim)), tuple(range(num_axes, kernel.ndim)))
-    grad_x = jax.lax.dot_general(grad, kernel.astype(x.dtype), (output_dimensions, ((), ())), preferred_element_type=jnp.float32)
-    rows = ((tuple(range(x.ndim - num_axes)),) * 2, ((), ()))
-    if jax.default_backend() == "cpu" and math.prod(kernel.shape[:num_axes]) > math.prod(kernel.shape[num_axes:]):
-        # XLA's CPU backend first transposes the left operand in memory: let it be the narrow one
-        transposed = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, rows, preferred_element_type=jnp.float32))
-        grad_kernel = jnp.moveaxis(transposed, tuple(range(outputs)), tuple(range(-outputs, 0)))
-    else:
-        grad_kernel = jax.lax.dot_general(x, grad, rows, preferred_element_type=jnp.float32)
-    return grad_x.astype(x.dtype), grad_kernel.astype(kernel.dtype)
-
-
-contract.defvjp(_contract_forward, _contract_backward)
-
-
 class Linear(nnx.Module):
-    """y = x W + b over one or more trailing dimensions."""
+    """y = x W + b over one or more trailing dimensions; applied by `fan_out` and `fan_in`."""
 
     def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, stddev: float, rngs: nnx.Rngs):
         """`inputs` and `outputs` map axis names to sizes, in order."""
-        axes = (*inputs, *outputs)
-        self.kernel = nnx.Param(stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=axes)
+        self.axes = (*inputs, *outputs)
+        self.kernel = nnx.Param(
+            stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=self.axes)
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
-        self.num_inputs = len(inputs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = contract(x, self.kernel[...], self.num_inputs)
+    def add_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+
+def fan_out(x: jax.Array, *linears: Linear, states: tuple[str | None, ...] | None = None) -> list[jax.Array]:
+    """States [B, T, D] through several linear layers: [B, T, ...] each. `states`: x's axes, if not the residual stream's."""
+    kernels, axes = tuple(linear.kernel[...] for linear in linears), tuple(linear.axes for linear in linears)
+    products_of = products.fan_out(x, kernels, axes, states or residual_axes(x.shape[1]))
+    return [linear.add_bias(y) for linear, y in zip(linears, products_of, strict=True)]
+
+
+def fan_in(y: jax.Array, linear: Linear) -> jax.Array:
+    """[B, T, ...] through a linear layer to [B, T, D] in the residual stream."""
+    return linear.add_bias(products.fan_in(y, linear.kernel[...], linear.axes, residual_axes(y.shape[1])))
 
 
 # ---- norms, embeddings, dropout --------------------------------------------------------------------------------------
@@ -110,38 +90,26 @@ class Embedding(nnx.Module):
         self.axis = axis
 
     def __call__(self, indices: jax.Array) -> jax.Array:
-        """int32 [B, T] to float32 [B, T, D].
-
-        Written per device, because the partitioner replicates a gather from a table that is cut both ways: each device
-        fetches the rows it has, the others add zeros (Megatron-LM, Shoeybi et al. 2019).
-        """
-        if jax.sharding.get_abstract_mesh().empty:
-            return self.embedding[...][indices]
-        rows, width = mesh_axes(self.axis), mesh_axes("embed")
-
-        def on_device(table: jax.Array, indices: jax.Array) -> jax.Array:
-            table = jax.lax.all_gather(table, width, axis=1, tiled=True) if width else table
-            if not rows:
-                return table[indices]
-            indices = indices - jax.lax.axis_index(rows) * table.shape[0]
-            here = (indices >= 0) & (indices < table.shape[0])
-            return jax.lax.psum(jnp.where(here[..., None], table[jnp.where(here, indices, 0)], 0), rows)
-
-        tokens = cut("batch", "sequence")
-        return jax.shard_map(on_device, in_specs=(cut(self.axis, "embed"), tokens), out_specs=cut("batch", "sequence", None))(
-            self.embedding[...], indices)
+        """int32 [B, T] to float32 [B, T, D] in the residual stream."""
+        return products.look_up(self.embedding[...], indices, self.axis)
 
 
-def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
-    """Zeroes elements of x [B, ...] with probability `rate`, scaling up the rest.
+def take_positions(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """x [B, T, D] at int32 indices [B, P] of each row: [B, P, D], whose P is cut as the "sequence" is."""
+    states = residual_axes(x.shape[1])
+    axes, cut = mesh_axes(states[1]), mesh_axes("sequence")
 
-    One key per sequence makes the mask a function of (seed, step, row, layer, site) alone: any mesh, any number of
-    micro-batches, the same mask.
-    """
-    if keys is None or rate == 0.0:
-        return x
-    keep = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, site), 1 - rate, x.shape[1:]))(keys)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
+    def on_device(x: jax.Array, indices: jax.Array) -> jax.Array:
+        if not axes:
+            return jnp.take_along_axis(x, indices[..., None], axis=1)
+        indices = indices - jax.lax.axis_index(axes) * x.shape[1]
+        here = (indices >= 0) & (indices < x.shape[1])
+        found = jnp.where(here[..., None], jnp.take_along_axis(x, jnp.where(here, indices, 0)[..., None], axis=1), 0)
+        if others := tuple(axis for axis in axes if axis not in cut):
+            found = jax.lax.psum(found, others)
+        return jax.lax.psum_scatter(found, cut, scatter_dimension=1, tiled=True) if cut else found
+
+    return per_device(on_device, (states, ("batch", None)), (*TOKENS, None), check_vma=True)(x, indices)
 
 
 def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -178,7 +146,7 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] to [B, T, D], and the KV cache with this call's keys and values written into it."""
-        query, key, value = self.query(x), self.key(x), self.value(x)  # [B, T, N or K, H]
+        query, key, value = fan_out(x, self.query, self.key, self.value)  # [B, T, N or K, H]
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.settings.positions == "rope":
@@ -193,12 +161,10 @@ class Attention(nnx.Module):
             key, value = cache["key"], cache["value"]
             slots = context.cache_index + jnp.arange(x.shape[1])
             mask = (jnp.arange(key.shape[1])[None, :] <= slots[:, None])[None, None]  # [1, 1, T, slots]
-        keep = None
-        if context.dropout_keys is not None and self.dropout_rate:
-            keep = functools.partial(dropout, rate=self.dropout_rate, keys=context.dropout_keys, site=0)
-        out = attention(query, key, value, causal=self.causal and cache is None, segment_ids=context.segment_ids, mask=mask,
-                        dropout=keep, implementation=self.settings.attention)
-        return self.output(constrain(out, "batch", "sequence", "heads", None)), cache
+        tokens = Tokens(context.places, context.segment_ids, fold_in(context.dropout_keys, 0) if self.dropout_rate else None)
+        out = attention(query, key, value, tokens, causal=self.causal and cache is None, mask=mask,
+                        dropout_rate=self.dropout_rate, implementation=self.settings.attention)
+        return fan_in(out, self.output), cache
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -230,8 +196,32 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         activate = ACTIVATIONS[self.activation]
-        hidden = activate(self.up(x)) if self.gate is None else activate(self.gate(x)) * self.up(x)
-        return self.down(constrain(hidden, "batch", "sequence", "mlp"))
+        if self.gate is None:
+            [up] = fan_out(x, self.up)
+            return fan_in(activate(up), self.down)
+        gate, up = fan_out(x, self.gate, self.up)
+        return fan_in(activate(gate) * up, self.down)
+
+
+class Experts(nnx.Module):
+    """Many MLPs, of which each token takes a few (Shazeer et al. 2017); see `jaxlm.parallel.experts`."""
+
+    def __init__(self, settings: ModelSettings, *, activation: str, output_stddev: float, rngs: nnx.Rngs):
+        experts, embed = {"experts": settings.num_experts}, {"embed": settings.hidden_size}
+        inner, stddev = {"mlp": settings.intermediate_size or 4 * settings.hidden_size}, settings.initializer_range
+        linear = functools.partial(Linear, bias=False, rngs=rngs)
+        self.router = linear(embed, {None: settings.num_experts}, stddev=stddev)
+        self.up = linear(experts | embed, inner, stddev=stddev)
+        self.gate = linear(experts | embed, inner, stddev=stddev) if activation in ("swiglu", "geglu") else None
+        self.down = linear(experts | inner, embed, stddev=output_stddev)
+        self.activation = activation
+        self.routing = Routing(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
+
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, RouterSums]:
+        """[B, T, D] to [B, T, D]."""
+        linears = {"up": self.up, "gate": self.gate, "down": self.down}
+        kernels = {name: linear.kernel[...] for name, linear in linears.items() if linear is not None}
+        return mixture(x, self.router.kernel[...], kernels, ACTIVATIONS[self.activation], self.routing)
 
 
 # ---- the stack -------------------------------------------------------------------------------------------------------
@@ -248,26 +238,68 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
     return nnx.vmap(make_block, in_axes=0, out_axes=0)(rngs.split(num_layers))
 
 
+class Execution(NamedTuple):
+    """How a stack of blocks runs. Nothing of it changes what comes out."""
+
+    remat: str = "none"
+    micro_batches: int = 1  # in which a pipeline takes the rows, at most
+    repeats: int = 1  # groups of layers in each stage of a pipeline
+
+
+class Beside(NamedTuple):
+    """What the blocks of a stack give beside the states; leading dimension L."""
+
+    cache: dict | None = None  # the updated KV cache
+    router: RouterSums | None = None  # of mixtures of experts
+
+
 def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str = "none", cache: dict | None = None
-              ) -> tuple[jax.Array, dict | None]:
+              ) -> tuple[jax.Array, Beside]:
     """Scans x [B, T, D] through the stacked blocks; compile time does not grow with the depth.
 
-    `cache` holds {"key", "value"}: [L, B, slots, K, H]; the updated cache is returned beside the output.
+    `cache` holds {"key", "value"}: [L, B, slots, K, H].
     """
     graph, params = nnx.split(blocks)
-    num_layers = jax.tree.leaves(params)[0].shape[0]
+    numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
+    return _scan_layers(graph, params, numbers, x, context, remat, cache)
 
-    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, dict | None]:
-        index, layer_params, layer_cache = layer
-        keys = context.dropout_keys
-        if keys is not None:
-            keys = jax.vmap(lambda key: jax.random.fold_in(key, index))(keys)
-        x, layer_cache = nnx.merge(graph, layer_params)(x, context._replace(dropout_keys=keys), layer_cache)
-        return constrain(x, "batch", "sequence", "residual"), layer_cache
+
+def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, context: Context, remat: str, cache: dict | None
+                 ) -> tuple[jax.Array, Beside]:
+    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, Beside]:
+        number, layer_params, layer_cache = layer
+        layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, number))
+        x, beside = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
+        return constrain(x, *residual_axes(x.shape[1])), beside
 
     if remat != "none":
         body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(body, x, (jnp.arange(num_layers), params, cache), unroll=num_layers if _loops_are_slow() else 1)
+    return jax.lax.scan(body, x, (numbers, params, cache), unroll=len(numbers) if _loops_are_slow() else 1)
+
+
+def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution) -> tuple[jax.Array, RouterSums | None]:
+    """`model.embed(*inputs, context)` through `model.blocks`, in a pipeline where the mesh has stages: states [B, T, D]."""
+    if num_stages() == 1:
+        x, beside = run_stack(model.blocks, model.embed(*inputs, context), context, remat=execution.remat)
+        return x, beside.router
+    graph, layers, embedding, rest = nnx.split(model, _path_has("blocks"), _path_has("embedding"), ...)
+    block_graph, places = nnx.split(model.blocks)[0], context.places
+
+    def first(embedding: Any, piece: tuple) -> jax.Array:
+        inputs, context = piece
+        return nnx.merge(graph, layers, embedding, rest).embed(*inputs, context._replace(places=places))
+
+    def stage(group: Any, numbers: jax.Array, x: jax.Array, piece: tuple) -> tuple[jax.Array, RouterSums | None]:
+        context = piece[1]._replace(places=places)
+        x, beside = _scan_layers(block_graph, group, numbers, x, context, execution.remat, None)
+        return x, beside.router
+
+    return run_pipeline(first, stage, embedding, layers["blocks"], (inputs, context._replace(places=None)),
+                        micro_batches=execution.micro_batches, repeats=execution.repeats)
+
+
+def _path_has(word: str) -> Callable[[tuple, Any], bool]:
+    return lambda path, _: word in path[0]
 
 
 def _loops_are_slow() -> bool:

@@ -11,9 +11,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from jaxlm.parallel.sharding import cut, mesh_axes
+from jaxlm.parallel.sharding import divides, mesh_axes, per_device
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -25,6 +24,15 @@ class Sums(NamedTuple):
     cross_entropy: jax.Array  # nats
     correct: jax.Array  # positions whose most likely token is the target
     count: jax.Array
+
+
+class RouterLoss(NamedTuple):
+    """Sums over sequences from the routers of experts, float32."""
+
+    loss: jax.Array  # balance and z losses, weighted, mean over layers
+    count: jax.Array  # sequences
+    load: jax.Array  # [L, E]: tokens that chose each expert
+    dropped: jax.Array  # choices that found their expert full
 
 
 class Head(NamedTuple):
@@ -64,22 +72,28 @@ def _backward(head, gradients, cotangents):
 cross_entropy.defvjp(_forward, _backward)
 
 
+class Cuts(NamedTuple):
+    """Mesh axes that cut what the loss works on."""
+
+    vocab: tuple[str, ...]
+    embed: tuple[str, ...]
+    tokens: tuple[str, ...]
+    scattered: bool  # whether the gradient of the states is cut over `vocab` along the sequence, too
+
+
 def _sharded(x, table, bias, targets, mask, head, with_gradients):
     """Runs `_local` on each device's tokens and its part of the vocabulary."""
-    tokens, states = cut("batch", "sequence"), cut("batch", "sequence", None)
-    weights, biases, scalar = cut("vocab", "embed"), cut("vocab"), PartitionSpec()
-    run = functools.partial(_local, head=head, with_gradients=with_gradients)
-    arguments = (x, table, bias, targets, mask)
-    if jax.sharding.get_abstract_mesh().empty:
-        return run(*arguments, distributed=False)
-    return jax.shard_map(
-        functools.partial(run, distributed=True), check_vma=False, in_specs=(states, weights, biases, tokens, tokens),
-        out_specs=(Sums(scalar, scalar, scalar, scalar), (states, weights, biases) if with_gradients else None))(*arguments)
+    tokens, states, weights, biases = ("batch", "sequence"), ("batch", "sequence", None), ("vocab", "embed"), ("vocab",)
+    cuts = Cuts(mesh_axes("vocab"), mesh_axes("embed"), mesh_axes("batch") + mesh_axes("sequence"),
+                divides(x.shape[1], "residual_sequence"))
+    grad_states = ("batch", "residual_sequence" if cuts.scattered else "sequence", None)
+    results = (Sums((), (), (), ()), (grad_states, weights, biases) if with_gradients else None)
+    run = functools.partial(_local, head=head, with_gradients=with_gradients, cuts=cuts)
+    return per_device(run, (states, weights, biases, tokens, tokens), results)(x, table, bias, targets, mask)
 
 
-def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
-    vocab, embed = (mesh_axes("vocab"), mesh_axes("embed")) if distributed else ((), ())
-    token_axes = mesh_axes("batch") + mesh_axes("sequence") if distributed else ()
+def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
+    vocab, embed = cuts.vocab, cuts.embed
     table = _all_gather(table.astype(x.dtype), embed, axis=1)
     first = jax.lax.axis_index(vocab) * table.shape[0] if vocab else 0
     ids = first + jnp.arange(table.shape[0])
@@ -125,15 +139,15 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, distributed):
     else:
         carry, grad_x = jax.lax.scan(one_chunk, carry, chunks)
     sums, grad_table, grad_bias = carry
-    sums = Sums(*(_reduce(jax.lax.psum, total, token_axes) for total in sums))
+    sums = Sums(*(_reduce(jax.lax.psum, total, cuts.tokens) for total in sums))
     if not with_gradients:
         return sums, None
     grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]  # without the chunks' padding
-    grad_x = _reduce(jax.lax.psum, grad_x, vocab).astype(x.dtype)
+    grad_x = (_reduce_scatter(grad_x, vocab, axis=1) if cuts.scattered else _reduce(jax.lax.psum, grad_x, vocab)).astype(x.dtype)
     # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed whole.
-    rest = tuple(axis for axis in token_axes if axis not in embed)
+    rest = tuple(axis for axis in cuts.tokens if axis not in embed)
     grad_table = _reduce(jax.lax.psum, _reduce_scatter(grad_table, embed, axis=1), rest)
-    return sums, (grad_x, grad_table, _reduce(jax.lax.psum, grad_bias, token_axes))
+    return sums, (grad_x, grad_table, _reduce(jax.lax.psum, grad_bias, cuts.tokens))
 
 
 def _chunks(array, most):

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxlm.models.bert import BERT
 from jaxlm.models.gpt import GPT
-from jaxlm.models.layers import padded_vocab_size
+from jaxlm.models.layers import Execution, padded_vocab_size
 from jaxlm.parallel.sharding import Axes
 from jaxlm.settings import ModelSettings, TrainSettings
 
@@ -32,8 +32,10 @@ class Model:
 
     def __init__(self, settings: ModelSettings, train: TrainSettings):
         self.settings = settings
+        execution = Execution(train.remat, train.gradient_accumulation, train.stage_repeats)
         self._make: Callable[[jax.Array], nnx.Module] = lambda key: FAMILIES[settings.family](
-            settings, dtype=jnp.dtype(train.precision), remat=train.remat, loss_chunk=train.loss_chunk, rngs=nnx.Rngs(params=key))
+            settings, dtype=jnp.dtype(train.precision), execution=execution, loss_chunk=train.loss_chunk,
+            rngs=nnx.Rngs(params=key))
         self._graph, state = nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
         self._structure = jax.tree.structure(state)
         self.shapes = nnx.to_pure_dict(state)
@@ -79,6 +81,8 @@ class Model:
         head_dim = model.head_dim or width // model.num_heads
         projections = width * head_dim * (2 * model.num_heads + 2 * kv_heads)
         mlp = width * (model.intermediate_size or 4 * width) * (3 if model.activation in ("swiglu", "geglu") else 2)
+        if model.num_experts is not None:
+            mlp = mlp * model.experts_per_token + width * model.num_experts
         attention = 2 * length * model.num_heads * head_dim
         head = predictions * width * (model.vocab_size + (width if model.family == "bert" else 0))
         return 3 * 2 * (length * model.num_layers * (projections + mlp + attention) + head)

@@ -5,6 +5,8 @@ so the same program serves one device and a pod.
 """
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,17 +14,20 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "stage", "fsdp", "expert"),
     "sequence": "context",
+    "residual_sequence": ("context", "tensor"),  # between the blocks' parts, where every token is on its own
     "residual": None,
     # parameters (and the activations that run through them)
     "layers": "stage",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    "heads_of_whole_sequences": ("tensor", "context"),
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "experts": "expert",
     "positions": None,
     "types": None,
 }
@@ -41,23 +46,75 @@ def spec(*axes: str | None) -> PartitionSpec:
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:
-    """The axes of the current mesh that cut `axis`; without those of size 1, over which a collective is still a copy."""
-    rule, sizes = RULES[axis], jax.sharding.get_abstract_mesh().shape
+    """The axes of the current mesh that cut `axis` here.
+
+    Without those of size 1, over which a collective is still a copy, and without those that are cut by hand already.
+    """
+    rule, mesh = RULES[axis], jax.sharding.get_abstract_mesh()
     names = () if rule is None else (rule,) if isinstance(rule, str) else rule
-    return tuple(name for name in names if sizes.get(name, 1) > 1)
+    return tuple(name for name in names if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
 
 
-def cut(*axes: str | None) -> PartitionSpec:
-    """`spec` for shard_map: only the mesh axes that `mesh_axes` knows."""
+def axis_size(axis: str) -> int:
+    """Into how many parts `axis` is cut here."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in mesh_axes(axis))
+
+
+def divides(size: int, axis: str) -> bool:
+    """Whether a dimension of this size can be cut along `axis`."""
+    return size % axis_size(axis) == 0
+
+
+def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bool = False) -> Callable:
+    """`function` as what each device does with its part (`jax.shard_map` over all axes that are not cut by hand already).
+
+    `in_axes` and `out_axes`: trees like the arguments and results, with a tuple of axis names for each array; None for none.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return function
+    in_specs, out_specs = (jax.tree.map(lambda names: _cut(*names), tree, is_leaf=_is_names) for tree in (in_axes, out_axes))
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma,
+                         axis_names=set(mesh.axis_names) - set(mesh.manual_axes))
+
+
+def for_each_copy(function: Callable, *by_rows: int) -> Callable:
+    """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies at the end.
+
+    For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which arguments are trees
+    of arrays whose first dimension is the batch; the others are the same everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh
+
+    def run(*arguments: Any) -> Any:
+        if mesh().shape.get("data", 1) == 1:
+            return function(*arguments)
+        specs = tuple(PartitionSpec("data") if i in by_rows else PartitionSpec() for i in range(len(arguments)))
+        summed = jax.shard_map(lambda *arguments: jax.lax.psum(function(*arguments), "data"), in_specs=specs,
+                               out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
+        return summed(*arguments)
+
+    return run
+
+
+def _cut(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(mesh_axes(axis) if axis else None for axis in axes))
 
 
+def _is_names(tree: Any) -> bool:
+    return type(tree) is tuple and all(name is None or isinstance(name, str) for name in tree)
+
+
 def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks the partitioner to lay `array` out by its axes' names. Without a mesh (`jax.set_mesh`) it does nothing."""
+    """Asks the partitioner to lay `array` out by its axes' names. Without a mesh (`jax.set_mesh`) it does nothing.
+
+    A dimension that its axes do not divide, such as one decoded token, stays whole.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return array
-    return jax.lax.with_sharding_constraint(array, spec(*axes))
+    divided = (axis if axis and divides(size, axis) else None for axis, size in zip(axes, array.shape, strict=False))
+    return jax.lax.with_sharding_constraint(array, _cut(*divided))
 
 
 def shardings(mesh: Mesh, axes: Any) -> Any:

@@ -1,18 +1,21 @@
 """RUN_DIR/checkpoints: asynchronous, sharded, atomic (Orbax); what is kept, and what a checkpoint says of itself."""
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
+from jaxlm.parallel.pipeline import layer_order
 from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
-from jaxlm.training.step import Trainer, TrainState
+from jaxlm.training.step import Trainer, TrainState, reorder_layers
 
 FOLDER = "checkpoints"
 
@@ -79,12 +82,24 @@ class Checkpoints:
         wanted = _abstract(trainer.state_shapes, trainer.state_shardings)
         loaded = self._load(step, {
             "params": wanted.params, "optimizer": wanted.optimizer, "clock": {"step": wanted.step, "key": wanted.key}})
-        return TrainState(loaded["clock"]["step"], loaded["clock"]["key"], loaded["params"], loaded["optimizer"])
+        state = TrainState(loaded["clock"]["step"], loaded["clock"]["key"], loaded["params"], loaded["optimizer"])
+        return self._in_order(step, state, trainer, trainer.state_axes, trainer.state_shardings)
 
     def restore_params(self, step: int, trainer: Trainer) -> Params:
         """Only the parameters, laid out for `trainer`'s mesh."""
         wanted = _abstract(trainer.state_shapes.params, trainer.state_shardings.params)
-        return self._load(step, {"params": wanted})["params"]
+        params = self._load(step, {"params": wanted})["params"]
+        return self._in_order(step, params, trainer, trainer.state_axes.params, trainer.state_shardings.params)
+
+    def _in_order(self, step: int, tree: Any, trainer: Trainer, axes: Any, layout: Any) -> Any:
+        """Stacked arrays with their layers in the order that `trainer`'s pipeline wants them in."""
+        metadata = self.metadata(step)
+        saved = layer_order(metadata["settings"]["model"]["num_layers"], metadata["mesh"].get("stage", 1),
+                            metadata["settings"]["train"].get("stage_repeats", 1))
+        order = np.argsort(saved)[trainer.layer_order]
+        if (order == np.arange(len(order))).all():
+            return tree
+        return jax.jit(functools.partial(reorder_layers, axes=axes, order=order), out_shardings=layout, donate_argnums=0)(tree)
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         try:

@@ -2,6 +2,7 @@
 
 import fcntl
 import functools
+import math
 import statistics
 import time
 from collections.abc import Iterator
@@ -215,7 +216,7 @@ class _Clock:
 def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
     """What a user wants to see before the first step."""
     settings, model = run.settings, run.trainer.model
-    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))  # a pipeline has one micro-batch in every stage
     device = run.mesh.devices.flatten()[0]
     axes = "".join(f", {axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
     batch, length = settings.data.global_batch_size, settings.data.sequence_length

@@ -95,7 +95,7 @@ def state_axes(optimizer: optax.GradientTransformation, shapes: Any, axes: Any) 
     """`Axes` of every leaf of the optimizer's state.
 
     A leaf that mirrors a parameter (its path ends in the parameter's, the shape is the same) is laid out like it;
-    counters and factored moments are small and stay whole.
+    counters and factored moments are small and stay whole, but for the dimension of the layers.
     """
     names = {tuple(entry.key for entry in path): leaf for path, leaf in
              jax.tree_util.tree_flatten_with_path(axes)[0]}
@@ -109,7 +109,7 @@ def state_axes(optimizer: optax.GradientTransformation, shapes: Any, axes: Any) 
         for start in range(len(keys)):
             if sizes.get(keys[start:]) == leaf.shape:
                 return names[keys[start:]]
-        return Axes((None,) * len(leaf.shape))
+        return Axes(("layers" if keys[:1] == ("layers",) else None, *(None,) * (leaf.ndim - 1))[: leaf.ndim])
 
     return jax.tree_util.tree_map_with_path(leaf_axes, jax.eval_shape(optimizer.init, shapes))
 
@@ -139,8 +139,8 @@ def _muon_dimensions(path: tuple, leaf: Axes) -> contrib.MuonDimensionNumbers | 
     if path[-1].key != "kernel" or names[0] != "layers":
         return optax.MaskedNode()
     embed = names.index("embed")
-    others = tuple(i for i in range(1, len(names)) if i != embed)
-    inputs, outputs = ((embed,), others) if embed == 1 else (others, (embed,))
+    others = tuple(i for i in range(1, len(names)) if i != embed and names[i] != "experts")
+    inputs, outputs = ((embed,), others) if embed < others[0] else (others, (embed,))
     return contrib.MuonDimensionNumbers(reduction_axis=inputs, output_axis=outputs)
 
 

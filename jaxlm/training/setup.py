@@ -20,6 +20,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import make_mesh, rows_needed
+from jaxlm.parallel.pipeline import num_stages
 from jaxlm.settings import Settings
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
@@ -121,8 +122,8 @@ def micro_batch_size(settings: Settings) -> int:
 
 
 def evaluation_batch_size(settings: Settings) -> int:
-    """Sequences in one batch of an evaluation."""
-    return settings.eval.batch_size or micro_batch_size(settings)
+    """Sequences in one batch of an evaluation; a pipeline takes at least one micro-batch for each stage."""
+    return settings.eval.batch_size or micro_batch_size(settings) * num_stages()
 
 
 def make_training_batches(settings: Settings, corpora: Corpora) -> Batches:

@@ -1,16 +1,19 @@
 """The training state and the step: what runs a million times, as pure functions of plain pytrees."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model, Params
-from jaxlm.parallel.sharding import Axes, constrain, shardings, spec
+from jaxlm.parallel.pipeline import layer_order
+from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
 from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
 
 Batch = dict[str, jax.Array]
@@ -35,6 +38,8 @@ class Trainer(NamedTuple):
     evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted
     state_shardings: TrainState
     state_shapes: TrainState
+    state_axes: TrainState
+    layer_order: np.ndarray  # which layer stands in each slot of the stack
 
 
 def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
@@ -44,19 +49,29 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
     """
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
     optimizer = make_optimizer(settings.optimizer, schedule, model.axes)
+    order = layer_order(settings.model.num_layers, mesh.shape["stage"], settings.train.stage_repeats)
+    axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes))
 
     def init(seed: int) -> TrainState:
         key = jax.random.key(seed)
-        params = model.init(jax.random.fold_in(key, 2**31))
+        params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params))
 
-    layout = shardings(mesh, TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes)))
+    layout = shardings(mesh, axes)
     return Trainer(
         model, mesh,
         init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(_train_step(model, optimizer, schedule, settings), donate_argnums=0, out_shardings=(layout, None)),
-        evaluate=jax.jit(lambda params, batch: model.bind(params).losses(batch)),
-        state_shardings=layout, state_shapes=jax.eval_shape(init, 0))
+        step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1), donate_argnums=0,
+                     out_shardings=(layout, None)),
+        evaluate=jax.jit(for_each_copy(functools.partial(_evaluation_sums, model), 1)),
+        state_shardings=layout, state_shapes=jax.eval_shape(init, 0), state_axes=axes, layer_order=order)
+
+
+def reorder_layers(tree: Any, axes: Any, order: np.ndarray) -> Any:
+    """Slot i of every stacked array gets what was in slot `order[i]`. `axes` mirrors `tree`."""
+    if (order == np.arange(len(order))).all():
+        return tree
+    return jax.tree.map(lambda leaf, axes: leaf[order] if axes.names[:1] == ("layers",) else leaf, tree, axes)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -64,8 +79,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
-def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any) -> Callable:
-    pieces, clip_norm = settings.train.gradient_accumulation, settings.optimizer.clip_norm
+def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any, pipelined: bool
+                ) -> Callable:
+    clip_norm = settings.optimizer.clip_norm
     has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
 
     def loss_and_sums(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, dict[str, Sums]]:
@@ -76,16 +92,10 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         # Divided by the whole batch's counts, so that micro-batches simply add up to the big batch's gradient.
         counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in model.bind(params).counts(batch).items()}
         gradient = jax.grad(loss_and_sums, has_aux=True)
-        if pieces == 1:
+        if settings.train.gradient_accumulation == 1:
             return gradient(params, batch, keys, counts)
-
-        def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(params, *piece, counts)), None
-
-        cut = jax.tree.map(lambda array: _micro_batches(array, pieces), (batch, keys))
-        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-                             jax.eval_shape(gradient, params, *jax.tree.map(lambda array: array[0], cut), counts))
-        return jax.lax.scan(accumulate, zeros, cut)[0]
+        one_by_one = gradient if pipelined else functools.partial(_accumulated, gradient, settings.train.gradient_accumulation)
+        return for_each_copy(one_by_one, 1, 2)(params, batch, keys, counts)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         keys = None
@@ -105,6 +115,22 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
     return train_step
 
 
+def _evaluation_sums(model: Model, params: Params, batch: Batch) -> dict[str, Sums]:
+    """The sums of what is predicted; how experts are used is a matter of training."""
+    return {name: sums for name, sums in model.bind(params).losses(batch).items() if isinstance(sums, Sums)}
+
+
+def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> Any:
+    """The sum of `gradient` over `pieces` micro-batches, one after the other."""
+    def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, gradient(params, *piece, counts)), None
+
+    cut = jax.tree.map(lambda array: _micro_batches(array, pieces), (batch, keys))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                         jax.eval_shape(gradient, params, *jax.tree.map(lambda array: array[0], cut), counts))
+    return jax.lax.scan(accumulate, zeros, cut)[0]
+
+
 def _micro_batches(array: jax.Array, pieces: int) -> jax.Array:
     """[B, ...] to [pieces, B / pieces, ...], every device keeping its own rows: piece i takes rows i, i + pieces, ..."""
     cut = jnp.moveaxis(array.reshape(-1, pieces, *array.shape[1:]), 1, 0)
@@ -115,4 +141,11 @@ def training_metrics(sums: dict[str, Sums]) -> dict[str, jax.Array]:
     """`loss` (what is minimized, per prediction) and, where there are several objectives, each one's part."""
     parts = {name: term.loss / jnp.maximum(term.count, 1) for name, term in sums.items()}
     metrics = {"loss": sum(parts.values())}
-    return metrics if len(parts) == 1 else metrics | {f"{name}_loss": part for name, part in parts.items()}
+    if len(parts) > 1:
+        metrics |= {f"{name}_loss": part for name, part in parts.items()}
+    if "router" in sums:  # of the fullest and the emptiest expert of any layer, 1 being an even share
+        load = sums["router"].load
+        share = load * load.shape[1] / load.sum(1, keepdims=True)
+        metrics |= {"expert_load_max": share.max(), "expert_load_min": share.min(),
+                    "dropped_fraction": sums["router"].dropped / load.sum()}
+    return metrics

@@ -41,7 +41,7 @@ def test_logits_loss_and_gradients_equal_transformers(golden):
         def loss(params):
             bound = model.bind(params)
             positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
-            x = bound.hidden(tokens, Context(positions, segment_ids), batch["token_types"])
+            x = bound.hidden(tokens, Context(positions, segment_ids=segment_ids), batch["token_types"])
             loss = sum(sums.loss / sums.count for sums in bound.losses(batch).values())
             return loss, (bound.logits(x), bound.next_sentence_logits(x))
         return jax.value_and_grad(loss, has_aux=True)(params)

@@ -11,6 +11,7 @@ import pytest
 from jaxlm.interop.huggingface import from_huggingface
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model
+from jaxlm.parallel.dropout import token_keys
 from jaxlm.settings import ModelSettings, TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gpt2.npz"
@@ -28,7 +29,7 @@ def shape(request, models, random_params):
     @jax.jit
     def logits(tokens, positions, segment_ids):
         bound = model.bind(params)
-        return bound.logits(bound.hidden(tokens, Context(positions, segment_ids))[0])
+        return bound.logits(bound.hidden(tokens, Context(positions, segment_ids=segment_ids))[0])
 
     return model, params, logits
 
@@ -103,7 +104,7 @@ def test_decoding_with_a_cache_equals_the_whole_pass(shape):
     def decode(tokens, start, cache):
         bound = model.bind(params)
         positions = start + jnp.arange(tokens.shape[1])[None]
-        x, cache = bound.hidden(tokens, Context(positions, cache_index=start), cache)
+        x, cache = bound.hidden_with_cache(tokens, Context(positions, cache_index=start), cache)
         return bound.logits(x), cache
 
     pieces = []
@@ -140,7 +141,7 @@ def test_every_layer_drops_other_elements(models, random_params):
     params = jax.tree.map(np.zeros_like, random_params(model))
     params["blocks"]["mlp"]["down"]["bias"] += np.array([[1], [10]], np.float32)  # what layer 0 and layer 1 add
     params["final_norm"]["scale"] += 1
-    keys = jax.random.split(jax.random.key(0), 4)
+    keys = token_keys(jax.random.split(jax.random.key(0), 4), jnp.arange(16))
 
     def residual(params):
         positions = jnp.broadcast_to(jnp.arange(16), (4, 16))

@@ -1,4 +1,4 @@
-"""The parts against their papers' formulas in NumPy; dropout's masks on every mesh."""
+"""The parts against their papers' formulas in NumPy."""
 
 from dataclasses import replace
 from math import erf
@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxlm.models.layers import MLP, Embedding, Norm, contract, dropout, padded_vocab_size, rotate
+from jaxlm.models.layers import MLP, Embedding, Norm, padded_vocab_size, rotate
 from jaxlm.models.model import Model
 from jaxlm.parallel.sharding import spec
 from jaxlm.settings import TrainSettings
@@ -18,30 +18,6 @@ from jaxlm.settings import TrainSettings
 
 def normal(*shape, seed=0):
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@pytest.mark.parametrize(("kernel_shape", "num_axes"), [((6, 5), 1), ((6, 2, 4), 1), ((3, 6, 5), 2)])
-def test_contract_and_its_gradients_are_those_of_tensordot(kernel_shape, num_axes):
-    x, kernel = normal(2, 7, 3, 6), normal(*kernel_shape, seed=1)
-    grad = normal(*np.tensordot(x, kernel, num_axes).shape, seed=2)
-    ours, pull = jax.vjp(lambda x, kernel: contract(x, kernel, num_axes), x, kernel)
-    plain, plain_pull = jax.vjp(lambda x, kernel: jnp.tensordot(x, kernel, num_axes), x, kernel)
-    np.testing.assert_allclose(ours, plain, rtol=1e-5, atol=1e-5)
-    for got, want in zip(pull(grad), plain_pull(grad), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
-
-
-def test_contract_in_bfloat16_rounds_only_operands_and_results():
-    x, kernel, grad = jnp.asarray(normal(4, 9, 32), jnp.bfloat16), normal(32, 8, seed=1), normal(4, 9, 8, seed=2)
-    grad = jnp.asarray(grad, jnp.bfloat16)
-    y, pull = jax.vjp(contract, x, kernel)
-    grad_x, grad_kernel = pull(grad)
-    assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    wide_x, wide_grad = np.asarray(x, np.float64), np.asarray(grad, np.float64)
-    rounded = np.asarray(jnp.asarray(kernel, jnp.bfloat16), np.float64)
-    np.testing.assert_allclose(np.asarray(y, np.float64), wide_x @ rounded, rtol=2**-8, atol=1e-4)
-    np.testing.assert_allclose(np.asarray(grad_x, np.float64), wide_grad @ rounded.T, rtol=2**-8, atol=1e-4)
-    np.testing.assert_allclose(grad_kernel, np.einsum("btd,btf->df", wide_x, wide_grad), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1000.0])  # the second is where E[x^2] - E[x]^2 loses every digit
@@ -106,32 +82,6 @@ def test_embedding_on_a_mesh_is_a_lookup(mesh, meshes):
     want = np.zeros_like(table)
     np.add.at(want, indices, weights)
     np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-5)
-
-
-def row_keys(rows, seed=0):
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.arange(rows))
-
-
-def test_dropout_keeps_the_mean():
-    x = jnp.ones((8, 100, 100))
-    dropped = np.asarray(dropout(x, 0.25, row_keys(8), site=0))
-    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.75)}
-    assert abs((dropped == 0).mean() - 0.25) < 5 * np.sqrt(0.25 * 0.75 / dropped.size)
-    assert dropout(x, 0.0, row_keys(8), site=0) is x and dropout(x, 0.25, None, site=0) is x
-
-
-def test_dropout_differs_by_row_site_and_key_only(meshes):
-    x, keys = jnp.ones((8, 4, 6, 16)), row_keys(8)
-    masks = np.asarray(dropout(x, 0.5, keys, site=1))
-    others = [masks[0], masks[1], *(np.asarray(dropout(x, 0.5, *other))[0] for other in ((keys, 2), (row_keys(8, seed=1), 1)))]
-    for index, mask in enumerate(others):
-        for other in others[:index]:
-            assert 0.35 < (mask == other).mean() < 0.65
-    np.testing.assert_array_equal(dropout(x[5:6], 0.5, keys[5:6], site=1)[0], masks[5])  # a micro-batch of one row
-    for name, axes in (("data8", ("batch",)), ("2x2x2", ("batch", "heads", None, None))):
-        with jax.set_mesh(meshes[name]):
-            placed = jax.device_put(x, NamedSharding(meshes[name], spec(*axes)))
-            np.testing.assert_array_equal(jax.jit(lambda x: dropout(x, 0.5, keys, site=1))(placed), masks)
 
 
 def test_vocabulary_is_padded_to_multiples_of_128():

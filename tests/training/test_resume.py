@@ -109,6 +109,27 @@ def test_another_mesh_gives_the_same_losses(finished, folder, run_file, devices_
     np.testing.assert_allclose(losses(run_dir), losses(finished), rtol=1e-5)
 
 
+def test_a_pipeline_and_one_device_take_over_from_each_other(folder, run_file, jaxlm, capsys):
+    """Layers stand in another order in an interleaved pipeline; cut sequences in another order, too."""
+    deep, run_dir = ["model.num_layers=4", "data.global_batch_size=16"], folder / "pipeline"
+    want = folder / "deep"
+    train(config.load(run_file, [f"run_dir={want}", *deep]))
+    meshes = (
+        ["devices.count=8", "mesh.stage=2", "mesh.data=2", "mesh.context=2", "train.stage_repeats=2",
+         "train.gradient_accumulation=4"],
+        ["devices.count=1"], ["devices.count=4", "mesh.stage=4", "train.gradient_accumulation=8"])
+    for steps, mesh in zip((4, 8, 12), meshes, strict=True):
+        train(config.load(run_file, [f"run_dir={run_dir}", f"train.steps={steps}", *deep, *mesh]))
+    np.testing.assert_allclose(losses(run_dir), losses(want), rtol=1e-5)
+    assert [row["val_loss"] for row in read_metrics(run_dir) if "val_loss" in row][-1] == pytest.approx(
+        read_metrics(want)[-1]["val_loss"], rel=1e-5)
+    texts = []
+    for directory in (run_dir, want):
+        assert jaxlm("generate", directory, "generate.temperature=0", "--json") == 0
+        texts.append(capsys.readouterr().out.splitlines()[-1])
+    assert texts[0] == texts[1]
+
+
 def test_every_mesh_gets_the_same_examples(finished, folder, meshes):
     settings = config.load(finished)
     batches = training_batches([(Corpus(folder / "one"), 1.0)], settings.data, family="gpt", seed=0)

@@ -57,6 +57,8 @@ def reference(models, make_batch, meshes, random_params):
     def get(family):
         if family not in made:
             settings = settings_for(replace(models[family], dropout=0.1))
+            momentum = replace(settings.optimizer, name="sgd", learning_rate=0.1, weight_decay=0.0)  # keeps gradients
+            settings = replace(settings, optimizer=momentum)
             params = random_params(Model(settings.model, settings.train))
             batches = [make_batch(family, seed) for seed in range(STEPS)]
             made[family] = settings, params, batches, *run(settings, meshes["one"], params, batches)
@@ -65,21 +67,36 @@ def reference(models, make_batch, meshes, random_params):
     return get
 
 
+MESHES_OF_MOE = [("2x2x2", 1), ("one", 4), ("expert4data2", 1), ("stage2expert2tensor2", 4), ("fsdp2context2tensor2", 1)]
 FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"step-{family}")) for family in ("gpt", "bert")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("mesh", "micro_batches"), [("data8", 1), ("fsdp8", 2), ("tensor8", 1), ("2x2x2", 1), ("one", 4)])
+@pytest.mark.parametrize(("mesh", "micro_batches"), [("data8", 1), ("fsdp8", 2), ("tensor8", 1), ("2x2x2", 1), ("one", 4),
+                                                     ("context8", 1), ("fsdp2context2tensor2", 2), ("stage2data4", 2),
+                                                     ("stage2fsdp2tensor2", 4), ("stage2context2data2", 2)])
 def test_every_mesh_and_cut_gives_the_curve_of_one_device(mesh, micro_batches, family, reference, meshes, capfd):
     """With dropout; with micro-batches of unequal numbers of predictions, where a mean of means would not do."""
+    same_curve(mesh, micro_batches, family, reference, meshes, capfd)
+
+
+@pytest.mark.xdist_group("step-moe")
+@pytest.mark.parametrize(("mesh", "micro_batches"), MESHES_OF_MOE)
+def test_experts_too(mesh, micro_batches, reference, meshes, capfd):
+    same_curve(mesh, micro_batches, "moe", reference, meshes, capfd)
+
+
+def same_curve(mesh, micro_batches, family, reference, meshes, capfd):
     settings, params, batches, want, want_state = reference(family)
-    mask = batches[0]["loss_mask" if family == "gpt" else "masked_mask"]
+    mask = batches[0]["masked_mask" if family == "bert" else "loss_mask"]
     assert micro_batches == 1 or len({int(mask[piece::micro_batches].sum()) for piece in range(micro_batches)}) > 1
     settings = replace(settings, train=replace(settings.train, gradient_accumulation=micro_batches))
     got, state = run(settings, meshes[mesh], params, batches)
     assert_same_curve(got, want)
-    for one, other in zip(jax.tree.leaves(state.params), jax.tree.leaves(want_state.params), strict=True):
-        np.testing.assert_allclose(one, other, rtol=0, atol=STEPS * 1e-3)
+    gradients, want = (jax.device_get(jax.tree.leaves(one.optimizer)) for one in (state, want_state))
+    whole = np.sqrt(sum(np.square(leaf).sum() for leaf in want))
+    for one, other in zip(gradients, want, strict=True):  # where theory says zero, rounding is measured by the whole
+        assert np.linalg.norm(one - other) <= max(1e-5 * np.linalg.norm(other), 1e-7 * whole)
     # What the compiler says when it can cut an array no better than by copying the whole of it to every device
     assert "rematerialization" not in capfd.readouterr().err
     if mesh == "fsdp8":

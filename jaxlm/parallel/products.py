@@ -1,0 +1,234 @@
+"""Matrix products of activations and kernels that are both cut over the mesh, with every collective written out.
+
+A block's part (attention, MLP) is a fan-out, work that each device does on its own heads or columns, and a fan-in. With `t`
+devices on the tensor axis:
+
+    x [B, T/t, D] -> all-gather -> [B, T, D] -> kernels [D, N/t] -> [B, T, N/t] ...
+    ... [B, T, N/t] -> kernel [N/t, D] -> partial sums [B, T, D] -> reduce-scatter -> [B, T/t, D]
+
+The devices of the tensor axis share the kernels' columns and, between the parts, the tokens (Megatron-LM, Shoeybi et al. 2019;
+the tokens: Korthikanti et al. 2022). Devices of the fsdp axis share the kernels' other side: a kernel is fetched for its
+product, forward and again backward, and its gradient goes straight to its owners (ZeRO-3, Rajbhandari et al. 2020). Kernels are
+fetched in the compute type; their gradients are summed in float32.
+
+Written out, because the partitioner sums the gradients that meet in a fan-out over devices one by one, and on backends
+without that optimization turns a sum of which each device keeps a part into a sum of which everybody gets all.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.parallel.sharding import divides, mesh_axes, per_device
+
+TOKENS = ("batch", "sequence")
+RESIDUAL = ("batch", "residual_sequence", "residual")  # the stream between the parts of the blocks
+Names = tuple[str | None, ...]
+
+
+def residual_axes(length: int) -> Names:
+    """RESIDUAL, or with whole sequences where `length` (one decoded token, say) cannot be cut."""
+    return RESIDUAL if divides(length, "residual_sequence") else (*TOKENS, "residual")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def fan_out(x: jax.Array, kernels: tuple[jax.Array, ...], axes: tuple[Names, ...], states: Names) -> tuple[jax.Array, ...]:
+    """x [B, T, D] times several kernels [D, ...], in x's type: [B, T, ...] each.
+
+    Args:
+      x: its axes are `states`: those of the residual stream, or others whose tokens are not cut further than inside a part.
+      kernels: float32; their axes are `axes`, the first of all of them the same.
+    """
+    run = functools.partial(_fan_out, cuts=_cuts(axes[0][1:], axes[0][0], states))
+    return per_device(run, (states, axes), _outputs(axes, states))(x, kernels)
+
+
+def _fan_out_forward(x, kernels, axes, states):
+    return fan_out(x, kernels, axes, states), (x, kernels)
+
+
+def _fan_out_backward(axes, states, saved, grads):
+    run = functools.partial(_fan_out_gradients, cuts=_cuts(axes[0][1:], axes[0][0], states))
+    return per_device(run, (states, axes, _outputs(axes, states)), (states, axes))(*saved, grads)
+
+
+fan_out.defvjp(_fan_out_forward, _fan_out_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def fan_in(y: jax.Array, kernel: jax.Array, axes: Names, states: Names) -> jax.Array:
+    """y [B, T, ...] times a kernel [..., D], in y's type: [B, T, D], whose axes are `states`.
+
+    Args:
+      y: axes TOKENS, then the kernel's but for the last.
+      kernel: float32; its axes are `axes`.
+    """
+    run = functools.partial(_fan_in, cuts=_cuts(axes[:-1], axes[-1], states))
+    return per_device(run, ((*_inside(states), *axes[:-1]), axes), states)(y, kernel)
+
+
+def _fan_in_forward(y, kernel, axes, states):
+    return fan_in(y, kernel, axes, states), (y, kernel)
+
+
+def _fan_in_backward(axes, states, saved, grad):
+    inputs = (*_inside(states), *axes[:-1])
+    run = functools.partial(_fan_in_gradients, cuts=_cuts(axes[:-1], axes[-1], states))
+    return per_device(run, (inputs, axes, states), (inputs, axes))(*saved, grad)
+
+
+fan_in.defvjp(_fan_in_forward, _fan_in_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table: jax.Array, indices: jax.Array, axis: str) -> jax.Array:
+    """Rows of a table [V, D], axes (`axis`, "embed"), at int32 indices [B, T]: [B, T, D] in the residual stream.
+
+    Where the rows are cut each device fetches those that it has, and the others add zeros.
+    """
+    states = residual_axes(indices.shape[1])
+    run = functools.partial(_look_up, cuts=_cuts((axis,), "embed", states))
+    return per_device(run, ((axis, "embed"), _looked_up(axis, states)), states)(table, indices)
+
+
+def _look_up_forward(table, indices, axis):
+    return look_up(table, indices, axis), (table, indices)
+
+
+def _look_up_backward(axis, saved, grad):
+    states = residual_axes(grad.shape[1])
+    run = functools.partial(_look_up_gradient, cuts=_cuts((axis,), "embed", states))
+    return per_device(run, ((axis, "embed"), _looked_up(axis, states), states), (axis, "embed"))(*saved, grad), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
+def _looked_up(axis: str, states: Names) -> Names:
+    """Axes of the indices: where no rows are cut, each device looks up what it keeps and no more."""
+    return _inside(states) if mesh_axes(axis) else states[:2]
+
+
+class Cuts(NamedTuple):
+    """Mesh axes that cut what a product works on."""
+
+    columns: tuple[str, ...]  # the kernel's side away from the states, or the table's rows
+    embed: tuple[str, ...]  # its other side
+    tokens: tuple[str, ...]  # rows and sequence of the activations inside a part
+    scattered: tuple[str, ...]  # what cuts the sequence of the states beyond that
+
+
+def _cuts(columns: Names, embed: str | None, states: Names) -> Cuts:
+    columns, embed, tokens, sequence = (
+        tuple(axis for name in names if name for axis in mesh_axes(name))
+        for names in (columns, (embed,), _inside(states), states[1:2]))
+    return Cuts(columns, embed, tokens, tuple(axis for axis in sequence if axis not in tokens))
+
+
+def _inside(states: Names) -> Names:
+    """Axes of rows and tokens inside a part, from those of the states that it reads or writes."""
+    return TOKENS if states[1] == RESIDUAL[1] else states[:2]
+
+
+def _outputs(axes: tuple[Names, ...], states: Names) -> tuple[Names, ...]:
+    return tuple((*_inside(states), *names[1:]) for names in axes)
+
+
+# ---- one device ------------------------------------------------------------------------------------------------------
+
+def _fan_out(x, kernels, *, cuts):
+    x = gather(x, cuts.scattered, axis=1)
+    return tuple(_product(x, gather(kernel.astype(x.dtype), cuts.embed, axis=0), 1).astype(x.dtype) for kernel in kernels)
+
+
+def _fan_out_gradients(x, kernels, grads, *, cuts):
+    x = gather(x, cuts.scattered, axis=1)
+    grad_x = sum(_product_transposed(grad, gather(kernel.astype(x.dtype), cuts.embed, axis=0), grad.ndim - 2)
+                 for kernel, grad in zip(kernels, grads, strict=True))
+    if cuts.scattered:
+        grad_x = scatter_sum(grad_x.astype(x.dtype), cuts.scattered, axis=1)
+    else:
+        grad_x = sum_over(grad_x.astype(x.dtype), cuts.columns)
+    return grad_x, tuple(_sum_kernel(_kernel_gradient(x, grad), cuts, axis=0) for grad in grads)
+
+
+def _fan_in(y, kernel, *, cuts):
+    out = _product(y, gather(kernel.astype(y.dtype), cuts.embed, axis=-1), kernel.ndim - 1).astype(y.dtype)
+    return scatter_sum(out, cuts.scattered, axis=1) if cuts.scattered else sum_over(out, cuts.columns)
+
+
+def _fan_in_gradients(y, kernel, grad, *, cuts):
+    grad = gather(grad, cuts.scattered, axis=1)
+    grad_y = _product_transposed(grad, gather(kernel.astype(y.dtype), cuts.embed, axis=-1), 1)
+    return grad_y.astype(y.dtype), _sum_kernel(_kernel_gradient(y, grad), cuts, axis=-1)
+
+
+def _look_up(table, indices, *, cuts):
+    table = gather(table, cuts.embed, axis=1)
+    if not cuts.columns:
+        return table[indices]
+    indices, here = _own(indices, table, cuts)
+    found = jnp.where(here[..., None], table[indices], 0)
+    return scatter_sum(found, cuts.scattered, axis=1) if cuts.scattered else sum_over(found, cuts.columns)
+
+
+def _look_up_gradient(table, indices, grad, *, cuts):
+    if cuts.columns:
+        grad = gather(grad, cuts.scattered, axis=1)
+        indices, here = _own(indices, table, cuts)
+        grad = jnp.where(here[..., None], grad, 0)
+        tokens = cuts.tokens
+    else:
+        tokens = cuts.tokens + cuts.scattered
+    grad_table = jnp.zeros((table.shape[0], grad.shape[2]), table.dtype).at[indices].add(grad)
+    return _sum_kernel(grad_table, cuts._replace(tokens=tokens), axis=1)
+
+
+def _own(indices, table, cuts):
+    """Indices into this device's rows, and which of them it has; the others point at row 0."""
+    indices = indices - jax.lax.axis_index(cuts.columns) * table.shape[0]
+    here = (indices >= 0) & (indices < table.shape[0])
+    return jnp.where(here, indices, 0), here
+
+
+def _sum_kernel(grad, cuts, axis):
+    """Tokens are cut over `embed`'s axes too: that sum comes back already cut. The other axes of the tokens are summed whole."""
+    grad = scatter_sum(grad, cuts.embed, axis=axis % grad.ndim)
+    return sum_over(grad, tuple(name for name in cuts.tokens if name not in cuts.embed))
+
+
+def _product(x, kernel, num_axes):
+    """The last `num_axes` dimensions of x with the first of `kernel`, summed in float32."""
+    dimensions = (tuple(range(x.ndim - num_axes, x.ndim)), tuple(range(num_axes)))
+    return jax.lax.dot_general(x, kernel, (dimensions, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _product_transposed(grad, kernel, num_axes):
+    """The last `num_axes` dimensions of grad with the last of `kernel`, summed in float32."""
+    dimensions = (tuple(range(grad.ndim - num_axes, grad.ndim)), tuple(range(kernel.ndim - num_axes, kernel.ndim)))
+    return jax.lax.dot_general(grad, kernel, (dimensions, ((), ())), preferred_element_type=jnp.float32)
+
+
+def _kernel_gradient(x, grad):
+    """x [B, T, ...] and grad [B, T, ...] over their tokens, in float32."""
+    tokens = (((0, 1), (0, 1)), ((), ()))
+    if jax.default_backend() == "cpu" and math.prod(x.shape[2:]) > math.prod(grad.shape[2:]):
+        # XLA's CPU backend first transposes the left operand in memory: let it be the narrow one
+        transposed = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, tokens, preferred_element_type=jnp.float32))
+        return jnp.moveaxis(transposed, tuple(range(grad.ndim - 2)), tuple(range(2 - grad.ndim, 0)))
+    return jax.lax.dot_general(x, grad, tokens, preferred_element_type=jnp.float32)
+
+
+def gather(array, axes, axis):
+    return jax.lax.all_gather(array, axes, axis=axis % array.ndim, tiled=True) if axes else array
+
+
+def sum_over(array, axes):
+    return jax.lax.psum(array, axes) if axes else array
+
+
+def scatter_sum(array, axes, axis):
+    return jax.lax.psum_scatter(array, axes, scatter_dimension=axis, tiled=True) if axes else array

@@ -1,0 +1,69 @@
+"""Products over the mesh against einsum, forward and backward, and the sums' types."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlm.parallel.products import TOKENS, fan_in, fan_out, residual_axes
+
+ROWS, LENGTH, WIDTH, HEADS, HEAD_DIM = 8, 16, 32, 8, 4
+FAN_OUT = (("embed", "heads", None), ("embed", "kv_heads", None))
+MESHES = ["one", "data8", "fsdp8", "tensor8", "2x2x2", "context8", "fsdp2context2tensor2"]
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def assert_close(got, want):
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-4)
+
+
+def with_gradients(function, grads):
+    return jax.jit(lambda *arrays: (lambda out, pull: (out, pull(grads)))(*jax.vjp(function, *arrays)))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_fan_out_and_its_gradients(mesh, meshes):
+    x, kernels = normal(ROWS, LENGTH, WIDTH), (normal(WIDTH, HEADS, HEAD_DIM, seed=1), normal(WIDTH, HEADS, 2, seed=2))
+    grads = (normal(ROWS, LENGTH, HEADS, HEAD_DIM, seed=3), normal(ROWS, LENGTH, HEADS, 2, seed=4))
+    plain = with_gradients(lambda x, kernels: tuple(jnp.einsum("btd,dnh->btnh", x, kernel) for kernel in kernels), grads)
+    with jax.set_mesh(meshes[mesh]):
+        for states in {residual_axes(LENGTH), (*TOKENS, None)}:
+            ours = with_gradients(lambda x, kernels, states=states: fan_out(x, kernels, FAN_OUT, states), grads)
+            assert_close(ours(x, kernels), plain(x, kernels))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("length", [LENGTH, 1])
+def test_fan_in_and_its_gradients(mesh, length, meshes):
+    if length == 1 and "context" in mesh:
+        pytest.skip("a token cannot be cut")
+    y, kernel, grad = (normal(*shape, seed=seed) for seed, shape in enumerate(
+        ((ROWS, length, HEADS, HEAD_DIM), (HEADS, HEAD_DIM, WIDTH), (ROWS, length, WIDTH))))
+    plain = with_gradients(functools.partial(jnp.einsum, "btnh,nhd->btd"), grad)
+    with jax.set_mesh(meshes[mesh]):
+        ours = with_gradients(lambda y, kernel: fan_in(y, kernel, ("heads", None, "embed"), residual_axes(length)), grad)
+        assert_close(ours(y, kernel), plain(y, kernel))
+
+
+def test_bfloat16_rounds_only_operands_and_results(meshes):
+    """On a mesh too a kernel's gradient is summed in float32, though kernels travel in bfloat16."""
+    x, grad = (jnp.asarray(normal(ROWS, LENGTH, width, seed=width), jnp.bfloat16) for width in (WIDTH, HEADS))
+    kernel = normal(WIDTH, HEADS, seed=1)
+    wide_x, wide_grad, rounded = (np.asarray(array, np.float64) for array in (x, grad, jnp.asarray(kernel, jnp.bfloat16)))
+    for mesh in ("one", "fsdp8"):
+        with jax.set_mesh(meshes[mesh]):
+            run = with_gradients(lambda x, kernel: fan_out(x, (kernel,), (("embed", "mlp"),), residual_axes(LENGTH)), (grad,))
+            [y], (grad_x, grad_kernel) = run(x, kernel)
+            text = run.lower(x, kernel).as_text()
+        assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+        np.testing.assert_allclose(np.asarray(y, np.float64), wide_x @ rounded, rtol=2**-8, atol=1e-4)
+        np.testing.assert_allclose(np.asarray(grad_x, np.float64), wide_grad @ rounded.T, rtol=2**-8, atol=1e-4)
+        np.testing.assert_allclose(grad_kernel, np.einsum("btd,btf->df", wide_x, wide_grad), rtol=1e-4, atol=1e-4)
+    gathers = [line for line in text.splitlines() if "all_gather" in line]
+    assert gathers and all("bf16" in line for line in gathers)
