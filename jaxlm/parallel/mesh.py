@@ -11,7 +11,8 @@ from jaxlm.errors import UserError
 from jaxlm.settings import MeshSettings
 
 # Slowest to fastest varying: neighbours along `tensor` are neighbours in the machine, where its many small collectives are cheap.
-AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
+# Nested `shard_map`s (copies, then stages, then the rest) must follow this order: XLA of jax 0.12 aborts otherwise.
+AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
 
 def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
