@@ -87,8 +87,6 @@ def batch_problems(settings: Settings) -> Iterator[str]:
     if data.global_batch_size % train.gradient_accumulation:
         yield (f"data.global_batch_size={data.global_batch_size} is not a multiple of "
                f"train.gradient_accumulation={train.gradient_accumulation}")
-    if train.loss_chunk and data.sequence_length % train.loss_chunk and settings.model.family == "gpt":
-        yield f"train.loss_chunk={train.loss_chunk} does not divide data.sequence_length={data.sequence_length}"
 
 
 def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:

@@ -179,7 +179,6 @@ CONTRADICTIONS = {
     "data.sequence_length=1 is too short; at least 2": ["data.sequence_length=1"],
     "data.sequence_length=4 is too short; at least 5": ["model.family=bert", "data.sequence_length=4"],
     "data.global_batch_size=8 is not a multiple of train.gradient_accumulation=3": ["train.gradient_accumulation=3"],
-    "train.loss_chunk=100 does not divide data.sequence_length=1024": ["train.loss_chunk=100"],
     "model.vocab_size: missing; say to how many tokens the unigram": ["data.tokenizer=unigram", "data.raw=x"],
     "data.tokenizer=characters has no cls, sep and mask": ["model.family=bert", "data.tokenizer=characters", "data.raw=x"],
     "data.corpus is an empty mixture": ["data.corpus={}"],
@@ -222,7 +221,6 @@ def test_contradictions_are_refused(load, message):
 def test_what_looks_like_a_contradiction_and_is_none(load):
     load("", "model.hidden_size=100", "model.head_dim=8")
     load("", "model.attention=cudnn", "model.dropout=0.1", "model.attention_dropout=0")
-    load("", "model.family=bert", "train.loss_chunk=100")
     load("", "schedule.name=constant", "schedule.decay_steps=50", "schedule.warmup_steps=50")
     load("", "schedule.name=warmup_stable_decay", "schedule.decay_steps=50", "schedule.warmup_steps=900")
     load("", "mesh.data=-1", "mesh.fsdp=2", "mesh.tensor=4")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.parallel.sharding import divides, mesh_axes, per_device
+from jaxlm.parallel.products import TOKENS, gather, residual_axes, scatter_sum, sum_over
+from jaxlm.parallel.sharding import mesh_axes, per_device
 
 CHUNK_BYTES = 64 * 2**20
 
@@ -83,18 +84,17 @@ class Cuts(NamedTuple):
 
 def _sharded(x, table, bias, targets, mask, head, with_gradients):
     """Runs `_local` on each device's tokens and its part of the vocabulary."""
-    tokens, states, weights, biases = ("batch", "sequence"), ("batch", "sequence", None), ("vocab", "embed"), ("vocab",)
+    states, weights, biases, grad_states = (*TOKENS, None), ("vocab", "embed"), ("vocab",), residual_axes(x.shape[1])
     cuts = Cuts(mesh_axes("vocab"), mesh_axes("embed"), mesh_axes("batch") + mesh_axes("sequence"),
-                divides(x.shape[1], "residual_sequence"))
-    grad_states = ("batch", "residual_sequence" if cuts.scattered else "sequence", None)
+                scattered=grad_states[1] == "residual_sequence")
     results = (Sums((), (), (), ()), (grad_states, weights, biases) if with_gradients else None)
     run = functools.partial(_local, head=head, with_gradients=with_gradients, cuts=cuts)
-    return per_device(run, (states, weights, biases, tokens, tokens), results)(x, table, bias, targets, mask)
+    return per_device(run, (states, weights, biases, TOKENS, TOKENS), results)(x, table, bias, targets, mask)
 
 
 def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
     vocab, embed = cuts.vocab, cuts.embed
-    table = _all_gather(table.astype(x.dtype), embed, axis=1)
+    table = gather(table.astype(x.dtype), embed, axis=1)
     first = jax.lax.axis_index(vocab) * table.shape[0] if vocab else 0
     ids = first + jnp.arange(table.shape[0])
 
@@ -107,12 +107,12 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
             tanh = jnp.tanh(logits / head.logit_soft_cap)
             logits, slope = head.logit_soft_cap * tanh, 1 - tanh**2
         logits = jnp.where(ids < head.vocab_size, logits, -jnp.inf)
-        largest = _reduce(jax.lax.pmax, logits.max(-1), vocab)
+        largest = jax.lax.pmax(logits.max(-1), vocab) if vocab else logits.max(-1)
         exponentials = jnp.exp(logits - largest[..., None])
-        total = _reduce(jax.lax.psum, exponentials.sum(-1), vocab)
+        total = sum_over(exponentials.sum(-1), vocab)
         log_partition = largest + jnp.log(total)
         is_target = ids == targets[..., None]
-        target_logit = _reduce(jax.lax.psum, jnp.where(is_target, logits, 0).sum(-1), vocab)
+        target_logit = sum_over(jnp.where(is_target, logits, 0).sum(-1), vocab)
         cross_entropy = log_partition - target_logit
         sums = Sums(*(total + jnp.where(mask, term, 0).sum() for total, term in zip(sums, (
             cross_entropy + head.z_loss * log_partition**2, cross_entropy, target_logit >= largest, mask), strict=True)))
@@ -139,15 +139,15 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
     else:
         carry, grad_x = jax.lax.scan(one_chunk, carry, chunks)
     sums, grad_table, grad_bias = carry
-    sums = Sums(*(_reduce(jax.lax.psum, total, cuts.tokens) for total in sums))
+    sums = Sums(*(sum_over(total, cuts.tokens) for total in sums))
     if not with_gradients:
         return sums, None
     grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]  # without the chunks' padding
-    grad_x = (_reduce_scatter(grad_x, vocab, axis=1) if cuts.scattered else _reduce(jax.lax.psum, grad_x, vocab)).astype(x.dtype)
+    grad_x = (scatter_sum(grad_x, vocab, axis=1) if cuts.scattered else sum_over(grad_x, vocab)).astype(x.dtype)
     # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed whole.
     rest = tuple(axis for axis in cuts.tokens if axis not in embed)
-    grad_table = _reduce(jax.lax.psum, _reduce_scatter(grad_table, embed, axis=1), rest)
-    return sums, (grad_x, grad_table, _reduce(jax.lax.psum, grad_bias, cuts.tokens))
+    grad_table = sum_over(scatter_sum(grad_table, embed, axis=1), rest)
+    return sums, (grad_x, grad_table, sum_over(grad_bias, cuts.tokens))
 
 
 def _chunks(array, most):
@@ -159,15 +159,3 @@ def _chunks(array, most):
     padding = -length % size
     padded = jnp.pad(array, [(0, 0), (0, padding), *[(0, 0)] * len(rest)])
     return jnp.moveaxis(padded.reshape(rows, -1, size, *rest), 1, 0)
-
-
-def _reduce(operation, value, axes):
-    return operation(value, axes) if axes else value
-
-
-def _all_gather(value, axes, axis):
-    return jax.lax.all_gather(value, axes, axis=axis, tiled=True) if axes else value
-
-
-def _reduce_scatter(value, axes, axis):
-    return jax.lax.psum_scatter(value, axes, scatter_dimension=axis, tiled=True) if axes else value

@@ -123,7 +123,7 @@ def _dropless(tokens, chosen, weights, experts, routing, cuts):
 def _there_and_back(rows, sizes, experts, cuts):
     """`experts` for sorted rows [m, D] of which expert e has sizes[e], on the devices where the experts are."""
     devices, most = _size(cuts.experts), len(rows)
-    exchange = functools.partial(jax.lax.all_to_all, axis_name=cuts.experts, split_axis=0, concat_axis=0, tiled=True)
+    exchange = functools.partial(_exchange, axes=cuts.experts)
     per_device_sizes = sizes.reshape(devices, -1)
     starts = jnp.cumsum(per_device_sizes.sum(1)) - per_device_sizes.sum(1)
     slots = starts[:, None] + jnp.arange(most)  # [P, m]: rows for each device, and beyond them others that count nothing
@@ -151,13 +151,17 @@ def _with_capacity(tokens, chosen, weights, experts, routing, cuts):
     rows = tokens[order // routing.per_token]
     buffer = jnp.zeros((number * capacity, tokens.shape[1]), tokens.dtype).at[slot].set(rows, mode="drop")
     buffer = buffer.reshape(_size(cuts.experts), -1, capacity, tokens.shape[1])  # [P, E / P, C, D]
-    exchange = (functools.partial(jax.lax.all_to_all, axis_name=cuts.experts, split_axis=0, concat_axis=0, tiled=True)
-                if cuts.experts else lambda array: array)
+    exchange = functools.partial(_exchange, axes=cuts.experts)
     came = jnp.moveaxis(exchange(buffer), 0, 1)  # [E / P, P, C, D]
     done = experts(came.reshape(came.shape[0], -1, came.shape[-1]), None).reshape(came.shape)
     returned = exchange(jnp.moveaxis(done, 1, 0)).reshape(-1, tokens.shape[1])
     rows = jnp.where((place < capacity)[:, None], returned[jnp.minimum(slot, len(returned) - 1)], 0)
     return _add_up(rows, order, weights, tokens.shape), (place >= capacity).sum().astype(jnp.float32)
+
+
+def _exchange(array, axes):
+    """[P, ...]: piece p goes to device p, and each device's piece for this one comes back."""
+    return jax.lax.all_to_all(array, axes, split_axis=0, concat_axis=0, tiled=True) if axes else array
 
 
 def _experts(rows, sizes, *, kernels, activate):
