@@ -5,10 +5,9 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from jaxlm.errors import UserError
-from jaxlm.settings import TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
+from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
 
 VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
-AXES = ("stage", "data", "fsdp", "expert", "context", "tensor")
 
 
 def check(settings: Settings) -> None:

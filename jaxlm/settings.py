@@ -32,6 +32,10 @@ NotNegativeFloat = Annotated[Number, Ge(0)]
 Fraction = Annotated[Number, Ge(0), Lt(1)]
 AxisSize = Annotated[Integer, Ge(-1)]
 
+# The mesh, slowest to fastest varying: neighbours along `tensor` are neighbours in the machine, where its many small collectives
+# are cheap. Nested `shard_map`s (copies, then stages, then the rest) must follow this order: XLA of jax 0.12 aborts otherwise.
+AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
 
@@ -193,6 +197,9 @@ class MeshSettings:
     context: AxisSize = key(1, "sequence split: each device holds a part of every sequence")
     stage: AxisSize = key(1, "layers split into the stages of a pipeline, which takes the micro-batches in turn")
     expert: AxisSize = key(1, "experts split, and the batch; tokens travel to their experts")
+    across: dict[Literal[AXES], Positive] | None = key(
+        None, "TPU slices or GPU nodes: into how many parts an axis is cut by the slow network between them, e.g. {data: 4}; "
+              "null: data as far as it goes, then stage, fsdp, expert, context, tensor")
 
 
 @dataclass(frozen=True, kw_only=True)

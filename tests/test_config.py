@@ -11,8 +11,7 @@ import yaml
 from jaxlm import cli, config
 from jaxlm.checks import check_layout
 from jaxlm.errors import UserError
-from jaxlm.parallel.mesh import AXES
-from jaxlm.settings import Settings, dump, flatten, to_dict
+from jaxlm.settings import AXES, Settings, dump, flatten, to_dict
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 

@@ -1,18 +1,16 @@
 """The mesh: which devices stand along which axis."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.experimental.mesh_utils import create_hybrid_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
-from jaxlm.settings import MeshSettings
-
-# Slowest to fastest varying: neighbours along `tensor` are neighbours in the machine, where its many small collectives are cheap.
-# Nested `shard_map`s (copies, then stages, then the rest) must follow this order: XLA of jax 0.12 aborts otherwise.
-AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
+from jaxlm.settings import AXES, MeshSettings
 
 
 def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
@@ -33,9 +31,59 @@ def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
 
 
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device]) -> Mesh:
-    """The mesh of all axes over `devices`, ordered along the hardware's own topology."""
-    shape = mesh_shape(settings, len(devices))
-    return jax.make_mesh(tuple(shape.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    """The mesh of all axes over `devices`.
+
+    Inside an island (a TPU slice, a GPU node, or a process of emulated devices) it follows the physical network: an axis lies
+    along whole axes of the torus where it can. From island to island go the parts of the axes that `across` says.
+
+    Raises:
+      UserError: the sizes do not fit the devices or the islands.
+    """
+    shape, islands = mesh_shape(settings, len(devices)), Counter(map(_island, devices))
+    if len(set(islands.values())) > 1:
+        raise UserError(f"{len(devices)} devices in {len(islands)} slices or nodes of different sizes "
+                        f"({min(islands.values())} to {max(islands.values())}); a mesh needs as many in each, set devices.count")
+    outer = across(settings, shape, len(islands))
+    inner = [shape[axis] // outer[axis] for axis in AXES]
+    laid = create_hybrid_device_mesh(
+        inner, list(outer.values()), devices, process_is_granule=not hasattr(devices[0], "slice_index"),
+        allow_split_physical_axes=True)
+    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[str, int]:
+    """Into how many parts, of which each lies inside one island, every axis is cut; they multiply to the number of islands.
+
+    Raises:
+      UserError: `settings.across` is not such a cut.
+    """
+    if settings.across is None:
+        outer = {}
+        for axis, size in shape.items():  # the axis that moves least and waits least for it goes first
+            outer[axis] = math.gcd(size, islands)
+            islands //= outer[axis]
+        return outer
+    outer = dict.fromkeys(AXES, 1) | settings.across
+    for axis, parts in outer.items():
+        if shape[axis] % parts:
+            raise UserError(f"mesh.across: {axis}={parts} does not divide mesh.{axis}={shape[axis]}")
+    if math.prod(outer.values()) != islands:
+        described = " * ".join(f"{axis}={parts}" for axis, parts in settings.across.items()) or "no axis"
+        raise UserError(f"mesh.across: {described} does not make the {islands} slice(s) or node(s) that these devices stand in; "
+                        "leave it null to have it worked out")
+    return outer
+
+
+def crossings(mesh: Mesh) -> dict[str, int]:
+    """How many islands the devices along each axis stand in; axes that stay inside one are left out."""
+    numbers = np.vectorize(_island)(mesh.devices)
+    along = {axis: numbers[tuple(slice(None) if axis == other else 0 for other in AXES)] for axis in AXES}
+    return {axis: len(set(line)) for axis, line in along.items() if len(set(line)) > 1}
+
+
+def _island(device: jax.Device) -> int:
+    """Number of the group of devices with a fast network among themselves."""
+    return getattr(device, "slice_index", device.process_index)
 
 
 def rows_needed(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:

@@ -16,6 +16,7 @@ from jaxlm.data.loading import Batches
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
 from jaxlm.parallel import distributed
+from jaxlm.parallel.mesh import crossings
 from jaxlm.reporting.files import check_folder, write_json, write_text
 from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.metrics import MetricsWriter, plain, read_metrics
@@ -219,11 +220,13 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
     ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))  # a pipeline has one micro-batch in every stage
     device = run.mesh.devices.flatten()[0]
     axes = "".join(f", {axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
+    slow = " and ".join(f"{axis} ({parts})" for axis, parts in crossings(run.mesh).items())
     batch, length = settings.data.global_batch_size, settings.data.sequence_length
     accumulation = settings.train.gradient_accumulation
     lines = [
         f"{settings.model.family} of {format_count(model.num_parameters())} parameters, {settings.train.precision} compute; "
-        f"{counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}",
+        f"{counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
+        + (f"; between slices or nodes: {slow}" if slow else ""),
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
         f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} tokens"
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
