@@ -19,7 +19,7 @@ from types import TracebackType
 import numpy as np
 
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.masking import Masker
+from jaxlm.data.masking import Masker, num_predictions
 from jaxlm.data.randomness import make_keys, shuffled
 from jaxlm.data.sequences import (
     BertDocuments,
@@ -41,6 +41,7 @@ MIXTURE_PERIOD = 2**16  # weights are rounded to multiples of its inverse
 VALIDATION_SEED = 0  # masks and pairs are the same at each evaluation, of whichever run
 ORDER, OFFSET, SAMPLE, MASK, VALIDATION = range(5)  # what a key is for
 MAX_READ_THREADS = 4
+MASKED = ("masked_positions", "masked_targets", "masked_mask")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Batches:
         self.padding_share = float(np.average([source.sequences.padding_share for source in sources], weights=shares))
         self.spec: Spec = dict(sources[0].sequences.spec)  # name -> (shape of one row, dtype)
         if masker:
-            self.spec |= row_spec(masker.num_predictions, "masked_positions", "masked_targets", "masked_mask")
+            self.spec |= row_spec(masker.num_predictions, MASKED)
 
     def __len__(self) -> int:
         """Validation: batches in the split, of which the last may have rows of padding. Training: more than any run takes."""
@@ -197,19 +198,32 @@ def cut(corpus: Corpus, data: DataSettings, family: str, next_sentence: bool, tr
     documents, special, length = corpus.train if training else corpus.validation, corpus.tokenizer.special, data.sequence_length
     problem = (f"{corpus.directory}: the {'train' if training else 'validation'} split has {documents.num_tokens:,} tokens in "
                f"{documents.num_documents:,} documents")
-    if family == "bert" and next_sentence:
-        sequences = BertPairs(documents, special, length)
-        if sequences.num_documents < 2:
-            raise UserError(f"{problem}; model.next_sentence=true needs at least 2 documents of 2 tokens or more "
-                            "(data.document=line makes one of each line)")
-    elif data.packing == "documents":
-        sequences = (GptDocuments if family == "gpt" else BertDocuments)(documents, special, length)
-    else:
-        sequences = (GptWindows if family == "gpt" else BertWindows)(documents, special, length, training)
+    kind = kind_of_sequences(data, family, next_sentence)
+    sequences = kind(documents, special, length, *([training] if kind in (GptWindows, BertWindows) else []))
+    if kind is BertPairs and sequences.num_documents < 2:
+        raise UserError(f"{problem}; model.next_sentence=true needs at least 2 documents of 2 tokens or more "
+                        "(data.document=line makes one of each line)")
     if not sequences.count:
         raise UserError(f"{problem}, too few for one sequence of data.sequence_length={length:,}; expected more text"
                         + (" or a shorter sequence" if documents.num_tokens > 1 else ""))
     return sequences
+
+
+def kind_of_sequences(data: DataSettings, family: str, next_sentence: bool) -> type[Sequences]:
+    """How the settings cut text into sequences."""
+    if family == "bert" and next_sentence:
+        return BertPairs
+    if data.packing == "documents":
+        return GptDocuments if family == "gpt" else BertDocuments
+    return GptWindows if family == "gpt" else BertWindows
+
+
+def batch_spec(data: DataSettings, family: str, next_sentence: bool) -> Spec:
+    """What a row of a training batch holds, known without a corpus: name -> (shape, dtype)."""
+    spec = row_spec(data.sequence_length, kind_of_sequences(data, family, next_sentence).ARRAYS)
+    if family == "bert":
+        spec |= row_spec(num_predictions(data.masking, data.sequence_length), MASKED)
+    return spec
 
 
 class BatchIterator:

@@ -21,13 +21,15 @@ Rows = dict[str, np.ndarray]
 class GptWindows:
     """tokens are a window of the stream, targets the same one token later."""
 
+    ARRAYS = ("tokens", "targets", "loss_mask")
+
     def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int, training: bool):
         cut = training_windows if training else validation_windows
         self.windows = cut(documents.num_tokens, stride=sequence_length, overlap=1)
         self.documents, self.pad, self.sequence_length = documents, special.pad or 0, sequence_length
         self.count = self.windows.count
         self.padding_share = share_padded(max(0, documents.num_tokens - 1), self.count * sequence_length, training)
-        self.spec = row_spec(sequence_length, "tokens", "targets", "loss_mask")
+        self.spec = row_spec(sequence_length, self.ARRAYS)
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.pad)
@@ -42,12 +44,14 @@ class GptWindows:
 class GptDocuments:
     """Whole documents packed together. A token's target is the next one of its document; the last one has none."""
 
+    ARRAYS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
+
     def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int):
         self.plan = pack_documents(documents.offsets, sequence_length)
         self.documents, self.pad, self.sequence_length = documents, special.pad or 0, sequence_length
         self.count = len(self.plan)
         self.padding_share = share_padded(int(self.plan.pieces.lengths.sum()), self.count * sequence_length)
-        self.spec = row_spec(sequence_length, "tokens", "targets", "loss_mask", "segment_ids", "positions")
+        self.spec = row_spec(sequence_length, self.ARRAYS)
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.pad)
@@ -71,6 +75,8 @@ class GptDocuments:
 class BertWindows:
     """[CLS] window [SEP]. Windows of the stream that do not overlap."""
 
+    ARRAYS = ("tokens",)
+
     def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int, training: bool):
         cut = training_windows if training else validation_windows
         self.windows = cut(documents.num_tokens, stride=sequence_length - 2, overlap=0)
@@ -78,7 +84,7 @@ class BertWindows:
         self.count = self.windows.count
         self.padding_share = share_padded(documents.num_tokens + 2 * self.count, self.count * sequence_length, training)
         padding = () if training else ("segment_ids", "positions")
-        self.spec = row_spec(sequence_length, "tokens", *padding)
+        self.spec = row_spec(sequence_length, (*self.ARRAYS, *padding))
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
@@ -93,12 +99,14 @@ class BertWindows:
 class BertDocuments:
     """[CLS] document [SEP], several packed together. The end mark of a document, which [SEP] replaces, is left out."""
 
+    ARRAYS = ("tokens", "segment_ids", "positions")
+
     def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int):
         self.plan = pack_documents(documents.offsets, sequence_length, overhead=2, dropped_at_end=int(special.eos is not None))
         self.documents, self.special, self.sequence_length = documents, special, sequence_length
         self.count = len(self.plan)
         self.padding_share = share_padded(int((self.plan.pieces.lengths + 2).sum()), self.count * sequence_length)
-        self.spec = row_spec(sequence_length, "tokens", "segment_ids", "positions")
+        self.spec = row_spec(sequence_length, self.ARRAYS)
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
@@ -122,6 +130,8 @@ class BertPairs:
     span from a random place of another document (1), as long as the rest would be, so that length does not tell them apart.
     """
 
+    ARRAYS = ("tokens", "token_types", "segment_ids", "positions", "next_sentence", "next_sentence_mask")
+
     def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int):
         end_marks = int(special.eos is not None)
         pieces = cut_documents(documents.offsets, sequence_length - 3, end_marks)
@@ -130,8 +140,7 @@ class BertPairs:
         self.end_marks = end_marks
         self.count = len(self.pieces.starts)
         self.padding_share = share_padded(int((self.pieces.lengths + 3).sum()), self.count * sequence_length)
-        self.spec = row_spec(sequence_length, "tokens", "token_types", "segment_ids", "positions")
-        self.spec |= {"next_sentence": ((), np.dtype(np.int32)), "next_sentence_mask": ((), np.dtype(bool))}
+        self.spec = row_spec(sequence_length, self.ARRAYS)
 
     @property
     def num_documents(self) -> int:
@@ -181,8 +190,10 @@ class BertPairs:
 Sequences = GptWindows | GptDocuments | BertWindows | BertDocuments | BertPairs
 
 
-def row_spec(sequence_length: int, *names: str) -> Spec:
-    return {name: ((sequence_length,), np.dtype(bool if name.endswith("mask") else np.int32)) for name in names}
+def row_spec(sequence_length: int, names: Sequence[str]) -> Spec:
+    """Shape and type of one row of these arrays: a number for each token, or one for the row."""
+    return {name: (() if name.startswith("next_sentence") else (sequence_length,),
+                   np.dtype(bool if name.endswith("mask") else np.int32)) for name in names}
 
 
 def empty_rows(spec: Spec, num_rows: int, pad: int) -> Rows:

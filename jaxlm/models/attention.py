@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxlm.parallel.dropout import attention_dropout
 from jaxlm.parallel.ring import NEGATIVE, Ring, Tokens, ring_attention, zigzag
-from jaxlm.parallel.sharding import axis_size, constrain, mesh_axes, per_device
+from jaxlm.parallel.sharding import axis_size, constrain, mesh_axes, per_device, platform
 
 
 def attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens, *, causal: bool,
@@ -61,9 +61,9 @@ def _is_ring(implementation: str) -> bool:
 def _choose(query: jax.Array, key: jax.Array, fused: bool) -> str:
     """The fastest kernel of the backend that serves these shapes and types."""
     length, head_dim = query.shape[1], query.shape[3]
-    if fused and jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0:
+    if fused and platform() == "gpu" and query.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0:
         return "cudnn"
-    if fused and jax.default_backend() == "tpu" and length % 128 == 0 and key.shape[1] == length:
+    if fused and platform() == "tpu" and length % 128 == 0 and key.shape[1] == length:
         return "splash"
     return "xla"
 

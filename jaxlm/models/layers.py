@@ -21,7 +21,7 @@ from jaxlm.parallel.experts import RouterSums, Routing, mixture
 from jaxlm.parallel.pipeline import num_stages, run_pipeline
 from jaxlm.parallel.products import TOKENS, residual_axes
 from jaxlm.parallel.ring import Tokens
-from jaxlm.parallel.sharding import constrain, mesh_axes, per_device
+from jaxlm.parallel.sharding import constrain, mesh_axes, per_device, platform
 from jaxlm.settings import ModelSettings
 
 
@@ -304,7 +304,7 @@ def _path_has(word: str) -> Callable[[tuple, Any], bool]:
 
 def _loops_are_slow() -> bool:
     """On one CPU device a loop's stacking of activations costs as much as its arithmetic (docs/lab-notes.md)."""
-    return jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
+    return platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
 def norm_epsilon(settings: ModelSettings) -> float:

@@ -1,12 +1,11 @@
 """The mesh: which devices stand along which axis."""
 
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
-from jax.experimental.mesh_utils import create_hybrid_device_mesh
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
@@ -30,25 +29,34 @@ def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
     return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
-def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device]) -> Mesh:
+def island(device: jax.Device) -> int:
+    """Number of the group of devices with a fast network among themselves: TPU slice, GPU node, process of emulated devices."""
+    return device.process_index if device.platform == "cpu" else getattr(device, "slice_index", 0)
+
+
+def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device], island: Callable[[jax.Device], int] = island) -> Mesh:
     """The mesh of all axes over `devices`.
 
-    Inside an island (a TPU slice, a GPU node, or a process of emulated devices) it follows the physical network: an axis lies
-    along whole axes of the torus where it can. From island to island go the parts of the axes that `across` says.
+    Inside an island it follows the physical network: an axis lies along whole axes of the torus where it can. From island to
+    island go the parts of the axes that `across` says.
 
     Raises:
       UserError: the sizes do not fit the devices or the islands.
     """
-    shape, islands = mesh_shape(settings, len(devices)), Counter(map(_island, devices))
-    if len(set(islands.values())) > 1:
-        raise UserError(f"{len(devices)} devices in {len(islands)} slices or nodes of different sizes "
-                        f"({min(islands.values())} to {max(islands.values())}); a mesh needs as many in each, set devices.count")
+    shape = mesh_shape(settings, len(devices))
+    islands: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        islands.setdefault(island(device), []).append(device)
+    smallest, largest = (pick(map(len, islands.values())) for pick in (min, max))
+    if smallest != largest:
+        raise UserError(f"{len(devices)} devices in {len(islands)} slices or nodes of different sizes ({smallest} to {largest}); "
+                        "a mesh needs as many in each, set devices.count")
     outer = across(settings, shape, len(islands))
     inner = [shape[axis] // outer[axis] for axis in AXES]
-    laid = create_hybrid_device_mesh(
-        inner, list(outer.values()), devices, process_is_granule=not hasattr(devices[0], "slice_index"),
-        allow_split_physical_axes=True)
-    return Mesh(laid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    laid = np.empty(list(outer.values()), object)
+    for place, number in zip(np.ndindex(laid.shape), sorted(islands), strict=True):
+        laid[place] = create_device_mesh(inner, islands[number], allow_split_physical_axes=True)
+    return Mesh(np.block(laid.tolist()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[str, int]:
@@ -74,16 +82,11 @@ def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[
     return outer
 
 
-def crossings(mesh: Mesh) -> dict[str, int]:
+def crossings(mesh: Mesh, island: Callable[[jax.Device], int] = island) -> dict[str, int]:
     """How many islands the devices along each axis stand in; axes that stay inside one are left out."""
-    numbers = np.vectorize(_island)(mesh.devices)
+    numbers = np.vectorize(island)(mesh.devices)
     along = {axis: numbers[tuple(slice(None) if axis == other else 0 for other in AXES)] for axis in AXES}
     return {axis: len(set(line)) for axis, line in along.items() if len(set(line)) > 1}
-
-
-def _island(device: jax.Device) -> int:
-    """Number of the group of devices with a fast network among themselves."""
-    return getattr(device, "slice_index", device.process_index)
 
 
 def rows_needed(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:

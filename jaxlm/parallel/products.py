@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.parallel.sharding import divides, mesh_axes, per_device
+from jaxlm.parallel.sharding import divides, mesh_axes, per_device, platform
 
 TOKENS = ("batch", "sequence")
 RESIDUAL = ("batch", "residual_sequence", "residual")  # the stream between the parts of the blocks
@@ -215,7 +215,7 @@ def _product_transposed(grad, kernel, num_axes):
 def _kernel_gradient(x, grad):
     """x [B, T, ...] and grad [B, T, ...] over their tokens, in float32."""
     tokens = (((0, 1), (0, 1)), ((), ()))
-    if jax.default_backend() == "cpu" and math.prod(x.shape[2:]) > math.prod(grad.shape[2:]):
+    if platform() == "cpu" and math.prod(x.shape[2:]) > math.prod(grad.shape[2:]):
         # XLA's CPU backend first transposes the left operand in memory: let it be the narrow one
         transposed = jax.lax.optimization_barrier(jax.lax.dot_general(grad, x, tokens, preferred_element_type=jnp.float32))
         return jnp.moveaxis(transposed, tuple(range(grad.ndim - 2)), tuple(range(2 - grad.ndim, 0)))

@@ -45,6 +45,13 @@ def spec(*axes: str | None) -> PartitionSpec:
     return PartitionSpec(*(RULES[axis] if axis else None for axis in axes))
 
 
+def platform() -> str:
+    """What the current mesh's devices are: cpu, gpu or tpu. They need not be there (`jaxlm.planning`)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    name = device.platform if device else jax.default_backend()
+    return "gpu" if name == "cuda" else name
+
+
 def mesh_axes(axis: str) -> tuple[str, ...]:
     """The axes of the current mesh that cut `axis` here.
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from jaxlm.checks import check_layout
 from jaxlm.data.corpus import MANIFEST, Corpus
-from jaxlm.data.loading import Batches, check_special_tokens, iterate, training_batches, validation_batches
+from jaxlm.data.loading import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
@@ -124,6 +124,12 @@ def micro_batch_size(settings: Settings) -> int:
 def evaluation_batch_size(settings: Settings) -> int:
     """Sequences in one batch of an evaluation; a pipeline takes at least one micro-batch for each stage."""
     return settings.eval.batch_size or micro_batch_size(settings) * num_stages()
+
+
+def batch_shapes(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and type of every array of a training batch, known without a corpus."""
+    spec = batch_spec(settings.data, settings.model.family, settings.model.next_sentence)
+    return {name: jax.ShapeDtypeStruct((settings.data.global_batch_size, *shape), kind) for name, (shape, kind) in spec.items()}
 
 
 def make_training_batches(settings: Settings, corpora: Corpora) -> Batches:

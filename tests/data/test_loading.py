@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxlm.data.loading import iterate, training_batches, validation_batches
+from jaxlm.data.loading import batch_spec, iterate, training_batches, validation_batches
 from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import UserError
@@ -77,6 +77,14 @@ def assert_same(first, second):
     assert first.keys() == second.keys()
     for name in first:
         np.testing.assert_array_equal(first[name], second[name], err_msg=name)
+
+
+@pytest.mark.parametrize(("family", "packing", "next_sentence"), EVERY_KIND)
+def test_what_a_batch_holds_is_known_without_a_corpus(family, packing, next_sentence):
+    batches = training(CORPUS, family, packing, next_sentence)
+    data = DataSettings(sequence_length=16, packing=packing)
+    assert batch_spec(data, family, next_sentence) == batches.spec
+    assert {name: (array.shape[1:], array.dtype) for name, array in batches.batch(0).items()} == batches.spec
 
 
 # ------------------------------------------------------------------------------------------------- the same batch for all
