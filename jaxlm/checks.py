@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from jaxlm.errors import UserError
-from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings
+from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings, TrainSettings
 
 VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
 
@@ -16,6 +16,7 @@ def check(settings: Settings) -> None:
         model_problems(settings.model),
         text_problems(settings),
         batch_problems(settings),
+        remat_problems(settings.train),
         schedule_problems(settings.schedule, settings.train.steps),
         mesh_problems(settings.mesh),
         layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in AXES}),
@@ -86,6 +87,11 @@ def batch_problems(settings: Settings) -> Iterator[str]:
     if data.global_batch_size % train.gradient_accumulation:
         yield (f"data.global_batch_size={data.global_batch_size} is not a multiple of "
                f"train.gradient_accumulation={train.gradient_accumulation}")
+
+
+def remat_problems(train: TrainSettings) -> Iterator[str]:
+    if isinstance(train.remat, dict) and train.remat.get("residual") == "recompute":
+        yield "train.remat: residual is what a block is recomputed from; keep it, or move it to host"
 
 
 def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:

@@ -36,6 +36,10 @@ AxisSize = Annotated[Integer, Ge(-1)]
 # are cheap. Nested `shard_map`s (copies, then stages, then the rest) must follow this order: XLA of jax 0.12 aborts otherwise.
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
+# The activations of a block that the backward pass asks for: what the block reads; queries, keys and values as attention takes
+# them; what attention gives; the same through its output layer; inside the MLP; what the MLP gives.
+ACTIVATIONS = ("residual", "query_key_value", "attention", "attention_output", "mlp_hidden", "mlp_output")
+
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
 
@@ -155,8 +159,9 @@ class TrainSettings:
     gradient_accumulation: Positive = key(1, "micro-batches that one step is cut into; in a pipeline they follow each other")
     stage_repeats: Positive = key(
         1, "groups of layers in each stage of a pipeline: with more of them it idles less and moves more")
-    remat: Literal["none", "dots", "full"] = key(
-        "none", "what the backward pass recomputes: nothing, all but the matrix products, or each whole block")
+    remat: Literal["none", "dots", "full"] | dict[Literal[ACTIVATIONS], Literal["keep", "recompute", "host"]] = key(
+        "none", "what the backward pass recomputes: nothing, all but the matrix products, each whole block, or by name, e.g. "
+                "{query_key_value: keep, mlp_hidden: host}: host memory keeps it; what is not named is recomputed")
     loss_chunk: Positive | None = key(
         None, "positions of one sequence whose logits exist at a time; null: as many as keep a chunk near 64 MiB", "tokens")
 
@@ -172,6 +177,7 @@ class OptimizerSettings:
     b2: Fraction = key(0.95, "decay of the second moment")
     epsilon: PositiveFloat = key(1e-8, "added to the denominator")
     clip_norm: PositiveFloat | None = key(1.0, "largest global gradient norm; null: no clipping")
+    offload: bool = key(False, "keep the optimizer's state in the host's memory; it comes to the device for each update")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +214,9 @@ class DevicesSettings:
 
     platform: Literal["auto", "cpu", "gpu", "tpu"] = key("auto", "backend; auto: the best one JAX finds")
     count: Positive | None = key(None, "devices per process; on cpu they are emulated; null: all (cpu: 1)", "devices")
+    overlap: bool = key(True, "set XLA's flags that let communication run beside computation (jaxlm/parallel/compiler.py); "
+                              "your own XLA_FLAGS and LIBTPU_INIT_ARGS win")
+    compiled: str | None = key("~/.cache/jaxlm/compiled", "folder of compiled programs, for the next start; null: none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.parallel.dropout import attention_dropout
 from jaxlm.parallel.ring import NEGATIVE, Ring, Tokens, ring_attention, zigzag
@@ -42,7 +43,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens
             key, value = (jnp.repeat(array, query.shape[2] // key.shape[2], axis=2) for array in (key, value))
         query, key, value = (constrain(array, "batch", None, heads, None) for array in (query, key, value))
     if implementation == "xla" or not fused:
-        return _xla(query, key, value, tokens, _combined_mask(query, causal, tokens.segment_ids, mask), dropout_rate)
+        out = _xla(query, key, value, tokens, _combined_mask(query, causal, tokens.segment_ids, mask), dropout_rate)
+        return checkpoint_name(out, "attention")
     kernel = functools.partial({"cudnn": _cudnn, "splash": _splash}[implementation], causal=causal)
     query_axes, key_axes = ("batch", None, heads, None), ("batch", None, kv_heads, None)
     run = per_device(kernel, (query_axes, key_axes, key_axes, ("batch", None)), query_axes)
@@ -99,7 +101,8 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens, mas
 
 def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+    out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+    return checkpoint_name(out, "attention")
 
 
 def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
@@ -112,7 +115,8 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax
     block_sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
                                     block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
     mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))
-    run = kernel.make_splash_mha(masks.MultiHeadMask([mask] * num_heads), block_sizes=block_sizes, head_shards=1, q_seq_shards=1)
+    run = kernel.make_splash_mha(masks.MultiHeadMask([mask] * num_heads), block_sizes=block_sizes, head_shards=1, q_seq_shards=1,
+                                 residual_checkpoint_name="attention")
     heads_first = [jnp.moveaxis(array, 2, 1) for array in (query * head_dim**-0.5, key, value)]
     heads_first[1:] = [jnp.repeat(array, num_heads // key.shape[2], axis=1) for array in heads_first[1:]]
     segments = () if segment_ids is None else (kernel.SegmentIds(q=segment_ids, kv=segment_ids),)

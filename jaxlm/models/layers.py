@@ -7,12 +7,13 @@ Each parameter names its axes (`axes=`); `jaxlm.parallel.sharding` says what tha
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.attention import attention
 from jaxlm.parallel import products
@@ -153,6 +154,7 @@ class Attention(nnx.Module):
             query, key = (rotate(heads, context.positions, self.settings.rope_theta) for heads in (query, key))
         query = constrain(query, "batch", "sequence", "heads", None)
         key, value = (constrain(heads, "batch", "sequence", "kv_heads", None) for heads in (key, value))
+        query, key, value = (checkpoint_name(heads, "query_key_value") for heads in (query, key, value))
         mask = None
         if cache is not None:
             at = (0, context.cache_index, 0, 0)
@@ -164,7 +166,7 @@ class Attention(nnx.Module):
         tokens = Tokens(context.places, context.segment_ids, fold_in(context.dropout_keys, 0) if self.dropout_rate else None)
         out = attention(query, key, value, tokens, causal=self.causal and cache is None, mask=mask,
                         dropout_rate=self.dropout_rate, implementation=self.settings.attention)
-        return fan_in(out, self.output), cache
+        return checkpoint_name(fan_in(out, self.output), "attention_output"), cache
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -195,12 +197,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
+        gates = () if self.gate is None else (self.gate,)
+        *gate, up = (checkpoint_name(y, "mlp_hidden") for y in fan_out(x, *gates, self.up))
         activate = ACTIVATIONS[self.activation]
-        if self.gate is None:
-            [up] = fan_out(x, self.up)
-            return fan_in(activate(up), self.down)
-        gate, up = fan_out(x, self.gate, self.up)
-        return fan_in(activate(gate) * up, self.down)
+        hidden = activate(gate[0]) * up if gate else activate(up)
+        return checkpoint_name(fan_in(hidden, self.down), "mlp_output")
 
 
 class Experts(nnx.Module):
@@ -221,16 +222,21 @@ class Experts(nnx.Module):
         """[B, T, D] to [B, T, D]."""
         linears = {"up": self.up, "gate": self.gate, "down": self.down}
         kernels = {name: linear.kernel[...] for name, linear in linears.items() if linear is not None}
-        return mixture(x, self.router.kernel[...], kernels, ACTIVATIONS[self.activation], self.routing)
+        out, sums = mixture(x, self.router.kernel[...], kernels, ACTIVATIONS[self.activation], self.routing)
+        return checkpoint_name(out, "mlp_output"), sums
 
 
 # ---- the stack -------------------------------------------------------------------------------------------------------
 
-REMAT_POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+PRODUCTS = ("query_key_value", "attention_output", "mlp_hidden", "mlp_output")
+REMAT = {"none": None, "dots": dict.fromkeys(PRODUCTS, "keep"), "full": {}}
+
+
+def remat_policy(choices: Mapping[str, str]) -> Callable[..., Any]:
+    """What of a block the backward pass finds, from "keep", "host" or "recompute" for each of `jaxlm.settings.ACTIVATIONS`."""
+    kept, moved = ([name for name, choice in choices.items() if choice == wanted] for wanted in ("keep", "host"))
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=kept, names_which_can_be_offloaded=moved, offload_src="device", offload_dst="pinned_host")
 
 
 def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -241,7 +247,7 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
 class Execution(NamedTuple):
     """How a stack of blocks runs. Nothing of it changes what comes out."""
 
-    remat: str = "none"
+    remat: Callable[..., Any] | None = None  # policy of what is kept for the backward pass; None: everything
     micro_batches: int = 1  # in which a pipeline takes the rows, at most
     repeats: int = 1  # groups of layers in each stage of a pipeline
 
@@ -253,8 +259,8 @@ class Beside(NamedTuple):
     router: RouterSums | None = None  # of mixtures of experts
 
 
-def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str = "none", cache: dict | None = None
-              ) -> tuple[jax.Array, Beside]:
+def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: Callable[..., Any] | None = None,
+              cache: dict | None = None) -> tuple[jax.Array, Beside]:
     """Scans x [B, T, D] through the stacked blocks; compile time does not grow with the depth.
 
     `cache` holds {"key", "value"}: [L, B, slots, K, H].
@@ -264,16 +270,17 @@ def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: str 
     return _scan_layers(graph, params, numbers, x, context, remat, cache)
 
 
-def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, context: Context, remat: str, cache: dict | None
-                 ) -> tuple[jax.Array, Beside]:
+def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, context: Context, remat: Callable[..., Any] | None,
+                 cache: dict | None) -> tuple[jax.Array, Beside]:
     def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, Beside]:
         number, layer_params, layer_cache = layer
+        x = checkpoint_name(x, "residual")
         layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, number))
         x, beside = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
         return constrain(x, *residual_axes(x.shape[1])), beside
 
-    if remat != "none":
-        body = jax.checkpoint(body, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    if remat is not None:
+        body = jax.checkpoint(body, policy=remat, prevent_cse=False)
     return jax.lax.scan(body, x, (numbers, params, cache), unroll=len(numbers) if _loops_are_slow() else 1)
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from jaxlm.models.bert import BERT
 from jaxlm.models.gpt import GPT
-from jaxlm.models.layers import Execution, padded_vocab_size
+from jaxlm.models.layers import REMAT, Execution, padded_vocab_size, remat_policy
 from jaxlm.parallel.sharding import Axes
 from jaxlm.settings import ModelSettings, TrainSettings
 
@@ -32,7 +32,9 @@ class Model:
 
     def __init__(self, settings: ModelSettings, train: TrainSettings):
         self.settings = settings
-        execution = Execution(train.remat, train.gradient_accumulation, train.stage_repeats)
+        choices = REMAT[train.remat] if isinstance(train.remat, str) else train.remat
+        remat = None if choices is None else remat_policy(choices)
+        execution = Execution(remat, train.gradient_accumulation, train.stage_repeats)
         self._make: Callable[[jax.Array], nnx.Module] = lambda key: FAMILIES[settings.family](
             settings, dtype=jnp.dtype(train.precision), execution=execution, loss_chunk=train.loss_chunk,
             rngs=nnx.Rngs(params=key))

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import jax
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.compiler import prepare_compiler
 from jaxlm.settings import DevicesSettings
 
 # JAX's own names, so that any launcher that sets them for JAX serves jaxlm.
@@ -27,6 +28,7 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
     Raises:
       UserError: the platform is not there, or has fewer devices than devices.count.
     """
+    prepare_compiler(settings)
     several = COORDINATOR in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or settings.platform == "tpu"
     if settings.platform != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(settings.platform, settings.platform))

@@ -171,8 +171,8 @@ def _experts(rows, sizes, *, kernels, activate):
             return jnp.einsum("ecd,edf->ecf", rows, kernel, preferred_element_type=jnp.float32).astype(rows.dtype)
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
 
-    up = product(rows, kernels["up"])
-    hidden = activate(product(rows, kernels["gate"])) * up if "gate" in kernels else activate(up)
+    inside = {name: checkpoint_name(product(rows, kernels[name]), "mlp_hidden") for name in ("gate", "up") if name in kernels}
+    hidden = activate(inside["gate"]) * inside["up"] if "gate" in inside else activate(inside["up"])
     return product(hidden, kernels["down"])
 
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.parallel.dropout import attention_dropout
 from jaxlm.parallel.sharding import per_device
@@ -83,7 +84,7 @@ def _token_axes(tokens: Tokens) -> Tokens:
 def _forward(query, key, value, tokens, ring):
     run = per_device(functools.partial(_forward_round, ring=ring),
                      (HEADS, KV_HEADS, KV_HEADS, _token_axes(tokens), ("heads",)), (HEADS, HEADS[:3]))
-    out, log_sum = run(query, key, value, tokens, jnp.arange(query.shape[2]))
+    out, log_sum = checkpoint_name(run(query, key, value, tokens, jnp.arange(query.shape[2])), "attention")
     return out, (query, key, value, tokens, out, log_sum)
 
 

@@ -1,6 +1,5 @@
 """The training step that `jaxlm train` runs, compiled for arrays and devices that need not be there."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,7 +8,7 @@ from jax.sharding import Mesh
 from jaxlm.errors import UserError
 from jaxlm.settings import Settings
 from jaxlm.training.setup import batch_shapes, start
-from jaxlm.training.step import TrainState, batch_sharding
+from jaxlm.training.step import batch_sharding
 
 
 def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
@@ -22,11 +21,10 @@ def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
         raise UserError("model.vocab_size: missing; without a corpus the size of the vocabulary has to be said")
     with jax.set_mesh(mesh):
         trainer = start(settings, mesh).trainer
+        batch = batch_shapes(settings)
         state = _placed(trainer.state_shapes, trainer.state_shardings)
-        sharding = batch_sharding(mesh)
-        batch = {name: dataclasses.replace(leaf, sharding=sharding) for name, leaf in batch_shapes(settings).items()}
-        return trainer.step.lower(state, batch).compile()
+        return trainer.step.lower(state, _placed(batch, dict.fromkeys(batch, batch_sharding(mesh)))).compile()
 
 
-def _placed(shapes: TrainState, shardings: TrainState) -> Any:
+def _placed(shapes: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)

@@ -14,6 +14,7 @@ import jax
 from jax.experimental import topologies
 
 from jaxlm.errors import UserError, nearest
+from jaxlm.parallel.compiler import set_flags
 from jaxlm.parallel.mesh import island
 
 TPUS = ("v4", "v5e", "v5p", "v6e")
@@ -106,6 +107,7 @@ def find_target(name: str) -> Target:
 def _tpu_devices(name: str, kind: str, shape: str, slices: int) -> list[jax.Device]:
     if not find_spec("libtpu"):
         raise UserError(f"target '{name}' needs the compiler of TPUs: pip install libtpu")
+    set_flags("tpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # outside the cloud there is no metadata server to ask
     try:
         topology = topologies.get_topology_desc(
@@ -121,6 +123,7 @@ def _gpu_devices(name: str, kind: str, per_node: int, nodes: int = 1) -> list[ja
         version = jax.__version__
         raise UserError(f"target '{name}' needs the compiler of GPUs: pip install jax-cuda13-plugin=={version} "
                         f"jax-cuda13-pjrt=={version} nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-nvrtc")
+    set_flags("gpu")
     topology = topologies.get_topology_desc(
         platform="cuda", topology_name=kind, target_config=GPUS[kind].proto(), topology=f"1x{nodes}x{per_node}")
     return list(topology.devices)

@@ -57,14 +57,22 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
         params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params))
 
-    layout = shardings(mesh, axes)
+    layout = on_device = shardings(mesh, axes)
+    shapes = jax.eval_shape(init, 0)
+    if settings.optimizer.offload:
+        layout = layout._replace(optimizer=jax.tree.map(_on_host, layout.optimizer, shapes.optimizer))
     return Trainer(
         model, mesh,
         init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1), donate_argnums=0,
-                     out_shardings=(layout, None)),
+        step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1, on_device.optimizer),
+                     donate_argnums=0, out_shardings=(layout, None)),
         evaluate=jax.jit(for_each_copy(functools.partial(_evaluation_sums, model), 1)),
-        state_shardings=layout, state_shapes=jax.eval_shape(init, 0), state_axes=axes, layer_order=order)
+        state_shardings=layout, state_shapes=shapes, state_axes=axes, layer_order=order)
+
+
+def _on_host(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    """The same in the host's memory; counters stay where they are."""
+    return sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
 
 
 def reorder_layers(tree: Any, axes: Any, order: np.ndarray) -> Any:
@@ -79,8 +87,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
-def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any, pipelined: bool
-                ) -> Callable:
+def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any, pipelined: bool,
+                on_device: Any) -> Callable:
+    """The step. `on_device`: where the optimizer's state lies while it is used."""
     clip_norm = settings.optimizer.clip_norm
     has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
 
@@ -107,7 +116,8 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         if clip_norm is not None:
             scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
             grads = jax.tree.map(lambda grad: grad * scale, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        before = jax.device_put(state.optimizer, on_device) if settings.optimizer.offload else state.optimizer
+        updates, optimizer_state = optimizer.update(grads, before, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = training_metrics(sums) | {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), "grad_norm": norm}
         return TrainState(state.step + 1, state.key, params, optimizer_state), metrics

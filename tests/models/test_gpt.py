@@ -122,15 +122,20 @@ def test_soft_cap_bounds_the_logits_and_padding_is_not_among_them(models, random
     assert np.abs(logits).max() <= 5.0
 
 
+REMAT = {"none": "none", "dots": "dots", "full": "full", "named": {"query_key_value": "keep", "attention": "keep"},
+         "host": {"residual": "host", "mlp_hidden": "host", "attention_output": "keep"}}
+
+
 def test_remat_changes_no_gradient(models, make_batch, random_params):
     batch, grads = make_batch("gpt", 0), {}
-    for remat in ("none", "dots", "full"):
-        model = Model(models["gpt"], TrainSettings(remat=remat))
+    for remat, choices in REMAT.items():
+        model = Model(models["gpt"], TrainSettings(remat=choices))
         gradient = jax.jit(jax.grad(lambda params, model=model: model.bind(params).losses(batch)["next_token"].loss))
         traced = gradient.trace(random_params(model))
         assert ("remat" in str(traced.jaxpr)) == (remat != "none")
+        assert ("<host>" in str(traced.jaxpr)) == (remat == "host")
         grads[remat] = traced.lower().compile()(random_params(model))
-    for remat in ("dots", "full"):
+    for remat in REMAT:
         for got, want in zip(jax.tree.leaves(grads[remat]), jax.tree.leaves(grads["none"]), strict=True):
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 

@@ -86,11 +86,22 @@ def test_experts_too(mesh, micro_batches, reference, meshes, capfd):
     same_curve(mesh, micro_batches, "moe", reference, meshes, capfd)
 
 
-def same_curve(mesh, micro_batches, family, reference, meshes, capfd):
+@pytest.mark.parametrize("family", FAMILIES[:1])
+@pytest.mark.parametrize(("mesh", "micro_batches"), [("fsdp2context2tensor2", 2), ("stage2context2data2", 2)])
+def test_what_goes_to_the_hosts_memory_comes_back_the_same(mesh, micro_batches, family, reference, meshes, capfd):
+    state = same_curve(mesh, micro_batches, family, reference, meshes, capfd, offload=True,
+                       remat={"residual": "host", "attention": "host", "query_key_value": "keep"})
+    kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim}
+    assert kinds == {"pinned_host"}
+    assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(state.params)} == {"device"}
+
+
+def same_curve(mesh, micro_batches, family, reference, meshes, capfd, offload=False, remat="none"):
     settings, params, batches, want, want_state = reference(family)
     mask = batches[0]["masked_mask" if family == "bert" else "loss_mask"]
     assert micro_batches == 1 or len({int(mask[piece::micro_batches].sum()) for piece in range(micro_batches)}) > 1
-    settings = replace(settings, train=replace(settings.train, gradient_accumulation=micro_batches))
+    settings = replace(settings, train=replace(settings.train, gradient_accumulation=micro_batches, remat=remat),
+                       optimizer=replace(settings.optimizer, offload=offload))
     got, state = run(settings, meshes[mesh], params, batches)
     assert_same_curve(got, want)
     gradients, want = (jax.device_get(jax.tree.leaves(one.optimizer)) for one in (state, want_state))
@@ -103,6 +114,7 @@ def same_curve(mesh, micro_batches, family, reference, meshes, capfd):
         moments = jax.tree.leaves(state.optimizer)
         on_one = sum(moment.addressable_shards[0].data.nbytes for moment in moments)
         assert 1 / 8 <= on_one / sum(moment.nbytes for moment in moments) < 0.16  # biases of heads and MLP stay whole
+    return state
 
 
 @pytest.mark.parametrize("family", FAMILIES)

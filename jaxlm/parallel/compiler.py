@@ -1,0 +1,63 @@
+"""What XLA is told before its backend starts: flags that let communication run beside computation, and where programs are kept.
+
+A flag that XLA does not know ends the process, so only those stand here that the compilers of jax 0.10 and 0.12 know, and only
+the backends that are installed get theirs. Flags that the user has set come last and win. What each one does, measured on
+compiled programs: docs/sharding.md.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+
+from jaxlm.settings import DevicesSettings
+
+
+class Backend(NamedTuple):
+    """Where a backend reads its flags, the packages of which one brings it, and the flags."""
+
+    variable: str
+    packages: tuple[str, ...]
+    flags: dict[str, str]
+
+
+BACKENDS = {
+    "gpu": Backend("XLA_FLAGS", ("jax_cuda13_plugin", "jax_cuda12_plugin"), {
+        "xla_gpu_enable_latency_hiding_scheduler": "true",  # starts exchanges early and waits for them late
+        "xla_gpu_enable_pipelined_all_gather": "true",  # a layer's weights are fetched while the layer before is computed
+        "xla_gpu_enable_pipelined_reduce_scatter": "true",  # a layer's gradients leave while the next one's are computed
+        "xla_gpu_enable_pipelined_all_reduce": "true",
+    }),
+    # The defaults of libtpu 0.0.52, said for older ones: exchanges run inside the matrix products around them.
+    "tpu": Backend("LIBTPU_INIT_ARGS", ("libtpu",), {
+        "xla_enable_async_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion": "true",
+        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
+        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
+        "xla_tpu_overlap_compute_collective_tc": "true",
+        "xla_tpu_enable_data_parallel_all_reduce_opt": "true",  # between slices
+        "xla_tpu_data_parallel_opt_different_sized_ops": "true",
+    }),
+    "cpu": Backend("XLA_FLAGS", ("jaxlib",), {}),  # none of those that were tried helped (docs/lab-notes.md)
+}
+
+
+def prepare_compiler(settings: DevicesSettings) -> None:
+    """Sets the flags of the backends that may start and the folder of compiled programs. Call before JAX starts a backend."""
+    if settings.overlap:
+        for platform in BACKENDS if settings.platform == "auto" else [settings.platform]:
+            set_flags(platform)
+    if settings.compiled and not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes first
+        remote = "://" in settings.compiled
+        jax.config.update("jax_compilation_cache_dir", settings.compiled if remote else str(Path(settings.compiled).expanduser()))
+
+
+def set_flags(platform: str) -> None:
+    """Puts a backend's flags before those that the user has set, if the backend is installed."""
+    backend = BACKENDS[platform]
+    given = os.environ.get(backend.variable, "")
+    new = [flag for name, value in backend.flags.items() if (flag := f"--{name}={value}") not in given.split()]
+    if new and any(map(find_spec, backend.packages)):
+        os.environ[backend.variable] = " ".join([*new, given]).strip()
