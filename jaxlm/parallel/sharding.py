@@ -127,3 +127,8 @@ def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
 def shardings(mesh: Mesh, axes: Any) -> Any:
     """A tree of `Axes` to the same tree of NamedShardings."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, spec(*leaf.names)), axes)
+
+
+def abstract(shapes: Any, shardings: Any) -> Any:
+    """Arrays that are not there: a tree of shapes and types, laid out by a tree of NamedShardings."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)

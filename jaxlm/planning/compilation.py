@@ -1,11 +1,10 @@
 """The training step that `jaxlm train` runs, compiled for arrays and devices that need not be there."""
 
-from typing import Any
-
 import jax
 from jax.sharding import Mesh
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.sharding import abstract
 from jaxlm.settings import Settings
 from jaxlm.training.setup import batch_shapes, start
 from jaxlm.training.step import batch_sharding
@@ -22,9 +21,5 @@ def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
     with jax.set_mesh(mesh):
         trainer = start(settings, mesh).trainer
         batch = batch_shapes(settings)
-        state = _placed(trainer.state_shapes, trainer.state_shardings)
-        return trainer.step.lower(state, _placed(batch, dict.fromkeys(batch, batch_sharding(mesh)))).compile()
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)
+        state = abstract(trainer.state_shapes, trainer.state_shardings)
+        return trainer.step.lower(state, abstract(batch, dict.fromkeys(batch, batch_sharding(mesh)))).compile()

@@ -1,7 +1,6 @@
 """RUN_DIR/checkpoints: asynchronous, sharded, atomic (Orbax); what is kept, and what a checkpoint says of itself."""
 
 import dataclasses
-import functools
 import importlib.metadata
 import math
 from pathlib import Path
@@ -14,6 +13,7 @@ from orbax.checkpoint import v1 as ocp
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
 from jaxlm.parallel.pipeline import layer_order
+from jaxlm.parallel.sharding import abstract
 from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
 from jaxlm.training.step import Trainer, TrainState, reorder_layers
 
@@ -79,7 +79,7 @@ class Checkpoints:
 
     def restore(self, step: int, trainer: Trainer) -> TrainState:
         """The whole state, laid out for `trainer`'s mesh, whatever mesh it was saved from."""
-        wanted = _abstract(trainer.state_shapes, trainer.state_shardings)
+        wanted = abstract(trainer.state_shapes, trainer.state_shardings)
         loaded = self._load(step, {
             "params": wanted.params, "optimizer": wanted.optimizer, "clock": {"step": wanted.step, "key": wanted.key}})
         state = TrainState(loaded["clock"]["step"], loaded["clock"]["key"], loaded["params"], loaded["optimizer"])
@@ -87,7 +87,7 @@ class Checkpoints:
 
     def restore_params(self, step: int, trainer: Trainer) -> Params:
         """Only the parameters, laid out for `trainer`'s mesh."""
-        wanted = _abstract(trainer.state_shapes.params, trainer.state_shardings.params)
+        wanted = abstract(trainer.state_shapes.params, trainer.state_shardings.params)
         params = self._load(step, {"params": wanted})["params"]
         return self._in_order(step, params, trainer, trainer.state_axes.params, trainer.state_shardings.params)
 
@@ -99,7 +99,12 @@ class Checkpoints:
         order = np.argsort(saved)[trainer.layer_order]
         if (order == np.arange(len(order))).all():
             return tree
-        return jax.jit(functools.partial(reorder_layers, axes=axes, order=order), out_shardings=layout, donate_argnums=0)(tree)
+        on_device = jax.tree.map(lambda sharding: sharding.with_memory_kind("device"), layout)  # nothing is computed on the host
+
+        def reordered(tree: Any) -> Any:
+            return reorder_layers(jax.device_put(tree, on_device), axes, order)
+
+        return jax.jit(reordered, out_shardings=layout, donate_argnums=0)(tree)
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -139,7 +144,3 @@ def _preservation(keep: CheckpointSettings) -> Any:
         kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=keep.keep_best,
                                    keep_checkpoints_without_metrics=False))
     return policies.AnyPreservationPolicy(kept)
-
-
-def _abstract(shapes: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings)

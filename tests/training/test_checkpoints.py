@@ -1,14 +1,18 @@
 """What is kept, and what a run that goes on may not change."""
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pytest
 
 from jaxlm import config
 from jaxlm.errors import UserError
-from jaxlm.settings import CheckpointSettings, Settings, to_dict
+from jaxlm.models.model import Model
+from jaxlm.parallel.mesh import make_mesh
+from jaxlm.settings import CheckpointSettings, MeshSettings, OptimizerSettings, Settings, TrainSettings, to_dict
 from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes
-from jaxlm.training.step import TrainState
+from jaxlm.training.step import TrainState, make_trainer, reorder_layers
 
 VAL_LOSSES = {2: 5.0, 4: 1.0, 6: None, 8: 3.0, 10: float("nan"), 12: 4.0, 14: 2.0, 16: 9.0}
 
@@ -98,3 +102,39 @@ def test_only_the_architecture_counts_where_only_parameters_are_read(tmp_path):
 
 def test_every_fixed_key_is_a_key():
     assert set(FIXED_KEYS) <= {name for name, *_ in config.key_table()}
+
+
+# ---- from any mesh to any other --------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "one": MeshSettings(), "tensor8": MeshSettings(tensor=8), "expert4data2": MeshSettings(expert=4, data=2),
+    "stage4fsdp2": MeshSettings(stage=4, fsdp=2), "stage2context2tensor2": MeshSettings(stage=2, context=2, tensor=2),
+    "fsdp4context2": MeshSettings(fsdp=4, context=2),
+}
+CHANGES = {"stage2context2tensor2": {"stage_repeats": 2, "gradient_accumulation": 2}, "stage4fsdp2": {"gradient_accumulation": 4}}
+
+
+def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path, models):
+    """Of a mixture of experts of 4 layers: with and without stages, interleaved ones, experts cut or not, moments on the host."""
+    runs = {}
+    for name, layout in LAYOUTS.items():
+        settings = Settings(
+            mesh=layout, model=replace(models["moe"], num_layers=4), train=TrainSettings(**CHANGES.get(name, {})),
+            optimizer=OptimizerSettings(offload=name == "fsdp4context2"))
+        mesh = make_mesh(layout, jax.devices()[: 1 if name == "one" else 8])
+        trainer = make_trainer(Model(settings.model, settings.train), settings, mesh)
+        runs[name] = trainer, {"settings": to_dict(settings), "mesh": dict(mesh.shape)}
+    random = np.random.default_rng(0)
+    shapes, axes = runs["one"][0].state_shapes, runs["one"][0].state_axes
+    numbers = jax.tree.map(lambda leaf: random.integers(0, 1000, leaf.shape).astype(leaf.dtype), shapes)
+    for name, (trainer, metadata) in runs.items():
+        state = jax.device_put(reorder_layers(numbers, axes, trainer.layer_order), trainer.state_shardings)
+        with Checkpoints(tmp_path / name, CheckpointSettings()) as checkpoints:
+            checkpoints.save(state, 1, metadata, None)
+        with Checkpoints(tmp_path / name) as checkpoints:
+            for other, _ in runs.values():
+                restored = checkpoints.restore(1, other)
+                want = reorder_layers(numbers, axes, other.layer_order)
+                for got, leaf, sharding in zip(*map(jax.tree.leaves, (restored, want, other.state_shardings)), strict=True):
+                    assert got.sharding == sharding
+                    np.testing.assert_array_equal(got, leaf)
