@@ -1,4 +1,9 @@
-"""What a compiled program sends between devices, read from the program itself, loops multiplied by their trip counts."""
+"""What a compiled program sends between devices, read from the program itself, loops multiplied by their trip counts.
+
+An exchange is hidden where the compiler has put a matrix product between its start and its end, or, as libtpu does, has fused
+it into one: `async-collective-start`, then products that carry the exchange along (`async_collective_fusion`), then
+`async-collective-done`. The exchange stands in the text of all of them; counted is the start.
+"""
 
 import math
 import re
@@ -14,10 +19,13 @@ TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16":
               "s64": 8, "u64": 8, "f64": 8}
 
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-OPERATION = re.compile(r"^\s*(?:ROOT )?%?[\w.\-]+ = (?P<type>\(.*?\)|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$")
+OPERATION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)(?= \w)|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+PRODUCT = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
+CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
+CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -28,13 +36,24 @@ class Collective(NamedTuple):
     axes: tuple[str, ...]
     bytes_per_device: float  # in one step: what a device sends, in the ring forms of the exchanges (Chan et al. 2007)
     count: int  # in one step
+    exposed_bytes: float  # those of bytes_per_device that no matrix product hides
+
+
+class Exchange(NamedTuple):
+    """One operation that sends."""
+
+    kind: str
+    axes: tuple[str, ...]
+    size: float
+    hidden: bool = False
 
 
 class Program(NamedTuple):
-    """A computation's own collectives, and what it calls how many times."""
+    """A computation: its own exchanges, and what it calls how many times."""
 
-    collectives: list[tuple[str, tuple[str, ...], float]]
+    exchanges: list[Exchange]
     calls: list[tuple[str, int]]
+    pending: dict[str, int]  # exchanges that have started: name of the operation, place in `exchanges`
 
 
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
@@ -44,12 +63,13 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
       ValueError: a loop around an exchange does not say how often it runs, or its devices are written in an unknown form.
     """
     programs, entry = _programs(text, mesh)
-    sent, counts = Counter(), Counter()
+    sent, exposed, counts = Counter(), Counter(), Counter()
 
     def add(name: str, times: int) -> None:
         program = programs[name]
-        for kind, axes, size in program.collectives:
+        for kind, axes, size, hidden in program.exchanges:
             sent[kind, axes] += times * size
+            exposed[kind, axes] += 0 if hidden else times * size
             counts[kind, axes] += times
         for called, trips in program.calls:
             if _has_collectives(called, programs):
@@ -58,42 +78,82 @@ def collectives(text: str, mesh: Mesh) -> list[Collective]:
                 add(called, times * trips)
 
     add(entry, 1)
-    return sorted((Collective(*key, size, counts[key]) for key, size in sent.items()), key=lambda one: -one.bytes_per_device)
+    found = (Collective(*key, size, counts[key], exposed[key]) for key, size in sent.items())
+    return sorted(found, key=lambda one: -one.bytes_per_device)
 
 
 def _has_collectives(name: str, programs: dict[str, Program]) -> bool:
-    return bool(programs[name].collectives) or any(_has_collectives(called, programs) for called, _ in programs[name].calls)
+    return bool(programs[name].exchanges) or any(_has_collectives(called, programs) for called, _ in programs[name].calls)
 
 
 def _programs(text: str, mesh: Mesh) -> tuple[dict[str, Program], str]:
     programs: dict[str, Program] = {}
-    entry, current = "", None
+    products: set[str] = set()  # computations in which there is a matrix product
+    bounds: dict[str, int] = {}  # of computations that compare a counter with a constant
+    entry, current = "", ""
     for line in text.splitlines():
         if found := COMPUTATION.match(line):
-            current = programs.setdefault(found["name"], Program([], []))
-            entry = found["name"] if found["entry"] else entry
-        elif current is not None and (found := OPERATION.match(line)):
-            current.collectives.extend(_exchange(found, mesh))
-            current.calls.extend(_called(found))
+            current = found["name"]
+            programs[current] = Program([], [], {})
+            entry = current if found["entry"] else entry
+        elif current and (found := OPERATION.match(line)):
+            if constant := CONSTANT.search(line):
+                bounds[current] = int(constant[1])
+            called = list(_called(found, bounds))
+            if found["opcode"] in ("dot", "convolution") or PRODUCT.search(line) or any(name in products for name, _ in called):
+                products.add(current)
+                _hide_pending(programs[current])
+            _add_operation(programs, current, found, called, mesh)
     return programs, entry
 
 
-def _called(operation: re.Match) -> Iterator[tuple[str, int]]:
+def _add_operation(programs: dict[str, Program], current: str, operation: re.Match, called: list[tuple[str, int]], mesh: Mesh
+                   ) -> None:
+    """Enters what an operation sends and calls. Computations are written before what calls them."""
+    program, name, opcode = programs[current], operation["name"], operation["opcode"]
+    first, inside = next(iter(called), ("", 1))[0], []
+    if name.startswith("async-collective-start"):
+        program.exchanges.extend(one._replace(hidden=True) for one in programs[first].exchanges)
+    elif name.startswith("async-collective-done") or first.startswith("async_collective_fusion"):
+        return
+    elif first.startswith("all-reduce-scatter"):  # a sum of which each device keeps its part: half of what a whole sum sends
+        inside = [one._replace(kind="reduce-scatter", size=one.size / 2) for one in programs[first].exchanges]
+    elif opcode == "async-start":
+        inside = programs[first].exchanges
+    else:
+        program.calls.extend(called)
+        inside = list(_exchange(operation, mesh))
+    if inside and opcode.endswith("-start"):
+        program.pending[name] = len(program.exchanges)
+    program.exchanges.extend(inside)
+    if opcode.endswith("-done"):
+        for started in re.findall(r"%?([\w.\-]+)", operation["rest"].split(")")[0]):
+            program.pending.pop(started, None)
+
+
+def _hide_pending(program: Program) -> None:
+    for place in program.pending.values():
+        program.exchanges[place] = program.exchanges[place]._replace(hidden=True)
+
+
+def _called(operation: re.Match, bounds: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Computations that an operation calls, and how often; -1: unknown."""
     rest = operation["rest"]
-    if operation["opcode"] in KINDS:
+    if operation["opcode"].removesuffix("-start") in KINDS:
         return  # to_apply is the sum's arithmetic
     trips = 1
     if operation["opcode"] == "while":
-        known = TRIPS.search(rest)
-        trips = int(known[1]) if known else -1
+        known, condition = TRIPS.search(rest), CONDITION.search(rest)
+        # libtpu leaves the count out: a scan's counter runs from 0 to the constant in its condition
+        trips = int(known[1]) if known else bounds.get(condition[1], -1)
     for name in CALLED.findall(rest):
         yield name, trips
     if branches := BRANCHES.search(rest):  # one of them runs; counted is the first, since ours send alike
         yield branches[1].split(",")[0].strip().lstrip("%"), 1
 
 
-def _exchange(operation: re.Match, mesh: Mesh) -> Iterator[tuple[str, tuple[str, ...], float]]:
-    """Kind, axes and bytes that a device sends, of an operation that is an exchange between different devices."""
+def _exchange(operation: re.Match, mesh: Mesh) -> Iterator[Exchange]:
+    """The operation, if it is an exchange between different devices."""
     kind = operation["opcode"].removesuffix("-start")
     if kind not in KINDS:
         return
@@ -106,7 +166,7 @@ def _exchange(operation: re.Match, mesh: Mesh) -> Iterator[tuple[str, tuple[str,
     size = sum(TYPE_BYTES[name] * math.prod(int(n) for n in shape.split(",") if n) for name, shape in arrays)
     share = (len(group) - 1) / len(group)
     factor = {"all-reduce": 2 * share, "reduce-scatter": len(group) - 1, "collective-permute": 1}.get(kind, share)
-    yield kind, _axes(group, mesh), factor * size
+    yield Exchange(kind, _axes(group, mesh), factor * size)
 
 
 def _axes(group: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.planning.collectives import collectives
+from jaxlm.planning.collectives import Collective, collectives
 from jaxlm.settings import MeshSettings
 
 MESH = MeshSettings(data=2, fsdp=2, tensor=2)
@@ -59,3 +59,66 @@ def test_a_loop_of_unknown_length_is_refused():
     text, mesh = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 100, body, x))
     with pytest.raises(ValueError, match="does not say how often it runs"):
         collectives(text, mesh)
+
+
+# ---- forms that only the compilers of GPUs and TPUs write ------------------------------------------------------------
+
+PAIRS = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"  # along tensor
+GPU_LOOP = f"""
+%product (a: f32[8,8]) -> f32[8,8] {{
+  %a = f32[8,8] parameter(0)
+  ROOT %dot.1 = f32[8,8] dot(%a, %a)
+}}
+%body (t: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {{
+  %x = f32[8,8] get-tuple-element(%t), index=1
+  %all-gather-start = (f32[4,8], f32[8,8]) all-gather-start(%x), {PAIRS}, dimensions={{0}}
+  %gemm = f32[8,8] fusion(%x), kind=kCustom, calls=%product
+  %all-gather-done = f32[8,8] all-gather-done(%all-gather-start)
+  %all-reduce-start = f32[8,8] all-reduce-start(%x), {PAIRS}, to_apply=%sum
+  %all-reduce-done = f32[8,8] all-reduce-done(%all-reduce-start)
+}}
+ENTRY %main (p: f32[8,8]) -> f32[8,8] {{
+  %w = (s32[], f32[8,8]) while(%p), condition=%cond, body=%body, backend_config={{"known_trip_count":{{"n":"3"}}}}
+}}
+"""
+TPU_LOOP = f"""
+%start (a: f32[4,8]) -> f32[8,8] {{
+  ROOT %all-gather.1 = f32[8,8]{{1,0:T(8,128)}} all-gather(%a), channel_id=14, {PAIRS}, dimensions={{0}}
+}}
+%async_collective_fusion (a: f32[4,8]) -> f32[8,8] {{
+  %convolution.1 = f32[8,8] convolution(%a, %a), dim_labels=bf_io->bf
+  %all-gather.2 = f32[8,8] all-gather(%a), channel_id=14, {PAIRS}, dimensions={{0}}
+}}
+%done (a: f32[4,8]) -> f32[8,8] {{
+  ROOT %all-gather.3 = f32[8,8] all-gather(%a), channel_id=14, {PAIRS}, dimensions={{0}}
+}}
+%all-reduce-scatter (a: f32[8,8]) -> f32[4,8] {{
+  %all-reduce.1 = f32[8,8] all-reduce(%a), {PAIRS}, to_apply=%sum
+}}
+%condition (t: (s32[], f32[8,8])) -> pred[] {{
+  %constant.1 = s32[]{{:T(128)}} constant(5)
+  %i = s32[] get-tuple-element(%t), index=0
+  ROOT %lt = pred[] compare(%i, %constant.1), direction=LT
+}}
+%body (t: (s32[], f32[8,8])) -> (s32[], f32[8,8]) {{
+  %async-collective-start.1 = (f32[4,8], f32[8,8], s32[2]) fusion(%t), kind=kCustom, calls=%start
+  %fusion.1 = (f32[8,8], f32[8,8]) fusion(%async-collective-start.1), kind=kOutput, calls=%async_collective_fusion
+  %async-collective-done.1 = f32[8,8] fusion(%fusion.1), kind=kCustom, calls=%done
+  %fusion.2 = f32[4,8] fusion(%async-collective-done.1), kind=kCustom, calls=%all-reduce-scatter
+}}
+ENTRY %main (p: f32[8,8]) -> f32[8,8] {{
+  %w = (s32[], f32[8,8]) while(%p), condition=%condition, body=%body
+}}
+"""
+
+
+def test_what_a_product_runs_beside_is_hidden():
+    half = 8 * 8 * 4 / 2
+    assert collectives(GPU_LOOP, make_mesh(MESH, jax.devices())) == [
+        Collective("all-reduce", ("tensor",), 6 * half, 3, 6 * half), Collective("all-gather", ("tensor",), 3 * half, 3, 0)]
+
+
+def test_an_exchange_that_libtpu_fuses_into_products_counts_once():
+    half = 8 * 8 * 4 / 2
+    assert collectives(TPU_LOOP, make_mesh(MESH, jax.devices())) == [
+        Collective("all-gather", ("tensor",), 5 * half, 5, 0), Collective("reduce-scatter", ("tensor",), 5 * half, 5, 5 * half)]
