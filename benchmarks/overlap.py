@@ -15,6 +15,7 @@ from jaxlm.parallel.compiler import BACKENDS
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.collectives import collectives
 from jaxlm.planning.compilation import compile_step
+from jaxlm.planning.hlo import parse
 from jaxlm.planning.targets import TPUS, find_target
 from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
@@ -30,7 +31,7 @@ def row(name: str, axes: dict[str, int]) -> str:
     target = find_target(name)
     mesh = make_mesh(MeshSettings(**axes), target.devices, target.island)
     compiled = compile_step(SETTINGS, mesh)
-    found = collectives(compiled.as_text(), mesh)
+    found = collectives(parse(compiled.as_text()), mesh)
     sizes = (sum(one.bytes_per_device for one in found), sum(one.exposed_bytes for one in found), memory_of(compiled).temporaries)
     return " | ".join(f"{size / 2**20:,.0f}" for size in sizes)
 

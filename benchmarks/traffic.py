@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.collectives import Collective, collectives
+from jaxlm.planning.hlo import parse
 from jaxlm.settings import MeshSettings, ModelSettings, Settings, TrainSettings
 from jaxlm.training.step import batch_sharding, make_trainer
 
@@ -85,7 +86,7 @@ def measure(axis: str) -> tuple[list[Collective], float, int]:
     settings = Settings(model=ModelSettings(**DENSE | model), train=TrainSettings(steps=10, **train))
     [devices] = shape.values()
     mesh = make_mesh(MeshSettings(**shape), jax.devices()[:devices])
-    found = collectives(compiled_step(settings, mesh).as_text(), mesh)
+    found = collectives(parse(compiled_step(settings, mesh).as_text()), mesh)
     return found, minimum(axis, Model(settings.model, settings.train), settings.train, devices), devices
 
 

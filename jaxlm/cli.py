@@ -77,6 +77,20 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
         _print_figures(figures, arguments.json)
 
 
+def plan(settings: Settings, arguments: argparse.Namespace) -> None:
+    """plan: memory, traffic and speed on devices that are not here, from their own compiler"""
+    from jaxlm.planning.describe import describe, draw
+    from jaxlm.planning.plan import make_plan
+
+    made = make_plan(settings, arguments.target)
+    if arguments.picture:
+        draw(made, arguments.picture)
+    if arguments.json:
+        print(json.dumps(made.to_json()))
+    else:
+        _console().print(describe(made), highlight=False, soft_wrap=True)
+
+
 def report(run_dirs: Sequence[str]) -> None:
     """report: one page about a run, or a table that compares several"""
     from jaxlm.reporting.plots import plot_comparison
@@ -122,7 +136,8 @@ def _console() -> "Console":
 
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
-    "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench}
+    "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
+    "plan": plan}
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
 ALL_VERBS = (*VERBS, "report")
 RESUMED = ("train", "prepare")
@@ -190,7 +205,11 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]))
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run file, or the run directory of an earlier `jaxlm train`")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
-    if verb in ("evaluate", "generate", "bench"):
+    if verb == "plan":
+        parser.add_argument("--target", required=True, help="cpu:8, TPU slices such as v5p:4x4x4 or 2xv5e:16x16, "
+                            "or GPUs of a node x nodes such as h100:8x4")
+        parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw memory and times")
+    if verb in ("evaluate", "generate", "bench", "plan"):
         parser.add_argument("--json", action="store_true", help="JSON on standard output, for scripts")
     else:
         parser.set_defaults(json=False)

@@ -68,6 +68,7 @@ class GPT(nnx.Module):
         self.settings, self.dtype, self.execution = settings, dtype, execution
         self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
 
+    @jax.named_scope("embedding")
     def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
         """int32 tokens [B, T] to what the first block reads, [B, T, D]."""
         x = self.token_embedding(tokens)

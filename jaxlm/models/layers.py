@@ -75,6 +75,7 @@ class Norm(nnx.Module):
         self.centered = kind == "layernorm"
         self.epsilon = epsilon
 
+    @jax.named_scope("norm")
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
         if self.centered:
@@ -145,6 +146,7 @@ class Attention(nnx.Module):
         rate = settings.attention_dropout
         self.dropout_rate = settings.dropout if rate is None else rate
 
+    @jax.named_scope("attention")
     def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
         """x [B, T, D] to [B, T, D], and the KV cache with this call's keys and values written into it."""
         query, key, value = fan_out(x, self.query, self.key, self.value)  # [B, T, N or K, H]
@@ -195,6 +197,7 @@ class MLP(nnx.Module):
         self.down = Linear(inner, embed, bias=bias, stddev=output_stddev, rngs=rngs)
         self.activation = activation
 
+    @jax.named_scope("mlp")
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, T, D] to [B, T, D]."""
         gates = () if self.gate is None else (self.gate,)
@@ -218,6 +221,7 @@ class Experts(nnx.Module):
         self.activation = activation
         self.routing = Routing(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
 
+    @jax.named_scope("experts")
     def __call__(self, x: jax.Array) -> tuple[jax.Array, RouterSums]:
         """[B, T, D] to [B, T, D]."""
         linears = {"up": self.up, "gate": self.gate, "down": self.down}

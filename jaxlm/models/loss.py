@@ -82,6 +82,7 @@ class Cuts(NamedTuple):
     scattered: bool  # whether the gradient of the states is cut over `vocab` along the sequence, too
 
 
+@jax.named_scope("head")
 def _sharded(x, table, bias, targets, mask, head, with_gradients):
     """Runs `_local` on each device's tokens and its part of the vocabulary."""
     states, weights, biases, grad_states = (*TOKENS, None), ("vocab", "embed"), ("vocab",), residual_axes(x.shape[1])

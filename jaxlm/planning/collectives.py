@@ -5,6 +5,7 @@ it into one: `async-collective-start`, then products that carry the exchange alo
 `async-collective-done`. The exchange stands in the text of all of them; counted is the start.
 """
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -14,19 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
-TYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4,
-              "s64": 8, "u64": 8, "f64": 8}
+from jaxlm.planning.hlo import Module, Operation, array_sizes
 
-COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
-OPERATION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)(?= \w)|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$")
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-PRODUCT = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
-CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
-CONDITION = re.compile(r"condition=%?([\w.\-]+)")
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+KERNEL = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
 
 
 class Collective(NamedTuple):
@@ -48,122 +40,72 @@ class Exchange(NamedTuple):
     hidden: bool = False
 
 
-class Program(NamedTuple):
-    """A computation: its own exchanges, and what it calls how many times."""
-
-    exchanges: list[Exchange]
-    calls: list[tuple[str, int]]
-    pending: dict[str, int]  # exchanges that have started: name of the operation, place in `exchanges`
-
-
-def collectives(text: str, mesh: Mesh) -> list[Collective]:
-    """The exchanges of the compiled program `text` (`compiled.as_text()`) on `mesh`, the largest first.
+def collectives(module: Module, mesh: Mesh) -> list[Collective]:
+    """The exchanges of a compiled program on `mesh`, the largest first.
 
     Raises:
       ValueError: a loop around an exchange does not say how often it runs, or its devices are written in an unknown form.
     """
-    programs, entry = _programs(text, mesh)
     sent, exposed, counts = Counter(), Counter(), Counter()
-
-    def add(name: str, times: int) -> None:
-        program = programs[name]
-        for kind, axes, size, hidden in program.exchanges:
+    exchanges, products = {}, set()  # of the computations so far, which are written before what calls them
+    for name, operations in module.computations.items():
+        exchanges[name], has_product = _read(operations, exchanges, products, mesh)
+        if has_product:
+            products.add(name)
+    for name, times in module.runs().items():
+        if times < 0 and exchanges[name]:
+            raise ValueError(f"the loop {name} does not say how often it runs")
+        for kind, axes, size, hidden in exchanges[name]:
             sent[kind, axes] += times * size
             exposed[kind, axes] += 0 if hidden else times * size
             counts[kind, axes] += times
-        for called, trips in program.calls:
-            if _has_collectives(called, programs):
-                if trips < 0:
-                    raise ValueError(f"the loop {called} does not say how often it runs")
-                add(called, times * trips)
-
-    add(entry, 1)
     found = (Collective(*key, size, counts[key], exposed[key]) for key, size in sent.items())
     return sorted(found, key=lambda one: -one.bytes_per_device)
 
 
-def _has_collectives(name: str, programs: dict[str, Program]) -> bool:
-    return bool(programs[name].exchanges) or any(_has_collectives(called, programs) for called, _ in programs[name].calls)
-
-
-def _programs(text: str, mesh: Mesh) -> tuple[dict[str, Program], str]:
-    programs: dict[str, Program] = {}
-    products: set[str] = set()  # computations in which there is a matrix product
-    bounds: dict[str, int] = {}  # of computations that compare a counter with a constant
-    entry, current = "", ""
-    for line in text.splitlines():
-        if found := COMPUTATION.match(line):
-            current = found["name"]
-            programs[current] = Program([], [], {})
-            entry = current if found["entry"] else entry
-        elif current and (found := OPERATION.match(line)):
-            if constant := CONSTANT.search(line):
-                bounds[current] = int(constant[1])
-            called = list(_called(found, bounds))
-            if found["opcode"] in ("dot", "convolution") or PRODUCT.search(line) or any(name in products for name, _ in called):
-                products.add(current)
-                _hide_pending(programs[current])
-            _add_operation(programs, current, found, called, mesh)
-    return programs, entry
-
-
-def _add_operation(programs: dict[str, Program], current: str, operation: re.Match, called: list[tuple[str, int]], mesh: Mesh
-                   ) -> None:
-    """Enters what an operation sends and calls. Computations are written before what calls them."""
-    program, name, opcode = programs[current], operation["name"], operation["opcode"]
-    first, inside = next(iter(called), ("", 1))[0], []
-    if name.startswith("async-collective-start"):
-        program.exchanges.extend(one._replace(hidden=True) for one in programs[first].exchanges)
-    elif name.startswith("async-collective-done") or first.startswith("async_collective_fusion"):
-        return
-    elif first.startswith("all-reduce-scatter"):  # a sum of which each device keeps its part: half of what a whole sum sends
-        inside = [one._replace(kind="reduce-scatter", size=one.size / 2) for one in programs[first].exchanges]
-    elif opcode == "async-start":
-        inside = programs[first].exchanges
-    else:
-        program.calls.extend(called)
+def _read(operations: list[Operation], before: dict[str, list[Exchange]], products: set[str], mesh: Mesh
+          ) -> tuple[list[Exchange], bool]:
+    """A computation's own exchanges, and whether there is a matrix product in it or in what it calls."""
+    found: list[Exchange] = []
+    pending: dict[str, list[int]] = {}  # exchanges under way: name of the operation, places in `found`
+    has_product = False
+    for operation in operations:
+        first = operation.called[0] if operation.called else ""
+        called_product = not products.isdisjoint(operation.called)
+        if called_product or operation.opcode in ("dot", "convolution") or KERNEL.search(operation.rest):
+            has_product = True
+            for place in itertools.chain(*pending.values()):
+                found[place] = found[place]._replace(hidden=True)
         inside = list(_exchange(operation, mesh))
-    if inside and opcode.endswith("-start"):
-        program.pending[name] = len(program.exchanges)
-    program.exchanges.extend(inside)
-    if opcode.endswith("-done"):
-        for started in re.findall(r"%?([\w.\-]+)", operation["rest"].split(")")[0]):
-            program.pending.pop(started, None)
+        if operation.name.startswith("async-collective-start"):
+            inside = [one._replace(hidden=True) for one in before[first]]
+        elif operation.name.startswith("async-collective-done") or first.startswith("async_collective_fusion"):
+            inside = []
+        elif first.startswith("all-reduce-scatter"):  # a sum of which each device keeps its part: half of what a whole sum sends
+            inside = [one._replace(kind="reduce-scatter", size=one.size / 2) for one in before[first]]
+        elif operation.opcode == "async-start":
+            inside = before[first]
+        if operation.opcode.endswith("-start"):
+            pending[operation.name] = list(range(len(found), len(found) + len(inside)))
+        found += inside
+        if operation.opcode.endswith("-done"):
+            for name in operation.operands:
+                pending.pop(name, None)
+    return found, has_product
 
 
-def _hide_pending(program: Program) -> None:
-    for place in program.pending.values():
-        program.exchanges[place] = program.exchanges[place]._replace(hidden=True)
-
-
-def _called(operation: re.Match, bounds: dict[str, int]) -> Iterator[tuple[str, int]]:
-    """Computations that an operation calls, and how often; -1: unknown."""
-    rest = operation["rest"]
-    if operation["opcode"].removesuffix("-start") in KINDS:
-        return  # to_apply is the sum's arithmetic
-    trips = 1
-    if operation["opcode"] == "while":
-        known, condition = TRIPS.search(rest), CONDITION.search(rest)
-        # libtpu leaves the count out: a scan's counter runs from 0 to the constant in its condition
-        trips = int(known[1]) if known else bounds.get(condition[1], -1)
-    for name in CALLED.findall(rest):
-        yield name, trips
-    if branches := BRANCHES.search(rest):  # one of them runs; counted is the first, since ours send alike
-        yield branches[1].split(",")[0].strip().lstrip("%"), 1
-
-
-def _exchange(operation: re.Match, mesh: Mesh) -> Iterator[Exchange]:
+def _exchange(operation: Operation, mesh: Mesh) -> Iterator[Exchange]:
     """The operation, if it is an exchange between different devices."""
-    kind = operation["opcode"].removesuffix("-start")
+    kind = operation.opcode.removesuffix("-start")
     if kind not in KINDS:
         return
-    group = _group(operation["rest"])
+    group = _group(operation.rest)
     if len(group) < 2:
         return
-    arrays = ARRAY.findall(operation["type"])
-    if operation["opcode"].endswith("-start"):
+    arrays = list(array_sizes(operation.type))
+    if operation.opcode.endswith("-start"):
         arrays = arrays[len(arrays) // 2 :]  # operands stand before results
-    size = sum(TYPE_BYTES[name] * math.prod(int(n) for n in shape.split(",") if n) for name, shape in arrays)
+    size = sum(arrays)
     share = (len(group) - 1) / len(group)
     factor = {"all-reduce": 2 * share, "reduce-scatter": len(group) - 1, "collective-permute": 1}.get(kind, share)
     yield Exchange(kind, _axes(group, mesh), factor * size)

@@ -112,13 +112,14 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(batch["tokens"])))
         grads, sums = gradients(state.params, batch, keys)
-        norm = optax.tree.norm(grads)
-        if clip_norm is not None:
-            scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
-            grads = jax.tree.map(lambda grad: grad * scale, grads)
-        before = jax.device_put(state.optimizer, on_device) if settings.optimizer.offload else state.optimizer
-        updates, optimizer_state = optimizer.update(grads, before, state.params)
-        params = optax.apply_updates(state.params, updates)
+        with jax.named_scope("optimizer"):
+            norm = optax.tree.norm(grads)
+            if clip_norm is not None:
+                scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
+                grads = jax.tree.map(lambda grad: grad * scale, grads)
+            before = jax.device_put(state.optimizer, on_device) if settings.optimizer.offload else state.optimizer
+            updates, optimizer_state = optimizer.update(grads, before, state.params)
+            params = optax.apply_updates(state.params, updates)
         metrics = training_metrics(sums) | {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), "grad_norm": norm}
         return TrainState(state.step + 1, state.key, params, optimizer_state), metrics
 

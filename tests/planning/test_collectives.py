@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.collectives import Collective, collectives
+from jaxlm.planning.hlo import parse
 from jaxlm.settings import MeshSettings
 
 MESH = MeshSettings(data=2, fsdp=2, tensor=2)
@@ -21,7 +22,7 @@ def compiled(function):
     spec = PartitionSpec(("data", "fsdp", "tensor"))
     with jax.set_mesh(mesh):
         run = jax.jit(jax.shard_map(function, in_specs=spec, out_specs=spec, check_vma=False))
-        return run.lower(jax.ShapeDtypeStruct((8 * 64, 32), jnp.float32)).compile().as_text(), mesh
+        return parse(run.lower(jax.ShapeDtypeStruct((8 * 64, 32), jnp.float32)).compile().as_text()), mesh
 
 
 @pytest.mark.parametrize(("function", "kind", "axes", "sent"), [
@@ -56,9 +57,9 @@ def test_axes_are_told_apart_and_the_largest_comes_first():
 
 def test_a_loop_of_unknown_length_is_refused():
     body = functools.partial(jax.lax.psum, axis_name="tensor")
-    text, mesh = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 100, body, x))
+    module, mesh = compiled(lambda x: jax.lax.while_loop(lambda x: x.sum() < 100, body, x))
     with pytest.raises(ValueError, match="does not say how often it runs"):
-        collectives(text, mesh)
+        collectives(module, mesh)
 
 
 # ---- forms that only the compilers of GPUs and TPUs write ------------------------------------------------------------
@@ -114,11 +115,11 @@ ENTRY %main (p: f32[8,8]) -> f32[8,8] {{
 
 def test_what_a_product_runs_beside_is_hidden():
     half = 8 * 8 * 4 / 2
-    assert collectives(GPU_LOOP, make_mesh(MESH, jax.devices())) == [
+    assert collectives(parse(GPU_LOOP), make_mesh(MESH, jax.devices())) == [
         Collective("all-reduce", ("tensor",), 6 * half, 3, 6 * half), Collective("all-gather", ("tensor",), 3 * half, 3, 0)]
 
 
 def test_an_exchange_that_libtpu_fuses_into_products_counts_once():
     half = 8 * 8 * 4 / 2
-    assert collectives(TPU_LOOP, make_mesh(MESH, jax.devices())) == [
+    assert collectives(parse(TPU_LOOP), make_mesh(MESH, jax.devices())) == [
         Collective("all-gather", ("tensor",), 5 * half, 5, 0), Collective("reduce-scatter", ("tensor",), 5 * half, 5, 5 * half)]

@@ -1,0 +1,92 @@
+"""Which arrays stand in a device's memory when the compiled step needs most of it, by names that a user knows."""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+from jaxlm.planning.hlo import Module, Operation, array_sizes
+from jaxlm.planning.traffic import ELSEWHERE, sliced
+
+SCOPES = ("embedding", "attention", "mlp", "experts", "norm", "head", "optimizer")
+OP_NAME = re.compile(r'op_name="([^"]*)"')
+ALIASES = ("bitcast", "get-tuple-element", "tuple", "while", "optimization-barrier", "opt-barrier", "conditional", "call")
+
+
+class Buffer(NamedTuple):
+    """An array, from the operation that makes it to the last one that reads it."""
+
+    label: str
+    size: float
+
+
+def largest_live(module: Module, count: int = 5) -> list[Buffer]:
+    """The largest at the peak, those of one name together; arguments are left out (they are the state and the batch).
+
+    Follows the schedule that the text is in. What is made in place (loops, updates of a slice) takes no new memory. The
+    compiler's own assignment packs tighter; the names are what this is for.
+    """
+    peak: tuple[float, dict[str, Buffer]] = (0.0, {})
+
+    def walk(name: str, outside: dict[str, Buffer]) -> None:
+        nonlocal peak
+        operations = module.computations[name]
+        sources, last = _follow(operations)
+        live = dict(outside)
+        for place, operation in enumerate(operations):
+            size = _new_memory(operation, module)
+            if size:
+                live[f"{name}/{operation.name}"] = Buffer(label(operation, module), size)
+            total = sum(buffer.size for buffer in live.values())
+            if total > peak[0]:
+                peak = (total, dict(live))
+            if operation.opcode in ("while", "call"):
+                for called in operation.called:
+                    walk(called, live)
+            for source in {one for operand in operation.operands for one in sources.get(operand, ())} | {operation.name}:
+                if last.get(source, place) <= place and not operation.is_root:
+                    live.pop(f"{name}/{source}", None)
+
+    walk(module.entry, {})
+    together: Counter[str] = Counter()
+    for buffer in peak[1].values():
+        together[buffer.label] += buffer.size
+    return [Buffer(name, size) for name, size in together.most_common(count)]
+
+
+def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str, int]]:
+    """For each operation the ones whose memory its result is, and for those the place of the last one that reads them."""
+    sources: dict[str, set[str]] = {}
+    last: dict[str, int] = {}
+    for place, operation in enumerate(operations):
+        behind = {one for operand in operation.operands for one in sources.get(operand, ())}
+        sources[operation.name] = behind if operation.opcode in ALIASES else {operation.name}
+        for one in behind:
+            last[one] = place
+    return sources, last
+
+
+def _new_memory(operation: Operation, module: Module) -> float:
+    if operation.opcode in (*ALIASES, "parameter", "constant", "dynamic-update-slice") or operation.opcode.endswith("-done"):
+        return 0.0
+    size = sum(array_sizes(ELSEWHERE.sub("", operation.type)))
+    if operation.opcode.endswith("-start"):
+        arrays = list(array_sizes(ELSEWHERE.sub("", operation.type)))
+        return min(sum(arrays[len(arrays) // 2 :]), *(sliced(module, operation) or [math.inf]))
+    if operation.opcode == "fusion":
+        inside = module.computations[operation.called[0]]
+        return max(0.0, size - sum(one.size for one in inside if one.opcode == "dynamic-update-slice"))
+    return size
+
+
+def label(operation: Operation, module: Module) -> str:
+    """`mlp, backward: dot_general` from the path that JAX gives an operation, or one that it calls."""
+    inside = [one for name in operation.called for one in module.computations[name]]
+    paths = [found[1] for one in (operation, *reversed(inside)) if (found := OP_NAME.search(one.rest))]
+    if not paths:
+        return operation.opcode
+    path = paths[0].split("/")
+    scope = next((part for part in reversed(path) if part in SCOPES), None)
+    phase = "recomputed" if "rematted_computation" in path else "backward" if any("transpose" in part for part in path) else ""
+    what = ", ".join(part for part in (scope or "step", phase) if part)
+    return f"{what}: {path[-1]}"

@@ -1,0 +1,120 @@
+"""A plan as text for people, and as a picture."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from jaxlm.planning.plan import Plan
+from jaxlm.reporting.plots import save
+from jaxlm.reporting.units import counted, format_count, format_duration
+
+GIB, MIB = 2**30, 2**20
+
+
+def describe(plan: Plan) -> RenderableType:
+    """Verdict, memory, exchanges, time."""
+    return Group("\n".join(_head(plan)), "", _memory(plan), "", _exchanges(plan), "", "\n".join(_speed(plan)))
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    settings, kind = plan.settings, plan.target.devices[0].device_kind
+    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items() if size > 1) or "one device"
+    yield (f"{settings.model.family} of {format_count(plan.parameters)} parameters on {plan.target.name}: "
+           f"{counted(plan.mesh.size, f'{kind} device')}; {axes}")
+    yield (f"{counted(settings.data.global_batch_size, 'sequence')} of {settings.data.sequence_length:,} = "
+           f"{format_count(plan.tokens_per_step)} tokens a step; {settings.train.precision}")
+    if plan.capacity is None:
+        yield f"needs {size(plan.memory.total)} on each device"
+    else:
+        spare = plan.capacity - plan.memory.total
+        verdict = f"FITS, {size(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {size(-spare)} too much"
+        yield f"{verdict}: needs {size(plan.memory.total)} of {size(plan.capacity)} on each device"
+
+
+def _memory(plan: Plan) -> Table:
+    table = _table("memory of a device", "", "share")
+    parts = plan.state | {"activations and what is fetched": plan.activations}
+    for name, part in parts.items():
+        table.add_row(name, size(part), f"{part / plan.memory.total:.0%}")
+    table.add_row("total (by the compiler)", size(plan.memory.total), "")
+    if plan.memory.host:
+        table.add_row("in the host's memory", size(plan.memory.host), "")
+    for buffer in plan.largest:
+        table.add_row(f"  at the peak: {buffer.label}", size(buffer.size), "")
+    return table
+
+
+def _exchanges(plan: Plan) -> Table:
+    table = _table("sent by a device in a step", "axis", "bytes", "not hidden", "times")
+    for one in plan.collectives:
+        if one.bytes_per_device >= 1024:
+            table.add_row(one.kind, " + ".join(one.axes), size(one.bytes_per_device), size(one.exposed_bytes), f"{one.count:,}")
+    return table
+
+
+def _speed(plan: Plan) -> Iterator[str]:
+    extra = plan.executed_flops / plan.model_flops - 1
+    yield (f"arithmetic: {plan.model_flops / 1e12:,.2f} TFLOP of the model on each device in a step, {extra:+.0%} executed; "
+           f"memory traffic {size(plan.traffic)}")
+    step = plan.roofline
+    if step is None:
+        yield "time: the speed of these devices is not published"
+        return
+    parts = {"compute": step.compute, "memory": step.memory, "network inside": step.fast_network, "between": step.slow_network,
+             "of both not hidden": step.exposed}
+    described = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
+    yield f"a step: {format_seconds(step.total)} at best ({described}); bound by {step.bound}"
+    steps = plan.settings.train.steps
+    yield (f"MFU {plan.mfu:.1%} at most; {format_count(plan.tokens_per_step / step.total)} tokens/s; {steps:,} steps take "
+           f"{format_duration(steps * step.total)}, {steps * step.total / 3600 * plan.mesh.size:,.0f} device-hours")
+    yield f"compiled in {plan.compile_seconds:.0f} s"
+
+
+def size(number: float) -> str:
+    """3.42 GiB, 512 MiB, 12 KiB."""
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
+        if number >= unit:
+            return f"{number / unit:,.2f} {name}" if number < 100 * unit else f"{number / unit:,.0f} {name}"
+    return f"{number / 1024:,.0f} KiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """1.24 s, 83.1 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in (columns[0], "axis") else "right", no_wrap=True)
+    return table
+
+
+def draw(plan: Plan, path: Path) -> None:
+    """Memory as a stack against the device's capacity, and the times of a step as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    memory, times = figure.subplots(1, 2, width_ratios=(1, 1.4))
+    bottom = 0.0
+    for name, part in (plan.state | {"activations": plan.activations}).items():
+        memory.bar(["a device"], [part / GIB], bottom=bottom, label=name)
+        bottom += part / GIB
+    if plan.capacity:
+        memory.axhline(plan.capacity / GIB, color="black", linestyle="--", label="capacity")
+    memory.set_ylabel("GiB")
+    memory.legend(fontsize="small")
+    if plan.roofline:
+        step = plan.roofline
+        parts = {"compute": step.compute, "memory": step.memory, "network inside": step.fast_network,
+                 "network between": step.slow_network, "not hidden": step.exposed, "step": step.total}
+        times.barh(list(parts), [1000 * part for part in parts.values()])
+        times.invert_yaxis()
+        times.set_xlabel("ms a step")
+    figure.suptitle(f"{format_count(plan.parameters)} parameters on {plan.target.name}")
+    save(figure, path)
