@@ -26,6 +26,7 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 PRODUCT = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
 CONSTANT = re.compile(r"s32\[\]\S* constant\((\d+)\)")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
+CONTEXT = re.compile(r"\b[us]32\[\]")  # counters that libtpu hands from a start to its end
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -160,7 +161,7 @@ def _exchange(operation: re.Match, mesh: Mesh) -> Iterator[Exchange]:
     group = _group(operation["rest"])
     if len(group) < 2:
         return
-    arrays = ARRAY.findall(operation["type"])
+    arrays = ARRAY.findall(CONTEXT.sub("", operation["type"]))
     if operation["opcode"].endswith("-start"):
         arrays = arrays[len(arrays) // 2 :]  # operands stand before results
     size = sum(TYPE_BYTES[name] * math.prod(int(n) for n in shape.split(",") if n) for name, shape in arrays)
