@@ -7,6 +7,8 @@ from itertools import chain
 from jaxlm.errors import UserError
 from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings, TrainSettings
 
+KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # fused attention kernels, and where they run
+SPLASH_BLOCK = 128  # tokens; splash attention takes multiples of it
 VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
 
 
@@ -27,6 +29,14 @@ def check(settings: Settings) -> None:
 def check_layout(settings: Settings, sizes: Mapping[str, int]) -> None:
     """The same for a mesh whose axes have these sizes, now that -1 is known. Raises UserError."""
     refuse_first(layout_problems(settings, sizes))
+
+
+def check_kernel(settings: Settings, platform: str) -> None:
+    """Refuses an attention kernel that these devices (cpu, gpu or tpu) do not have. Raises UserError."""
+    kernel = settings.model.attention
+    if KERNELS.get(kernel, platform) != platform:
+        raise UserError(f"model.attention={kernel} runs on {KERNELS[kernel].upper()}s, and these devices are {platform}; "
+                        "use model.attention=auto")
 
 
 def refuse_first(problems: Iterator[str]) -> None:
@@ -56,8 +66,10 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
         yield "model.next_sentence=true needs model.family=bert"
     if model.next_sentence and model.type_vocab_size < 2:
         yield f"model.type_vocab_size={model.type_vocab_size}: model.next_sentence=true needs at least 2"
-    if model.attention == "cudnn" and (model.dropout if model.attention_dropout is None else model.attention_dropout):
-        yield "model.attention=cudnn has no attention dropout; set model.attention_dropout=0 or model.attention=xla"
+    if model.attention in KERNELS and (model.dropout if model.attention_dropout is None else model.attention_dropout):
+        yield f"model.attention={model.attention} has no attention dropout; set model.attention_dropout=0 or model.attention=xla"
+    if model.capacity_factor is not None and model.num_experts is None:
+        yield f"model.capacity_factor={model.capacity_factor} needs experts; set model.num_experts, or leave it null"
 
 
 def text_problems(settings: Settings) -> Iterator[str]:
@@ -66,6 +78,9 @@ def text_problems(settings: Settings) -> Iterator[str]:
         yield "run_dir is empty; name a folder"
     if not settings.generate.prompts:
         yield "generate.prompts is empty; expected at least one text, which may be ''"
+    if model.attention == "splash" and data.sequence_length % SPLASH_BLOCK:
+        yield (f"data.sequence_length={data.sequence_length}: model.attention=splash takes multiples of {SPLASH_BLOCK}; use "
+               f"{round_to(data.sequence_length, SPLASH_BLOCK)}, or model.attention=auto")
     if data.sequence_length > model.max_length:
         yield f"data.sequence_length={data.sequence_length} is longer than model.max_length={model.max_length}"
     least = 5 if model.family == "bert" else 2
@@ -130,9 +145,10 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
         yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"
     yield from context_problems(settings, sizes)
     yield from stage_problems(settings, sizes["stage"])
-    if sizes["expert"] > 1 and (model.num_experts or 1) % sizes["expert"]:
-        yield (f"mesh.expert={sizes['expert']} does not divide model.num_experts={model.num_experts or 1}; "
-               "leave it at 1, or change model.num_experts")
+    if sizes["expert"] > 1 and model.num_experts is None:
+        yield f"mesh.expert={sizes['expert']} needs experts; set model.num_experts, or leave it at 1"
+    elif sizes["expert"] > 1 and model.num_experts % sizes["expert"]:
+        yield f"mesh.expert={sizes['expert']} does not divide model.num_experts={model.num_experts}; change one of them"
     ways = math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     micro_batch = data.global_batch_size // settings.train.gradient_accumulation
     if micro_batch % ways:
@@ -153,9 +169,10 @@ def context_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[s
         pieces = 2 * context if model.family == "gpt" else context  # zigzag order: two pieces for each device
         if length % pieces:
             yield (f"mesh.context={context} cuts data.sequence_length={length} into {pieces} pieces, which are not equal; "
-                   f"use {round_to(length, pieces)}")
+                   f"use {round_to(length, pieces, model.max_length)}")
     elif length % context:
-        yield f"mesh.context={context} does not divide data.sequence_length={length}; use {round_to(length, context)}"
+        yield (f"mesh.context={context} does not divide data.sequence_length={length}; "
+               f"use {round_to(length, context, model.max_length)}")
     elif model.num_heads % (context * sizes["tensor"]):
         yield (f"model.attention={model.attention} needs whole sequences, and mesh.context * mesh.tensor = "
                f"{context * sizes['tensor']} does not divide model.num_heads={model.num_heads}; use model.attention=auto")
@@ -174,6 +191,7 @@ def stage_problems(settings: Settings, stages: int) -> Iterator[str]:
                f"{stages * repeats} groups")
 
 
-def round_to(number: int, unit: int) -> int:
-    """The multiple of `unit` nearest to `number`, and at least one."""
-    return max(1, round(number / unit)) * unit
+def round_to(number: int, unit: int, limit: int | None = None) -> int:
+    """The multiple of `unit` nearest to `number`, and at least one; below `limit` if that leaves one."""
+    nearest = max(1, round(number / unit)) * unit
+    return limit // unit * unit if limit is not None and unit <= limit < nearest else nearest

@@ -161,7 +161,8 @@ class TrainSettings:
         1, "groups of layers in each stage of a pipeline: with more of them it idles less and moves more")
     remat: Literal["none", "dots", "full"] | dict[Literal[ACTIVATIONS], Literal["keep", "recompute", "host"]] = key(
         "none", "what the backward pass recomputes: nothing, all but the matrix products, each whole block, or by name, e.g. "
-                "{query_key_value: keep, mlp_hidden: host}: host memory keeps it; what is not named is recomputed")
+                "{query_key_value: keep, mlp_hidden: host}, where the host's memory keeps what goes there; what is not named is "
+                "recomputed, except for residual, which is kept")
     loss_chunk: Positive | None = key(
         None, "positions of one sequence whose logits exist at a time; null: as many as keep a chunk near 64 MiB", "tokens")
 
@@ -213,7 +214,8 @@ class DevicesSettings:
     """Where to run."""
 
     platform: Literal["auto", "cpu", "gpu", "tpu"] = key("auto", "backend; auto: the best one JAX finds")
-    count: Positive | None = key(None, "devices per process; on cpu they are emulated; null: all (cpu: 1)", "devices")
+    count: Annotated[Positive, Le(1024)] | None = key(
+        None, "devices per process; on cpu they are emulated; null: all (cpu: 1)", "devices")
     overlap: bool = key(True, "set XLA's flags that let communication run beside computation (jaxlm/parallel/compiler.py); "
                               "your own XLA_FLAGS and LIBTPU_INIT_ARGS win")
     compiled: str | None = key("~/.cache/jaxlm/compiled", "folder of compiled programs, for the next start; null: none")

@@ -39,7 +39,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens
     heads, kv_heads = "heads", "kv_heads"
     if axis_size("sequence") > 1 and mask is None:
         heads = kv_heads = "heads_of_whole_sequences"
-        if key.shape[2] % axis_size(heads):
+        if key.shape[2] % axis_size(heads):  # too few to be cut so: every device takes whole sequences of all of them first
+            key, value = (constrain(array, "batch", None, "kv_heads", None) for array in (key, value))
             key, value = (jnp.repeat(array, query.shape[2] // key.shape[2], axis=2) for array in (key, value))
         query, key, value = (constrain(array, "batch", None, heads, None) for array in (query, key, value))
     if implementation == "xla" or not fused:

@@ -283,9 +283,9 @@ def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, cont
         x, beside = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
         return constrain(x, *residual_axes(x.shape[1])), beside
 
-    if remat is not None:
+    if remat is not None:  # only in a loop XLA does not take what is computed again for what was computed before
         body = jax.checkpoint(body, policy=remat, prevent_cse=False)
-    return jax.lax.scan(body, x, (numbers, params, cache), unroll=len(numbers) if _loops_are_slow() else 1)
+    return jax.lax.scan(body, x, (numbers, params, cache), unroll=len(numbers) if remat is None and _loops_are_slow() else 1)
 
 
 def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution) -> tuple[jax.Array, RouterSums | None]:

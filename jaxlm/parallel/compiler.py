@@ -2,7 +2,7 @@
 
 A flag that XLA does not know ends the process, so only those stand here that the compilers of jax 0.10 and 0.12 know, and only
 the backends that are installed get theirs. Flags that the user has set come last and win. What each one does, measured on
-compiled programs: docs/sharding.md.
+compiled programs: docs/memory-and-overlap.md.
 """
 
 import os
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 
+from jaxlm.errors import UserError
 from jaxlm.settings import DevicesSettings
 
 
@@ -50,14 +51,27 @@ def prepare_compiler(settings: DevicesSettings) -> None:
         for platform in BACKENDS if settings.platform == "auto" else [settings.platform]:
             set_flags(platform)
     if settings.compiled and not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes first
-        remote = "://" in settings.compiled
-        jax.config.update("jax_compilation_cache_dir", settings.compiled if remote else str(Path(settings.compiled).expanduser()))
+        jax.config.update("jax_compilation_cache_dir", _folder(settings.compiled))
+
+
+def _folder(name: str) -> str:
+    """A folder that is there; remote ones (gs://...) as they are. Raises UserError."""
+    if "://" in name:
+        return name
+    path = Path(name).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"devices.compiled={name}: cannot be made a folder ({error.strerror}); choose another, or null") from None
+    return str(path)
 
 
 def set_flags(platform: str) -> None:
-    """Puts a backend's flags before those that the user has set, if the backend is installed."""
+    """Puts a backend's flags before those that the user has set, if the backend is installed. A file of flags is left alone."""
     backend = BACKENDS[platform]
-    given = os.environ.get(backend.variable, "")
+    given = os.environ.get(backend.variable, "").strip()
+    if given and not given.startswith("--"):
+        return
     new = [flag for name, value in backend.flags.items() if (flag := f"--{name}={value}") not in given.split()]
     if new and any(map(find_spec, backend.packages)):
         os.environ[backend.variable] = " ".join([*new, given]).strip()

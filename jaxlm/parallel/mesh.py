@@ -22,7 +22,8 @@ def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
     if sizes["data"] is None:
         sizes["data"] = 1 if -1 in sizes.values() else -1
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    described = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items() if size != 1) or "mesh.data=1"
+    described = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items()
+                           if size != 1 and getattr(settings, axis) is not None) or "mesh.data=1"
     if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
         raise UserError(f"{described} does not make {num_devices} device(s); change the mesh, or devices.count "
                         f"(or leave one axis at -1 and make the others divide {num_devices})")

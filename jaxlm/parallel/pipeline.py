@@ -2,8 +2,8 @@
 
 Every device runs the same program: at each tick it works on the micro-batch that has arrived and passes the result to the next
 stage. With S stages, M micro-batches and R groups of layers per stage a micro-batch passes the ring of stages R times, and of
-the M R + S - 1 ticks S - 1 find a stage idle: a bubble of (S - 1) / (M R). The order is such that what comes back from the last
-stage is just what the first stage needs next, so nothing waits anywhere:
+the M R + S - 1 ticks S - 1 find a stage idle: a bubble of (S - 1) / (M R) of the work. The order is such that what comes back
+from the last stage is just what the first stage needs next, so nothing waits anywhere:
 
     S = 2, R = 2, M = 4       stage 0:  0a 1a 0c 1c 2a 3a 2c 3c  .
     (0..3 micro-batches,      stage 1:   . 0b 1b 0d 1d 2b 3b 2d 3d

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxlm.planning.hlo import Module, Operation, array_sizes
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+COUNTERS = re.compile(r"\b[us]32\[\]")  # what libtpu hands from a start to its end beside operands and results
 KERNEL = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
 
 
@@ -102,7 +103,7 @@ def _exchange(operation: Operation, mesh: Mesh) -> Iterator[Exchange]:
     group = _group(operation.rest)
     if len(group) < 2:
         return
-    arrays = list(array_sizes(operation.type))
+    arrays = list(array_sizes(COUNTERS.sub("", operation.type)))
     if operation.opcode.endswith("-start"):
         arrays = arrays[len(arrays) // 2 :]  # operands stand before results
     size = sum(arrays)

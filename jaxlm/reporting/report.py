@@ -62,6 +62,8 @@ def what_ran(run: Run) -> dict[str, str]:
     parameters, tokens = run.figure("parameters"), run.figure("tokens")
     shape = (f"{config.get('model.family', '?')}, {config.get('model.num_layers', '?')} layers, "
              f"width {config.get('model.hidden_size', '?')}, {config.get('model.num_heads', '?')} heads")
+    if config.get("model.num_experts"):
+        shape += f", {config['model.num_experts']} experts of which a token takes {config.get('model.experts_per_token', '?')}"
     batch = (f"{config.get('data.global_batch_size', '?')} sequences of {config.get('data.sequence_length', '?')} tokens")
     optimizer = f"{config.get('optimizer.name', '?')}, learning rate {config.get('optimizer.learning_rate', '?')}, " \
                 f"{config.get('schedule.name', '?')} schedule"

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.checks import check_layout
+from jaxlm.checks import check_kernel, check_layout
 from jaxlm.data.corpus import MANIFEST, Corpus
 from jaxlm.data.loading import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.prepare import prepare
@@ -39,6 +39,7 @@ def lay_mesh(settings: Settings) -> Mesh:
     """Joins the other processes of this run and lays the mesh over the devices of all. Raises UserError for what does not fit."""
     mesh = make_mesh(settings.mesh, distributed.initialize(settings.devices))
     check_layout(settings, mesh.shape)
+    check_kernel(settings, {"cuda": "gpu"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform))
     return mesh
 
 

@@ -65,6 +65,7 @@ def test_a_loop_of_unknown_length_is_refused():
 # ---- forms that only the compilers of GPUs and TPUs write ------------------------------------------------------------
 
 PAIRS = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"  # along tensor
+SHIFT = "source_target_pairs={{0,2},{2,0},{1,3},{3,1},{4,6},{6,4},{5,7},{7,5}}"  # along fsdp
 GPU_LOOP = f"""
 %product (a: f32[8,8]) -> f32[8,8] {{
   %a = f32[8,8] parameter(0)
@@ -75,6 +76,8 @@ GPU_LOOP = f"""
   %all-gather-start = (f32[4,8], f32[8,8]) all-gather-start(%x), {PAIRS}, dimensions={{0}}
   %gemm = f32[8,8] fusion(%x), kind=kCustom, calls=%product
   %all-gather-done = f32[8,8] all-gather-done(%all-gather-start)
+  %permute-start = (f32[8,8], f32[8,8]{{1,0:T(8,128)}}, u32[]{{:S(2)}}, u32[]) collective-permute-start(%x), {SHIFT}
+  %permute-done = f32[8,8] collective-permute-done(%permute-start)
   %all-reduce-start = f32[8,8] all-reduce-start(%x), {PAIRS}, to_apply=%sum
   %all-reduce-done = f32[8,8] all-reduce-done(%all-reduce-start)
 }}
@@ -116,6 +119,7 @@ ENTRY %main (p: f32[8,8]) -> f32[8,8] {{
 def test_what_a_product_runs_beside_is_hidden():
     half = 8 * 8 * 4 / 2
     assert collectives(parse(GPU_LOOP), make_mesh(MESH, jax.devices())) == [
+        Collective("collective-permute", ("fsdp",), 6 * half, 3, 6 * half),
         Collective("all-reduce", ("tensor",), 6 * half, 3, 6 * half), Collective("all-gather", ("tensor",), 3 * half, 3, 0)]
 
 
