@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.checks import check_layout
-from jaxlm.parallel.mesh import make_mesh
+from jaxlm.checks import check_kernel, check_layout
+from jaxlm.parallel.mesh import make_mesh, mesh_platform
 from jaxlm.planning import hlo
 from jaxlm.planning.buffers import Buffer, largest_live
 from jaxlm.planning.chips import CHIPS
@@ -90,6 +90,7 @@ def make_plan(settings: Settings, target_name: str) -> Plan:
     target = find_target(target_name)
     mesh = make_mesh(settings.mesh, target.devices, target.island)
     check_layout(settings, mesh.shape)
+    check_kernel(settings, mesh_platform(mesh))
     return plan_on(settings, target, mesh)
 
 

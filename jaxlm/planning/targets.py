@@ -91,6 +91,8 @@ def find_target(name: str) -> Target:
     kind, shape, slices = found["kind"], found["shape"], int(found["slices"] or 1)
     if kind not in kinds:
         raise UserError(f"target '{name}': unknown kind '{kind}', expected one of {', '.join(kinds)}{nearest(kind, kinds)}")
+    if not all(map(int, re.findall(r"\d+", shape))) or not slices:
+        raise UserError(f"target '{name}': sizes are positive numbers")
     jax.config.update("jax_platforms", "cpu")  # what compiles; the target's devices are never started
     if kind in TPUS:
         return Target(name, kind, _tpu_devices(name, kind, shape, slices))

@@ -1,0 +1,193 @@
+"""`jaxlm plan`, part by part against what can be counted by hand, and as a user calls it."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import cli
+from jaxlm.errors import UserError
+from jaxlm.planning.buffers import largest_live
+from jaxlm.planning.chips import CHIPS
+from jaxlm.planning.collectives import Collective
+from jaxlm.planning.compilation import trace_step
+from jaxlm.planning.flops import executed_flops
+from jaxlm.planning.hlo import parse
+from jaxlm.planning.plan import model_flops
+from jaxlm.planning.roofline import network, roofline
+from jaxlm.planning.targets import find_target
+from jaxlm.planning.traffic import memory_traffic
+from jaxlm.settings import DataSettings, ModelSettings, Settings, TrainSettings
+
+SETTINGS = Settings(
+    model=ModelSettings(num_layers=4, num_heads=8, hidden_size=64, vocab_size=384, max_length=32),
+    data=DataSettings(sequence_length=32, global_batch_size=16))
+SMALL = ["model.num_layers=2", "model.num_heads=2", "model.hidden_size=32", "model.vocab_size=128", "model.max_length=32",
+         "data.sequence_length=32", "data.global_batch_size=8"]
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mesh", ["one", "fsdp8", "tensor8", "2x2x2", "fsdp2context2tensor2"])
+def test_what_all_devices_execute_is_what_the_model_asks_for(mesh, meshes):
+    traced, trainer = trace_step(SETTINGS, meshes[mesh])
+    executed = executed_flops(traced.jaxpr, meshes[mesh].size) * meshes[mesh].size
+    # a ring computes the half of the scores that a causal token sees, and the blocks on the diagonal
+    least = 0.9 if "context" in mesh else 1.0
+    assert least <= executed / model_flops(trainer, SETTINGS) <= 1.0001
+
+
+def test_what_is_computed_again_is_counted_again(meshes):
+    counts = {}
+    for remat in ("none", "dots", "full"):
+        settings = replace(SETTINGS, train=TrainSettings(remat=remat))
+        traced, _ = trace_step(settings, meshes["one"])
+        counts[remat] = executed_flops(traced.jaxpr, 1)
+    assert counts["none"] < counts["dots"] < counts["full"] < 1.34 * counts["none"]  # one of three passes, without the head
+
+
+# ---- memory traffic and buffers --------------------------------------------------------------------------------------
+
+LOOP = """
+%read (p0: f32[10,256,256], p1: s32[]) -> f32[256,256] {
+  %p0 = f32[10,256,256] parameter(0)
+  %p1 = s32[] parameter(1)
+  %ds = f32[1,256,256] dynamic-slice(%p0, %p1, %p1, %p1), dynamic_slice_sizes={1,256,256}
+  ROOT %out = f32[256,256] bitcast(%ds)
+}
+%body (t: (s32[], f32[10,256,256])) -> (s32[], f32[10,256,256]) {
+  %t = (s32[], f32[10,256,256]) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %all = f32[10,256,256] get-tuple-element(%t), index=1
+  %one = f32[256,256] fusion(%all, %i), kind=kLoop, calls=%read, metadata={op_name="jit(f)/transpose(jvp())/mlp/sin"}
+  %dot.1 = f32[256,256] dot(%one, %one)
+  ROOT %r = (s32[], f32[10,256,256]) tuple(%i, %all)
+}
+ENTRY %main (p: f32[10,256,256]) -> f32[10,256,256] {
+  %p = f32[10,256,256] parameter(0)
+  %c = s32[] constant(0)
+  %start = (s32[], f32[10,256,256]) tuple(%c, %p)
+  %w = (s32[], f32[10,256,256]) while(%start), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  ROOT %out = f32[10,256,256] get-tuple-element(%w), index=1
+}
+"""
+ARRAY = 256 * 256 * 4
+
+
+def test_a_slice_of_a_large_array_is_all_that_a_fusion_reads():
+    per_turn = (ARRAY + 4) + ARRAY + 3 * ARRAY  # the slice and its place read, one written; a product's two operands and result
+    assert memory_traffic(parse(LOOP)) == 10 * per_turn
+
+
+def test_arrays_in_on_chip_memory_are_no_traffic():
+    text = "ENTRY %main (p: f32[8]) -> f32[8] {\n  %a = f32[1024]{0:T(1024)S(1)} add(%x, %x)\n  %b = f32[1024]{0} negate(%a)\n}\n"
+    assert memory_traffic(parse(text)) == 4096
+
+
+def test_the_largest_arrays_at_the_peak_have_names():
+    found = {buffer.label: buffer.size for buffer in largest_live(parse(LOOP))}
+    assert found == {"mlp, backward: sin": ARRAY, "dot": ARRAY}
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+def devices(kind, coords, islands=1):
+    per_island = len(coords) // islands
+    return [SimpleNamespace(device_kind=kind, coords=place, island=i // per_island) for i, place in enumerate(coords)]
+
+
+def laid(kind, shape, coords, islands=1):
+    """A mesh of (data, fsdp) over such devices, in their order."""
+    placed = np.empty(len(coords), object)
+    placed[:] = devices(kind, coords, islands)
+    return SimpleNamespace(devices=placed.reshape(shape), axis_names=("data", "fsdp"))
+
+
+def test_an_axis_gets_the_links_of_the_dimensions_that_it_spans():
+    v5e, ring = CHIPS["TPU v5 lite"], [(x, y, 0) for x in range(16) for y in range(16)]
+    island = lambda device: device.island  # noqa: E731
+    whole = laid("TPU v5 lite", (16, 16), ring)
+    assert network(["fsdp"], whole, v5e, island) == ("fast", 2 * v5e.link)  # 16 close to a ring
+    assert network(["data", "fsdp"], whole, v5e, island) == ("fast", 4 * v5e.link)
+    open_line = laid("TPU v5 lite", (2, 4), [(x, y, 0) for x in range(2) for y in range(4)])
+    assert network(["fsdp"], open_line, v5e, island) == ("fast", v5e.link)
+
+
+def test_between_nodes_a_group_uses_the_cards_of_all_its_devices():
+    h100, places = CHIPS["NVIDIA H100 80GB HBM3"], [(i, 0, 0) for i in range(16)]
+    island = lambda device: device.island  # noqa: E731
+    across = laid("NVIDIA H100 80GB HBM3", (2, 8), places, islands=2)
+    assert network(["data"], across, h100, island) == ("slow", h100.slow)
+    assert network(["fsdp"], across, h100, island) == ("fast", h100.link)
+    assert network(["data", "fsdp"], across, h100, island) == ("slow", 8 * h100.slow)
+
+
+def test_what_is_hidden_overlaps_and_what_is_not_is_added():
+    mesh = laid("NVIDIA H100 80GB HBM3", (1, 8), [(i, 0, 0) for i in range(8)])
+    sent = [Collective("all-gather", ("fsdp",), 4.5e11, 10, 0.9e11)]
+    step = roofline(2e15, 1e15, 3.35e12, sent, mesh, lambda device: device.island)
+    assert (step.compute, step.memory, step.fast_network, step.slow_network) == (2.0, 1.0, 1.0, 0.0)
+    assert step.exposed == pytest.approx(0.2) and step.total == pytest.approx(2.2) and step.bound == "compute"
+
+
+# ---- the verb --------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("{}")
+    return str(path)
+
+
+@pytest.fixture
+def eight_devices(monkeypatch):
+    """This process has its devices already."""
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_the_json_is_the_contracts(config_file, capsys):
+    assert cli.main(["plan", config_file, "--target", "cpu:8", "--json", "mesh.fsdp=4", "mesh.data=2", *SMALL]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["devices"] == 8 and plan["mesh"]["fsdp"] == 4
+    memory = plan["memory_per_device"]
+    assert {"parameters", "optimizer", "gradients", "activations", "total"} <= memory.keys()
+    assert sum(memory[name] for name in ("parameters", "optimizer", "gradients", "activations")) == memory["total"]
+    assert {(one["kind"], one["axis"]) for one in plan["collectives"]} >= {("all-gather", "fsdp"), ("reduce-scatter", "fsdp")}
+    assert all({"kind", "axis", "bytes_per_device", "count"} <= one.keys() for one in plan["collectives"])
+    assert plan["flops_per_device"] > 0 and plan["compile_seconds"] > 0
+    assert plan["step_seconds"] is None and plan["mfu"] is None  # nobody publishes the speed of an emulated device
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_people_get_a_table_and_a_picture(config_file, capsys, tmp_path):
+    picture = tmp_path / "plan.png"
+    assert cli.main(["plan", config_file, "--target", "cpu:8", "--picture", str(picture), "mesh.tensor=2", *SMALL]) == 0
+    text = capsys.readouterr().out
+    for words in ("8 cpu devices", "tensor 2", "total (by the compiler)", "all-gather", "not published"):
+        assert words in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("target", "message"), [
+    ("h10:8", r"unknown kind 'h10', .*did you mean 'h100'\?"),
+    ("v5p", "expected KIND:SHAPE"),
+    ("2xh100:8", "expected h100:GPUs of a node x nodes"),
+    ("h100:8x2x2", "expected h100:GPUs of a node x nodes"),
+    ("cpu:2x2", "expected cpu:N"),
+    ("v5e:0x4", "sizes are positive"),
+])
+def test_targets_that_are_none(target, message):
+    with pytest.raises(UserError, match=message):
+        find_target(target)
+
+
+def test_what_the_mesh_does_not_fit_is_said_in_one_line(config_file, capsys, eight_devices):
+    overrides = ["mesh.fsdp=3", *SMALL, "model.hidden_size=96", "data.global_batch_size=9"]
+    assert cli.main(["plan", config_file, "--target", "cpu:8", *overrides]) == 2
+    assert capsys.readouterr().err == (
+        "jaxlm: mesh.fsdp=3 does not make 8 device(s); change the mesh, or devices.count (or leave one axis at -1 and make the "
+        "others divide 8)\n")
