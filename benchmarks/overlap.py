@@ -3,7 +3,7 @@
     python benchmarks/overlap.py --target h100:8 fsdp=8
 
 Compiles a step of 4 layers of a 1.3B model twice, with the flags and with each of them off, and reads the compiled programs.
-Needs the target's compiler (libtpu, or JAX's CUDA plugin) and no accelerator.
+Needs JAX's CUDA plugin and no accelerator; for TPUs there are no flags to compare.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.collectives import collectives
 from jaxlm.planning.compilation import compile_step
 from jaxlm.planning.hlo import parse
-from jaxlm.planning.targets import TPUS, find_target
+from jaxlm.planning.targets import GPUS, find_target
 from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
 
@@ -45,7 +45,9 @@ def main() -> None:
     if arguments.row:
         print(row(arguments.target, {axis: int(size) for axis, _, size in (one.partition("=") for one in arguments.axes)}))
         return
-    backend = BACKENDS["tpu" if arguments.target.split(":")[0].split("x")[-1] in TPUS else "gpu"]
+    if arguments.target.split(":")[0] not in GPUS:
+        raise SystemExit(f"--target {arguments.target}: expected a GPU, one of {', '.join(GPUS)}; other backends get no flags")
+    backend = BACKENDS["gpu"]
     off = " ".join(f"--{flag}=false" for flag in backend.flags)
     print("| target | mesh | flags | sent, MiB | not hidden, MiB | temporaries, MiB |\n| --- | --- | --- | --- | --- | --- |")
     for name, flags in {"on": "", "off": off}.items():

@@ -31,16 +31,9 @@ BACKENDS = {
         "xla_gpu_enable_pipelined_reduce_scatter": "true",  # a layer's gradients leave while the next one's are computed
         "xla_gpu_enable_pipelined_all_reduce": "true",
     }),
-    # The defaults of libtpu 0.0.52, said for older ones: exchanges run inside the matrix products around them.
-    "tpu": Backend("LIBTPU_INIT_ARGS", ("libtpu",), {
-        "xla_enable_async_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion": "true",
-        "xla_tpu_enable_async_collective_fusion_fuse_all_gather": "true",
-        "xla_tpu_enable_async_collective_fusion_multiple_steps": "true",
-        "xla_tpu_overlap_compute_collective_tc": "true",
-        "xla_tpu_enable_data_parallel_all_reduce_opt": "true",  # between slices
-        "xla_tpu_data_parallel_opt_different_sized_ops": "true",
-    }),
+    # libtpu chooses by itself, differently for each generation: v5e's choices said aloud change nothing there, and v5p's compiler
+    # refuses them (docs/memory-and-overlap.md).
+    "tpu": Backend("LIBTPU_INIT_ARGS", ("libtpu",), {}),
     "cpu": Backend("XLA_FLAGS", ("jaxlib",), {}),  # none of those that were tried helped (docs/lab-notes.md)
 }
 
