@@ -80,8 +80,13 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
 def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     """plan: memory, traffic and speed on devices that are not here, from their own compiler"""
     from jaxlm.planning.describe import describe, draw
-    from jaxlm.planning.plan import make_plan
+    from jaxlm.planning.explain import explain
+    from jaxlm.planning.plan import lay, make_plan
+    from jaxlm.planning.targets import find_target
 
+    if arguments.explain:
+        _console().print(explain(settings, lay(settings, find_target(arguments.target))), highlight=False, soft_wrap=True)
+        return
     made = make_plan(settings, arguments.target)
     if arguments.picture:
         draw(made, arguments.picture)
@@ -208,6 +213,8 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "plan":
         parser.add_argument("--target", required=True, help="cpu:8, TPU slices such as v5p:4x4x4 or 2xv5e:16x16, "
                             "or GPUs of a node x nodes such as h100:8x4")
+        parser.add_argument("--explain", action="store_true",
+                            help="show how every array is cut and what each product sends, without compiling")
         parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw memory and times")
     if verb in ("evaluate", "generate", "bench", "plan"):
         parser.add_argument("--json", action="store_true", help="JSON on standard output, for scripts")

@@ -11,6 +11,7 @@ from jaxlm.reporting.plots import save
 from jaxlm.reporting.units import counted, format_count, format_duration
 
 GIB, MIB = 2**30, 2**20
+NUMBERS = ("", "share", "bytes", "not hidden", "times")
 
 
 def describe(plan: Plan) -> RenderableType:
@@ -26,38 +27,39 @@ def _head(plan: Plan) -> Iterator[str]:
     yield (f"{counted(settings.data.global_batch_size, 'sequence')} of {settings.data.sequence_length:,} = "
            f"{format_count(plan.tokens_per_step)} tokens a step; {settings.train.precision}")
     if plan.capacity is None:
-        yield f"needs {size(plan.memory.total)} on each device"
+        yield f"needs {format_size(plan.memory.total)} on each device"
     else:
         spare = plan.capacity - plan.memory.total
-        verdict = f"FITS, {size(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {size(-spare)} too much"
-        yield f"{verdict}: needs {size(plan.memory.total)} of {size(plan.capacity)} on each device"
+        verdict = f"FITS, {format_size(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {format_size(-spare)} too much"
+        yield f"{verdict}: needs {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device"
 
 
 def _memory(plan: Plan) -> Table:
-    table = _table("memory of a device", "", "share")
+    table = new_table("memory of a device", "", "share")
     parts = plan.state | {"activations and what is fetched": plan.activations}
     for name, part in parts.items():
-        table.add_row(name, size(part), f"{part / plan.memory.total:.0%}")
-    table.add_row("total (by the compiler)", size(plan.memory.total), "")
+        table.add_row(name, format_size(part), f"{part / plan.memory.total:.0%}")
+    table.add_row("total (by the compiler)", format_size(plan.memory.total), "")
     if plan.memory.host:
-        table.add_row("in the host's memory", size(plan.memory.host), "")
+        table.add_row("in the host's memory", format_size(plan.memory.host), "")
     for buffer in plan.largest:
-        table.add_row(f"  at the peak: {buffer.label}", size(buffer.size), "")
+        table.add_row(f"  at the peak: {buffer.label}", format_size(buffer.size), "")
     return table
 
 
 def _exchanges(plan: Plan) -> Table:
-    table = _table("sent by a device in a step", "axis", "bytes", "not hidden", "times")
+    table = new_table("sent by a device in a step", "axis", "bytes", "not hidden", "times")
     for one in plan.collectives:
         if one.bytes_per_device >= 1024:
-            table.add_row(one.kind, " + ".join(one.axes), size(one.bytes_per_device), size(one.exposed_bytes), f"{one.count:,}")
+            table.add_row(one.kind, " + ".join(one.axes), format_size(one.bytes_per_device), format_size(one.exposed_bytes),
+                          f"{one.count:,}")
     return table
 
 
 def _speed(plan: Plan) -> Iterator[str]:
     extra = plan.executed_flops / plan.model_flops - 1
     yield (f"arithmetic: {plan.model_flops / 1e12:,.2f} TFLOP of the model on each device in a step, {extra:+.0%} executed; "
-           f"memory traffic {size(plan.traffic)}")
+           f"memory traffic {format_size(plan.traffic)}")
     step = plan.roofline
     if step is None:
         yield "time: the speed of these devices is not published"
@@ -72,7 +74,7 @@ def _speed(plan: Plan) -> Iterator[str]:
     yield f"compiled in {plan.compile_seconds:.0f} s"
 
 
-def size(number: float) -> str:
+def format_size(number: float) -> str:
     """3.42 GiB, 512 MiB, 12 KiB."""
     for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
         if number >= unit:
@@ -85,10 +87,10 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
-def _table(*columns: str) -> Table:
+def new_table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column in (columns[0], "axis") else "right", no_wrap=True)
+        table.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=True)
     return table
 
 

@@ -88,10 +88,15 @@ def make_plan(settings: Settings, target_name: str) -> Plan:
       UserError: no such target or compiler, or the run does not fit its devices in number.
     """
     target = find_target(target_name)
+    return plan_on(settings, target, lay(settings, target))
+
+
+def lay(settings: Settings, target: Target) -> Mesh:
+    """The mesh of a run over a target's devices. Raises UserError."""
     mesh = make_mesh(settings.mesh, target.devices, target.island)
     check_layout(settings, mesh.shape)
     check_kernel(settings, mesh_platform(mesh))
-    return plan_on(settings, target, mesh)
+    return mesh
 
 
 def plan_on(settings: Settings, target: Target, mesh: Mesh) -> Plan:

@@ -111,6 +111,7 @@ def _tpu_devices(name: str, kind: str, shape: str, slices: int) -> list[jax.Devi
         raise UserError(f"target '{name}' needs the compiler of TPUs: pip install libtpu")
     set_flags("tpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # outside the cloud there is no metadata server to ask
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compilers do not contend for a device as runs do
     try:
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{kind}:{shape}", num_slices=slices,
