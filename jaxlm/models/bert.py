@@ -71,7 +71,8 @@ class BERT(nnx.Module):
     @jax.named_scope("embedding")
     def embed(self, tokens: jax.Array, token_types: jax.Array, context: Context) -> jax.Array:
         """int32 tokens [B, T] to what the first block reads, [B, T, D]."""
-        x = self.token_embedding(tokens) + self.position_embedding(context.positions) + self.type_embedding(token_types)
+        x = self.token_embedding(tokens, self.dtype) + self.position_embedding(context.positions, self.dtype)
+        x = x + self.type_embedding(token_types, self.dtype)
         x = constrain(self.embedding_norm(x).astype(self.dtype), *residual_axes(x.shape[1]))
         return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
 

@@ -71,9 +71,9 @@ class GPT(nnx.Module):
     @jax.named_scope("embedding")
     def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
         """int32 tokens [B, T] to what the first block reads, [B, T, D]."""
-        x = self.token_embedding(tokens)
+        x = self.token_embedding(tokens, self.dtype)
         if self.position_embedding is not None:
-            x = x + self.position_embedding(context.positions)
+            x = x + self.position_embedding(context.positions, self.dtype)
         x = constrain(x.astype(self.dtype), *residual_axes(x.shape[1]))
         return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
 

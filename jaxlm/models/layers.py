@@ -91,9 +91,9 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(stddev * jax.random.normal(rngs.params(), (size, hidden_size)), axes=(axis, "embed"))
         self.axis = axis
 
-    def __call__(self, indices: jax.Array) -> jax.Array:
-        """int32 [B, T] to float32 [B, T, D] in the residual stream."""
-        return products.look_up(self.embedding[...], indices, self.axis)
+    def __call__(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """int32 [B, T] to [B, T, D] in the residual stream; vectors travel in `dtype`, to be added up in float32."""
+        return products.look_up(self.embedding[...], indices, self.axis, dtype).astype(jnp.float32)
 
 
 def take_positions(x: jax.Array, indices: jax.Array) -> jax.Array:

@@ -1,13 +1,14 @@
 """Products over the mesh against einsum, forward and backward, and the sums' types."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.parallel.products import TOKENS, fan_in, fan_out, residual_axes
+from jaxlm.parallel.products import TOKENS, fan_in, fan_out, look_up, residual_axes
 
 ROWS, LENGTH, WIDTH, HEADS, HEAD_DIM = 8, 16, 32, 8, 4
 FAN_OUT = (("embed", "heads", None), ("embed", "kv_heads", None))
@@ -47,6 +48,23 @@ def test_fan_in_and_its_gradients(mesh, length, meshes):
     with jax.set_mesh(meshes[mesh]):
         ours = with_gradients(lambda y, kernel: fan_in(y, kernel, ("heads", None, "embed"), residual_axes(length)), grad)
         assert_close(ours(y, kernel), plain(y, kernel))
+
+
+@pytest.mark.parametrize("axis", ["vocab", "positions"])  # rows that tensor cuts, and rows that nothing does
+@pytest.mark.parametrize("rows", [16, 256])  # fewer and more than a device has tokens: the table travels, or the vectors
+@pytest.mark.parametrize("mesh", MESHES)
+def test_look_up_and_its_gradient(mesh, rows, axis, meshes):
+    table, grad = normal(rows, WIDTH), normal(ROWS, LENGTH, WIDTH, seed=1)
+    indices = np.random.default_rng(2).integers(0, rows, (ROWS, LENGTH)).astype(np.int32)
+    plain = with_gradients(lambda table: table[indices], grad)
+    with jax.set_mesh(meshes[mesh]):
+        ours = with_gradients(lambda table: look_up(table, indices, axis, jnp.float32), grad)
+        assert_close(ours(table), plain(table))
+        text = ours.lower(table).as_text()
+    if mesh == "fsdp8":
+        shapes = re.findall(r"all_gather.*-> tensor<([\dx]+)x", text)
+        gathered = [np.prod([int(size) for size in shape.split("x")]) for shape in shapes]
+        assert (rows * WIDTH in gathered) == (rows == 16)
 
 
 def test_bfloat16_rounds_only_operands_and_results(meshes):
