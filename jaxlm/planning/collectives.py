@@ -18,6 +18,8 @@ from jax.sharding import Mesh
 from jaxlm.planning.hlo import Module, Operation, array_sizes
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
+TILED = re.compile(r":T\(")  # layouts of TPUs
+OP_NAME = re.compile(r'op_name="([^"]*)"')
 COUNTERS = re.compile(r"\b[us]32\[\]")  # what libtpu hands from a start to its end beside operands and results
 KERNEL = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
 
@@ -86,6 +88,8 @@ def _read(operations: list[Operation], before: dict[str, list[Exchange]], produc
             inside = [one._replace(kind="reduce-scatter", size=one.size / 2) for one in before[first]]
         elif operation.opcode == "async-start":
             inside = before[first]
+        elif operation.opcode == "all-reduce" and TILED.search(operation.type):
+            inside = [_as_asked(one, operation.rest) for one in inside]
         if operation.opcode.endswith("-start"):
             pending[operation.name] = list(range(len(found), len(found) + len(inside)))
         found += inside
@@ -93,6 +97,15 @@ def _read(operations: list[Operation], before: dict[str, list[Exchange]], produc
             for name in operation.operands:
                 pending.pop(name, None)
     return found, has_product
+
+
+def _as_asked(sum_of_all: Exchange, rest: str) -> Exchange:
+    """On a whole 3D torus libtpu writes gathers and scatters as sums of padded arrays. What they were stands in the operation's
+    name, which those that were scatters lack."""
+    asked = OP_NAME.search(rest)
+    if asked and not asked[1].endswith("all_gather"):
+        return sum_of_all
+    return sum_of_all._replace(kind="all-gather" if asked else "reduce-scatter", size=sum_of_all.size / 2)
 
 
 def _exchange(operation: Operation, mesh: Mesh) -> Iterator[Exchange]:
