@@ -87,9 +87,7 @@ fan_in.defvjp(_fan_in_forward, _fan_in_backward)
 def look_up(table: jax.Array, indices: jax.Array, axis: str, dtype: jnp.dtype) -> jax.Array:
     """Rows of a table [V, D], axes (`axis`, "embed"), at int32 indices [B, T]: [B, T, D] in the residual stream, in `dtype`.
 
-    Where the rows are cut each device fetches those that it has, and the others add zeros. Where D is cut, devices have other
-    tokens, too: either the table comes to them, or, when that is less, each looks up its part of D for the tokens of all, and
-    the parts are exchanged.
+    Where the rows are cut each device fetches those that it has, and the others add zeros. The table travels in `dtype`, too.
     """
     states = residual_axes(indices.shape[1])
     run = functools.partial(_look_up, cuts=_cuts((axis,), "embed", states), dtype=dtype)
@@ -169,45 +167,24 @@ def _fan_in_gradients(y, kernel, grad, *, cuts):
 
 
 def _look_up(table, indices, *, cuts, dtype):
-    exchanged = _exchanged(table, indices, cuts)
-    table = table.astype(dtype)
-    if exchanged:
-        indices = gather(indices, cuts.embed, axis=0)
-    else:
-        table = gather(table, cuts.embed, axis=1)
-    if cuts.columns:
-        indices, here = _own(indices, table, cuts)
-        found = jnp.where(here[..., None], table[indices], 0)
-    else:
-        found = table[indices]
-    if exchanged:
-        found = jax.lax.all_to_all(found, cuts.embed, split_axis=0, concat_axis=2, tiled=True)
+    table = gather(table.astype(dtype), cuts.embed, axis=1)
     if not cuts.columns:
-        return found
+        return table[indices]
+    indices, here = _own(indices, table, cuts)
+    found = jnp.where(here[..., None], table[indices], 0)
     return scatter_sum(found, cuts.scattered, axis=1) if cuts.scattered else sum_over(found, cuts.columns)
 
 
 def _look_up_gradient(table, indices, grad, *, cuts):
-    exchanged, tokens = _exchanged(table, indices, cuts), cuts.tokens
     if cuts.columns:
         grad = gather(grad, cuts.scattered, axis=1)
-    else:
-        tokens = tokens + cuts.scattered
-    if exchanged:
-        indices = gather(indices, cuts.embed, axis=0)
-        grad = jax.lax.all_to_all(grad, cuts.embed, split_axis=2, concat_axis=0, tiled=True)
-    if cuts.columns:
         indices, here = _own(indices, table, cuts)
         grad = jnp.where(here[..., None], grad, 0)
+        tokens = cuts.tokens
+    else:
+        tokens = cuts.tokens + cuts.scattered
     grad_table = jnp.zeros((table.shape[0], grad.shape[2]), table.dtype).at[indices].add(grad.astype(table.dtype))
-    if exchanged:
-        return sum_over(grad_table, tuple(name for name in tokens if name not in cuts.embed))
     return _sum_kernel(grad_table, cuts._replace(tokens=tokens), axis=1)
-
-
-def _exchanged(table, indices, cuts):
-    """Whether the tokens of a device are fewer than the rows of its table, so that it is the tokens' vectors that travel."""
-    return bool(cuts.embed) and indices.size < table.shape[0]
 
 
 def _own(indices, table, cuts):

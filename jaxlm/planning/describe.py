@@ -101,22 +101,25 @@ def draw(plan: Plan, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    memory, times = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    bottom = 0.0
+    figure = Figure(figsize=(8, 5 if plan.roofline else 2), dpi=150, layout="constrained")
+    heights = (1, 3) if plan.roofline else (1,)
+    memory, *rest = figure.subplots(len(heights), 1, squeeze=False, height_ratios=heights).ravel()
+    left = 0.0
     for name, part in (plan.state | {"activations": plan.activations}).items():
-        memory.bar(["a device"], [part / GIB], bottom=bottom, label=name)
-        bottom += part / GIB
+        memory.barh(["a device"], [part / GIB], left=left, label=name)
+        left += part / GIB
     if plan.capacity:
-        memory.axhline(plan.capacity / GIB, color="black", linestyle="--", label="capacity")
-    memory.set_ylabel("GiB")
-    memory.legend(fontsize="small")
+        memory.axvline(plan.capacity / GIB, color="black", linestyle="--", label="capacity")
+    memory.set_xlabel("GiB")
+    memory.legend(fontsize="small", ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     if plan.roofline:
-        step = plan.roofline
+        step, [times] = plan.roofline, rest
         parts = {"compute": step.compute, "memory": step.memory, "network inside": step.fast_network,
                  "network between": step.slow_network, "not hidden": step.exposed, "step": step.total}
-        times.barh(list(parts), [1000 * part for part in parts.values()])
+        bars = times.barh(list(parts), list(parts.values()), color=["tab:gray"] * 5 + ["tab:blue"])
+        times.bar_label(bars, [format_seconds(part) for part in parts.values()], padding=3, fontsize="small")
+        times.margins(x=0.12)
         times.invert_yaxis()
-        times.set_xlabel("ms a step")
+        times.set_xlabel("seconds in a step, at best")
     figure.suptitle(f"{format_count(plan.parameters)} parameters on {plan.target.name}")
     save(figure, path)

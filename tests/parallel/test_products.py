@@ -1,7 +1,6 @@
 """Products over the mesh against einsum, forward and backward, and the sums' types."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -51,20 +50,14 @@ def test_fan_in_and_its_gradients(mesh, length, meshes):
 
 
 @pytest.mark.parametrize("axis", ["vocab", "positions"])  # rows that tensor cuts, and rows that nothing does
-@pytest.mark.parametrize("rows", [16, 256])  # fewer and more than a device has tokens: the table travels, or the vectors
 @pytest.mark.parametrize("mesh", MESHES)
-def test_look_up_and_its_gradient(mesh, rows, axis, meshes):
-    table, grad = normal(rows, WIDTH), normal(ROWS, LENGTH, WIDTH, seed=1)
-    indices = np.random.default_rng(2).integers(0, rows, (ROWS, LENGTH)).astype(np.int32)
+def test_look_up_and_its_gradient(mesh, axis, meshes):
+    table, grad = normal(256, WIDTH), normal(ROWS, LENGTH, WIDTH, seed=1)
+    indices = np.random.default_rng(2).integers(0, 256, (ROWS, LENGTH)).astype(np.int32)
     plain = with_gradients(lambda table: table[indices], grad)
     with jax.set_mesh(meshes[mesh]):
         ours = with_gradients(lambda table: look_up(table, indices, axis, jnp.float32), grad)
         assert_close(ours(table), plain(table))
-        text = ours.lower(table).as_text()
-    if mesh == "fsdp8":
-        shapes = re.findall(r"all_gather.*-> tensor<([\dx]+)x", text)
-        gathered = [np.prod([int(size) for size in shape.split("x")]) for shape in shapes]
-        assert (rows * WIDTH in gathered) == (rows == 16)
 
 
 def test_bfloat16_rounds_only_operands_and_results(meshes):
