@@ -172,6 +172,17 @@ def test_people_get_a_table_and_a_picture(config_file, capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("eight_devices")
+def test_explain_says_what_is_cut_and_what_travels(config_file, capsys):
+    overrides = ["mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2", *SMALL]
+    assert cli.main(["plan", config_file, "--target", "cpu:8", "--explain", *overrides]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    kernel = 4 * 2 * 32 * 128 // 4 // 1024  # two layers, float32, a quarter on each device
+    assert f"blocks.mlp.up.kernel 2 x 32 x 128 layers, embed, mlp -, fsdp, tensor {kernel} KiB" in lines
+    assert any(line.startswith("every kernel data - / all-reduce") for line in lines)
+    assert not any("all-to-all" in line for line in lines)
+
+
 @pytest.mark.parametrize(("target", "message"), [
     ("h10:8", r"unknown kind 'h10', .*did you mean 'h100'\?"),
     ("v5p", "expected KIND:SHAPE"),
