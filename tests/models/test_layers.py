@@ -8,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 
-from jaxlm.models.layers import MLP, Embedding, Norm, padded_vocab_size, rotate
+from jaxlm.models.layers import MLP, Norm, padded_vocab_size, rotate
 from jaxlm.models.model import Model
-from jaxlm.parallel.sharding import spec
 from jaxlm.settings import TrainSettings
 
 
@@ -63,25 +61,6 @@ def test_mlp(activation, models):
     gated = activation in ("swiglu", "geglu")  # Shazeer 2020
     hidden = activate(x @ np.asarray(mlp.gate.kernel[...])) * (x @ up) if gated else activate(x @ up)
     np.testing.assert_allclose(mlp(jnp.asarray(x)), hidden @ down, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("mesh", ["fsdp8", "tensor8", "2x2x2"])
-def test_embedding_on_a_mesh_is_a_lookup(mesh, meshes):
-    table, indices, weights = normal(24, 16), np.random.default_rng(1).integers(0, 24, (8, 5)), normal(8, 5, 16, seed=2)
-    embedding = Embedding(24, 16, "vocab", stddev=1.0, rngs=nnx.Rngs(0))
-    graph, state = nnx.split(embedding)
-
-    def loss(table, indices):
-        looked_up = nnx.merge(graph, jax.tree.map(lambda _: table, state))(indices)
-        return (looked_up * weights).sum(), looked_up
-
-    with jax.set_mesh(meshes[mesh]):
-        placed = jax.device_put(table, NamedSharding(meshes[mesh], spec("vocab", "embed")))
-        grad, looked_up = jax.jit(jax.grad(loss, has_aux=True))(placed, indices)
-    np.testing.assert_array_equal(looked_up, table[indices])
-    want = np.zeros_like(table)
-    np.add.at(want, indices, weights)
-    np.testing.assert_allclose(grad, want, rtol=1e-5, atol=1e-5)
 
 
 def test_vocabulary_is_padded_to_multiples_of_128():
