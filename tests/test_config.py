@@ -191,7 +191,8 @@ CONTRADICTIONS = {
     "mesh.expert=2 does not divide model.num_experts=3": ["mesh.expert=2", "model.num_experts=3"],
     "model.capacity_factor=1.5 needs experts": ["model.capacity_factor=1.5"],
     "train.remat: residual is what a block is recomputed from": ["train.remat={residual: recompute}"],
-    "data.sequence_length=100: model.attention=splash takes multiples of 128; use 128": ["model.attention=splash", "data.sequence_length=100"],
+    "data.sequence_length=100: model.attention=splash takes multiples of 128; use 128":
+        ["model.attention=splash", "data.sequence_length=100"],
     "model.attention=splash has no attention dropout": ["model.attention=splash", "model.dropout=0.1"],
     "model.experts_per_token=2 is more than model.num_experts=1": ["model.num_experts=1"],
     "model.num_experts=4: only for gpt": ["model.num_experts=4", "model.family=bert"],
