@@ -10,14 +10,13 @@ import math
 import sys
 
 import jax
-import jax.numpy as jnp
 
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.collectives import Collective, collectives
+from jaxlm.planning.compilation import compile_step
 from jaxlm.planning.hlo import parse
-from jaxlm.settings import MeshSettings, ModelSettings, Settings, TrainSettings
-from jaxlm.training.step import batch_sharding, make_trainer
+from jaxlm.settings import DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
 
 ROWS, LENGTH = 64, 128
 DENSE = {"num_layers": 8, "num_heads": 8, "hidden_size": 256, "vocab_size": 1024, "max_length": LENGTH, "bias": False}
@@ -69,24 +68,14 @@ def minimum(axis: str, model: Model, train: TrainSettings, devices: int) -> floa
     raise ValueError(axis)
 
 
-def compiled_step(settings: Settings, mesh: jax.sharding.Mesh) -> jax.stages.Compiled:
-    """The training step, compiled for arrays that are not there."""
-    with jax.set_mesh(mesh):
-        trainer = make_trainer(Model(settings.model, settings.train), settings, mesh)
-        state = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                             trainer.state_shapes, trainer.state_shardings)
-        kinds = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": jnp.bool}
-        batch = {name: jax.ShapeDtypeStruct((ROWS, LENGTH), kind, sharding=batch_sharding(mesh)) for name, kind in kinds.items()}
-        return trainer.step.lower(state, batch).compile()
-
-
 def measure(axis: str) -> tuple[list[Collective], float, int]:
     """The exchanges of a step, the least bytes, and the devices."""
     model, train, shape = RUNS[axis]
-    settings = Settings(model=ModelSettings(**DENSE | model), train=TrainSettings(steps=10, **train))
+    settings = Settings(model=ModelSettings(**DENSE | model), train=TrainSettings(steps=10, **train),
+                        data=DataSettings(global_batch_size=ROWS, sequence_length=LENGTH))
     [devices] = shape.values()
     mesh = make_mesh(MeshSettings(**shape), jax.devices()[:devices])
-    found = collectives(parse(compiled_step(settings, mesh).as_text()), mesh)
+    found = collectives(parse(compile_step(settings, mesh).as_text()), mesh)
     return found, minimum(axis, Model(settings.model, settings.train), settings.train, devices), devices
 
 

@@ -217,7 +217,7 @@ class DevicesSettings:
     count: Annotated[Positive, Le(1024)] | None = key(
         None, "devices per process; on cpu they are emulated; null: all (cpu: 1)", "devices")
     overlap: bool = key(True, "set XLA's flags that let communication run beside computation (jaxlm/parallel/compiler.py); "
-                              "your own XLA_FLAGS and LIBTPU_INIT_ARGS win")
+                              "on GPUs; your own XLA_FLAGS win")
     compiled: str | None = key("~/.cache/jaxlm/compiled", "folder of compiled programs, for the next start; null: none")
 
 

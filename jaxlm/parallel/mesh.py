@@ -83,12 +83,6 @@ def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[
     return outer
 
 
-def mesh_platform(mesh: Mesh) -> str:
-    """What the mesh's devices are: cpu, gpu or tpu."""
-    name = mesh.devices.flat[0].platform
-    return "gpu" if name == "cuda" else name
-
-
 def crossings(mesh: Mesh, island: Callable[[jax.Device], int] = island) -> dict[str, int]:
     """How many islands the devices along each axis stand in; axes that stay inside one are left out."""
     numbers = np.vectorize(island)(mesh.devices)

@@ -48,8 +48,7 @@ def spec(*axes: str | None) -> PartitionSpec:
 def platform() -> str:
     """What the current mesh's devices are: cpu, gpu or tpu. They need not be there (`jaxlm.planning`)."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    name = device.platform if device else jax.default_backend()
-    return "gpu" if name == "cuda" else name
+    return device.platform if device else jax.default_backend()
 
 
 def mesh_axes(axis: str) -> tuple[str, ...]:

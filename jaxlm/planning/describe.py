@@ -8,9 +8,9 @@ from rich.table import Table
 
 from jaxlm.planning.plan import Plan
 from jaxlm.reporting.plots import save
-from jaxlm.reporting.units import counted, format_count, format_duration
+from jaxlm.reporting.units import counted, format_count, format_duration, format_seconds, format_size
 
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 NUMBERS = ("", "share", "bytes", "not hidden", "times")
 
 
@@ -74,19 +74,6 @@ def _speed(plan: Plan) -> Iterator[str]:
     yield f"compiled in {plan.compile_seconds:.0f} s"
 
 
-def format_size(number: float) -> str:
-    """3.42 GiB, 512 MiB, 12 KiB."""
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB")):
-        if number >= unit:
-            return f"{number / unit:,.2f} {name}" if number < 100 * unit else f"{number / unit:,.0f} {name}"
-    return f"{number / 1024:,.0f} KiB"
-
-
-def format_seconds(seconds: float) -> str:
-    """1.24 s, 83.1 ms."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
 def new_table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     for column in columns:
@@ -96,9 +83,6 @@ def new_table(*columns: str) -> Table:
 
 def draw(plan: Plan, path: Path) -> None:
     """Memory as a stack against the device's capacity, and the times of a step as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5 if plan.roofline else 2), dpi=150, layout="constrained")

@@ -11,7 +11,8 @@ from rich.table import Table
 
 from jaxlm.models.model import Model
 from jaxlm.parallel.sharding import RULES
-from jaxlm.planning.describe import format_size, new_table
+from jaxlm.planning.describe import new_table
+from jaxlm.reporting.units import format_size
 from jaxlm.settings import Settings
 
 
@@ -30,23 +31,21 @@ def _cut(axis: str | None, mesh: Mesh) -> list[str]:
     return [name for name in ((rule,) if isinstance(rule, str) else rule or ()) if mesh.shape[name] > 1]
 
 
-def _spec(axes: tuple[str | None, ...], mesh: Mesh) -> str:
-    return ", ".join("+".join(_cut(axis, mesh)) or "-" for axis in axes)
-
-
-def _share(shape: tuple[int, ...], axes: tuple[str | None, ...], mesh: Mesh) -> float:
-    """Elements on one device."""
-    return math.prod(shape) / math.prod(mesh.shape[name] for axis in axes for name in _cut(axis, mesh))
+def _arrays(arrays: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]], element: int, mesh: Mesh) -> Table:
+    """A row for each array of `element` bytes a number: its shape, its axes, what cuts them, and its bytes on a device."""
+    table = new_table("name", "shape", "axes", "cut over", "bytes")
+    for name, (shape, axes) in arrays.items():
+        parts = math.prod(mesh.shape[cut] for axis in axes for cut in _cut(axis, mesh))
+        cuts = ", ".join("+".join(_cut(axis, mesh)) or "-" for axis in axes)
+        table.add_row(name, " x ".join(f"{size:,}" for size in shape), ", ".join(axis or "-" for axis in axes), cuts,
+                      format_size(element * math.prod(shape) / parts))
+    return table
 
 
 def _parameters(model: Model, mesh: Mesh) -> Table:
-    table = new_table("name", "shape", "axes", "cut over", "bytes")
     leaves = jax.tree_util.tree_flatten_with_path(model.shapes)[0]
-    for (path, leaf), axes in zip(leaves, jax.tree.leaves(model.axes), strict=True):
-        table.add_row(".".join(entry.key for entry in path), " x ".join(f"{size:,}" for size in leaf.shape),
-                      ", ".join(name or "-" for name in axes.names), _spec(axes.names, mesh),
-                      format_size(4 * _share(leaf.shape, axes.names, mesh)))
-    return table
+    return _arrays({".".join(entry.key for entry in path): (leaf.shape, axes.names)
+                    for (path, leaf), axes in zip(leaves, jax.tree.leaves(model.axes), strict=True)}, 4, mesh)
 
 
 def _activations(settings: Settings, mesh: Mesh) -> Table:
@@ -54,17 +53,12 @@ def _activations(settings: Settings, mesh: Mesh) -> Table:
     rows = data.global_batch_size // settings.train.gradient_accumulation * mesh.shape["stage"]
     tokens, width = (rows, data.sequence_length), 2 if settings.train.precision == "bfloat16" else 4
     head_dim = model.head_dim or model.hidden_size // model.num_heads
-    arrays: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]] = {
+    return _arrays({
         "residual (between the parts)": ((*tokens, model.hidden_size), ("batch", "residual_sequence", "residual")),
         "query": ((*tokens, model.num_heads, head_dim), ("batch", "sequence", "heads", None)),
         "key, value": ((*tokens, model.num_kv_heads or model.num_heads, head_dim), ("batch", "sequence", "kv_heads", None)),
         "mlp_hidden": ((*tokens, model.intermediate_size or 4 * model.hidden_size), ("batch", "sequence", "mlp")),
-    }
-    table = new_table("name", "shape", "axes", "cut over", "bytes")
-    for name, (shape, axes) in arrays.items():
-        table.add_row(name, " x ".join(f"{size:,}" for size in shape), ", ".join(axis or "-" for axis in axes), _spec(axes, mesh),
-                      format_size(width * _share(shape, axes, mesh)))
-    return table
+    }, width, mesh)
 
 
 def _products(settings: Settings, mesh: Mesh) -> Table:

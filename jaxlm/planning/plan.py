@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout
-from jaxlm.parallel.mesh import make_mesh, mesh_platform
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning import hlo
 from jaxlm.planning.buffers import Buffer, largest_live
 from jaxlm.planning.chips import CHIPS
@@ -95,7 +95,7 @@ def lay(settings: Settings, target: Target) -> Mesh:
     """The mesh of a run over a target's devices. Raises UserError."""
     mesh = make_mesh(settings.mesh, target.devices, target.island)
     check_layout(settings, mesh.shape)
-    check_kernel(settings, mesh_platform(mesh))
+    check_kernel(settings, mesh.devices.flat[0].platform)
     return mesh
 
 

@@ -1,4 +1,4 @@
-"""How numbers are written for people: counts, durations, rates, learning rates."""
+"""How numbers are written for people: counts, durations, sizes, rates, learning rates."""
 
 
 def format_count(count: float) -> str:
@@ -40,3 +40,16 @@ def format_scientific(value: float) -> str:
     """Two significant digits with a short exponent: 2.9e-4."""
     mantissa, exponent = f"{value:.1e}".split("e") if value else ("0", "0")
     return f"{mantissa}e{int(exponent)}" if value else "0"
+
+
+def format_size(number: float) -> str:
+    """3.42 GiB, 512 MiB, 12 KiB."""
+    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
+        if number >= unit:
+            return f"{number / unit:,.2f} {name}" if number < 100 * unit else f"{number / unit:,.0f} {name}"
+    return f"{number / 1024:,.0f} KiB"
+
+
+def format_seconds(seconds: float) -> str:
+    """1.24 s, 83.1 ms."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

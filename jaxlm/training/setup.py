@@ -19,7 +19,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel import distributed
-from jaxlm.parallel.mesh import make_mesh, mesh_platform, rows_needed
+from jaxlm.parallel.mesh import make_mesh, rows_needed
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.settings import Settings
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
@@ -39,7 +39,7 @@ def lay_mesh(settings: Settings) -> Mesh:
     """Joins the other processes of this run and lays the mesh over the devices of all. Raises UserError for what does not fit."""
     mesh = make_mesh(settings.mesh, distributed.initialize(settings.devices))
     check_layout(settings, mesh.shape)
-    check_kernel(settings, mesh_platform(mesh))
+    check_kernel(settings, mesh.devices.flat[0].platform)
     return mesh
 
 

@@ -1,6 +1,14 @@
 import pytest
 
-from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds, format_scientific
+from jaxlm.reporting.units import (
+    counted,
+    format_count,
+    format_duration,
+    format_milliseconds,
+    format_scientific,
+    format_seconds,
+    format_size,
+)
 
 
 @pytest.mark.parametrize(("value", "text"), [
@@ -25,3 +33,9 @@ def test_milliseconds_and_scientific():
 def test_a_counted_noun_is_plural_but_for_one():
     assert [counted(n, "file") for n in (0, 1, 1024)] == ["0 files", "1 file", "1,024 files"]
     assert counted(2, "process") == "2 processes"
+
+
+def test_sizes_and_seconds():
+    assert [format_size(size) for size in (2048, 5 * 2**20, 150 * 2**20, 3.424 * 2**30)] == [
+        "2 KiB", "5.00 MiB", "150 MiB", "3.42 GiB"]
+    assert [format_seconds(seconds) for seconds in (1.2412, 0.08314)] == ["1.24 s", "83.1 ms"]
