@@ -10,11 +10,11 @@ Prints markdown tables. The second and third need libtpu (or, for a GPU target, 
 import argparse
 from dataclasses import replace
 
-import jax
-
+from jaxlm.errors import UserError
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.compilation import compile_step
-from jaxlm.planning.targets import Target, find_target
+from jaxlm.planning.devices import Devices, devices_of
+from jaxlm.planning.targets import find_target
 from jaxlm.reporting.memory import Memory, memory_of
 from jaxlm.settings import DataSettings, MeshSettings, ModelSettings, OptimizerSettings, Settings, TrainSettings
 
@@ -46,9 +46,9 @@ REMAT = {
 }
 
 
-def measure(settings: Settings, target: Target, count: int | None = None, **axes: int) -> Memory:
-    """The step's memory on the first `count` of the target's devices."""
-    mesh = make_mesh(MeshSettings(**axes), target.devices[:count], target.island)
+def measure(settings: Settings, devices: Devices, count: int | None = None, **axes: int) -> Memory:
+    """The step's memory on the first `count` of a target's devices."""
+    mesh = make_mesh(MeshSettings(**axes), devices.all[:count], devices.island)
     return memory_of(compile_step(settings, mesh))
 
 
@@ -57,13 +57,13 @@ def mebibytes(size: float) -> str:
 
 
 def scaling() -> None:
-    target = find_target("cpu:8")
+    devices = devices_of(find_target("cpu:8"))
     print("| axis | state, MiB on 1, 2, 4, 8 devices | 8 x on 8 / on 1 | activations and gradients, MiB | 8 x on 8 / on 1 |")
     print("| --- | --- | --- | --- | --- |")
     for axis, settings in AXES.items():
         # one device takes the batch at once: a pipeline holds all its micro-batches, too
         first = SMALL if settings is PIPELINE else settings
-        rows = [measure(first if size == 1 else settings, target, size, **{axis: size}) for size in SIZES]
+        rows = [measure(first if size == 1 else settings, devices, size, **{axis: size}) for size in SIZES]
         columns = []
         for kind in ("arguments", "temporaries"):
             sizes = [getattr(row, kind) for row in rows]
@@ -71,23 +71,22 @@ def scaling() -> None:
         print(f"| {axis} | {' | '.join(columns)} |", flush=True)
 
 
-def context(target: Target) -> None:
-    device = target.devices[0].device_kind
-    print(f"| {device} | needed by a device |\n| --- | --- |")
+def context(devices: Devices) -> None:
+    print(f"| {devices.all[0].device_kind} | needed by a device |\n| --- | --- |")
     for size in (1, 8):
         try:
-            found = f"{measure(LONG, target, size, context=size).total / 2**30:.1f} GiB"
-        except jax.errors.JaxRuntimeError as error:
-            found = next(line for line in str(error).splitlines() if "memory" in line.lower() or "hbm" in line.lower())
+            found = f"{measure(LONG, devices, size, context=size).total / 2**30:.1f} GiB"
+        except UserError as error:
+            found = str(error)
         print(f"| context {size} | {found} |", flush=True)
 
 
-def remat(target: Target) -> None:
+def remat(devices: Devices) -> None:
     print("| train.remat | state, MiB | temporaries, MiB | in host memory, MiB | all on the device, MiB |")
     print("| --- | --- | --- | --- | --- |")
     for name, (choice, offload) in REMAT.items():
         settings = replace(LAYERS, train=replace(LAYERS.train, remat=choice), optimizer=OptimizerSettings(offload=offload))
-        memory = measure(settings, target, fsdp=len(target.devices))
+        memory = measure(settings, devices, fsdp=len(devices.all))
         sizes = (memory.arguments, memory.temporaries, memory.host, memory.total)
         print(f"| {name} | {' | '.join(map(mebibytes, sizes))} |", flush=True)
 
@@ -100,7 +99,7 @@ def main() -> None:
     if arguments.table == "scaling":
         scaling()
     else:
-        {"context": context, "remat": remat}[arguments.table](find_target(arguments.target))
+        {"context": context, "remat": remat}[arguments.table](devices_of(find_target(arguments.target)))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 from jaxlm.parallel.compiler import BACKENDS
-from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.collectives import collectives
-from jaxlm.planning.compilation import compile_step
+from jaxlm.planning.compilation import compile_step, lay
 from jaxlm.planning.hlo import parse
 from jaxlm.planning.targets import GPUS, find_target
 from jaxlm.reporting.memory import memory_of
@@ -28,9 +28,9 @@ SETTINGS = Settings(
 
 def row(name: str, axes: dict[str, int]) -> str:
     """Sent and exposed bytes, and temporaries, of the step compiled in this process."""
-    target = find_target(name)
-    mesh = make_mesh(MeshSettings(**axes), target.devices, target.island)
-    compiled = compile_step(SETTINGS, mesh)
+    settings = replace(SETTINGS, mesh=MeshSettings(**axes))
+    mesh, _ = lay(settings, find_target(name))
+    compiled = compile_step(settings, mesh)
     found = collectives(parse(compiled.as_text()), mesh)
     sizes = (sum(one.bytes_per_device for one in found), sum(one.exposed_bytes for one in found), memory_of(compiled).temporaries)
     return " | ".join(f"{size / 2**20:,.0f}" for size in sizes)

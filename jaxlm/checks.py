@@ -5,11 +5,11 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from jaxlm.errors import UserError
+from jaxlm.models.sizes import VOCAB_PADDING, head_dim, intermediate_size, kv_heads
 from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings, TrainSettings
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # fused attention kernels, and where they run
 SPLASH_BLOCK = 128  # tokens; splash attention takes multiples of it
-VOCAB_PADDING = 128  # the vocabulary's table is padded to a multiple of this
 
 
 def check(settings: Settings) -> None:
@@ -18,6 +18,7 @@ def check(settings: Settings) -> None:
         model_problems(settings.model),
         text_problems(settings),
         batch_problems(settings),
+        precision_problems(settings.train),
         remat_problems(settings.train),
         schedule_problems(settings.schedule, settings.train.steps),
         mesh_problems(settings.mesh),
@@ -45,15 +46,14 @@ def refuse_first(problems: Iterator[str]) -> None:
 
 
 def model_problems(model: ModelSettings) -> Iterator[str]:
-    kv_heads = model.num_kv_heads or model.num_heads
     if model.head_dim is None and model.hidden_size % model.num_heads:
         yield (f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; "
                "change one or set model.head_dim")
-    if model.num_heads % kv_heads:
-        yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads}"
+    if model.num_heads % kv_heads(model):
+        yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={kv_heads(model)}"
     if model.num_experts is not None and model.experts_per_token > model.num_experts:
         yield f"model.experts_per_token={model.experts_per_token} is more than model.num_experts={model.num_experts}"
-    if model.positions == "rope" and (model.head_dim or model.hidden_size // model.num_heads) % 2:
+    if model.positions == "rope" and head_dim(model) % 2:
         yield "model.positions=rope needs an even head width; change model.hidden_size, model.num_heads or model.head_dim"
     if model.family == "bert":
         only_gpt = {"positions=rope": model.positions == "rope", "normalization=rmsnorm": model.normalization == "rmsnorm",
@@ -104,6 +104,11 @@ def batch_problems(settings: Settings) -> Iterator[str]:
                f"train.gradient_accumulation={train.gradient_accumulation}")
 
 
+def precision_problems(train: TrainSettings) -> Iterator[str]:
+    if train.gradient_precision == "bfloat16" and train.precision != "bfloat16":
+        yield f"train.gradient_precision=bfloat16 is coarser than train.precision={train.precision}; set both, or neither"
+
+
 def remat_problems(train: TrainSettings) -> Iterator[str]:
     if isinstance(train.remat, dict) and train.remat.get("residual") == "recompute":
         yield "train.remat: residual is what a block is recomputed from; keep it, or move it to host"
@@ -134,8 +139,8 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
     model, data = settings.model, settings.data
     split = [
         ("tensor", "model.num_heads", model.num_heads),
-        ("tensor", "model.num_kv_heads", model.num_kv_heads or model.num_heads),
-        ("tensor", "model.intermediate_size", model.intermediate_size or 4 * model.hidden_size),
+        ("tensor", "model.num_kv_heads", kv_heads(model)),
+        ("tensor", "model.intermediate_size", intermediate_size(model)),
         ("fsdp", "model.hidden_size", model.hidden_size),
     ]
     for axis, name, size in split:

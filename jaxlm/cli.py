@@ -14,11 +14,23 @@ from jaxlm.settings import Settings
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from jaxlm.planning.targets import Target
+
 KEY_TABLE_NOTE = "Every key, with its type, default, unit and meaning. Set it in CONFIG.yaml (nested), or as KEY=VALUE behind it."
 
 
 def train(settings: Settings, arguments: argparse.Namespace) -> None:
     """train: prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints"""
+    if arguments.target and not arguments.compile_only:
+        raise UserError("--target: only with --compile-only; a run takes the devices that are here")
+    if arguments.compile_only:
+        from jaxlm.planning.compilation import compile_ahead
+        from jaxlm.planning.targets import find_target
+
+        path = compile_ahead(settings, arguments.target and find_target(arguments.target))
+        print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
+        return
+
     from jaxlm.generation.sampling import generate_from_run
     from jaxlm.parallel.distributed import is_main
     from jaxlm.reporting.files import write_text
@@ -80,20 +92,46 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
 def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     """plan: memory, traffic and speed on devices that are not here, from their own compiler"""
     from jaxlm.planning.describe import describe, draw
-    from jaxlm.planning.explain import explain
-    from jaxlm.planning.plan import lay, make_plan
     from jaxlm.planning.targets import find_target
 
+    target = find_target(arguments.target)
     if arguments.explain:
-        _console().print(explain(settings, lay(settings, find_target(arguments.target))), highlight=False, soft_wrap=True)
+        from jaxlm.planning.explain import explain
+
+        _console().print(explain(settings, target), highlight=False, soft_wrap=True)
         return
-    made = make_plan(settings, arguments.target)
+    if arguments.search:
+        _search(settings, target, arguments)
+        return
+    if arguments.fast:
+        from jaxlm.planning.estimate import estimated_plan
+
+        made = estimated_plan(settings, target)
+    else:
+        from jaxlm.planning.compiled import compiled_plan
+
+        made = compiled_plan(settings, target)
     if arguments.picture:
         draw(made, arguments.picture)
     if arguments.json:
         print(json.dumps(made.to_json()))
     else:
         _console().print(describe(made), highlight=False, soft_wrap=True)
+
+
+def _search(settings: Settings, target: "Target", arguments: argparse.Namespace) -> None:
+    from jaxlm.planning.search import ranking, search, write_config
+
+    choices = search(settings, target, report=lambda line: print(line, file=sys.stderr, flush=True))
+    best = choices[0].plan
+    path = Path(f"{Path(arguments.config).stem}_{target.name.replace(':', '_')}.yaml")
+    if best.fits:
+        write_config(best, path)
+    if arguments.json:
+        print(json.dumps([choice.plan.to_json() | {"note": choice.note} for choice in choices]))
+    else:
+        _console().print(ranking(choices), highlight=False, soft_wrap=True)
+    print(f"written to {path}" if best.fits else "nothing fits", file=sys.stderr)
 
 
 def report(run_dirs: Sequence[str]) -> None:
@@ -213,6 +251,10 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "plan":
         parser.add_argument("--target", required=True, help="cpu:8, TPU slices such as v5p:4x4x4 or 2xv5e:16x16, "
                             "or GPUs of a node x nodes such as h100:8x4")
+        parser.add_argument("--fast", action="store_true", help="estimate all of it, without a compiler and at once; how far off "
+                            "that can be: docs/planning.md")
+        parser.add_argument("--search", action="store_true", help="find the mesh, micro-batches and remat that are predicted fastest "
+                            "and fit, and write them as a config here; compiles a few, which takes minutes")
         parser.add_argument("--explain", action="store_true",
                             help="show how every array is cut and what each product sends, without compiling")
         parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw memory and times")
@@ -220,6 +262,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--json", action="store_true", help="JSON on standard output, for scripts")
     else:
         parser.set_defaults(json=False)
+    if verb == "train":
+        parser.add_argument("--compile-only", action="store_true", help="compile the step, leave it in devices.compiled, and end")
+        parser.add_argument("--target", help="with --compile-only: for devices that are not here, as in `jaxlm plan`")
     if verb in LOCAL_PROCESSES:
         parser.add_argument("--processes", type=_positive, default=1, metavar="N",
                             help="start N processes on this machine, joined into one run (default 1)")

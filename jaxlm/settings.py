@@ -156,6 +156,8 @@ class TrainSettings:
 
     steps: Positive = key(1000, "optimizer steps of the whole run", "steps")
     precision: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and optimizer stay float32")
+    gradient_precision: Literal["float32", "bfloat16"] = key(
+        "float32", "type in which kernels' gradients travel and wait for the update; bfloat16: three quarters of fsdp's bytes")
     gradient_accumulation: Positive = key(1, "micro-batches that one step is cut into; in a pipeline they follow each other")
     stage_repeats: Positive = key(
         1, "groups of layers in each stage of a pipeline: with more of them it idles less and moves more")
@@ -164,7 +166,8 @@ class TrainSettings:
                 "{query_key_value: keep, mlp_hidden: host}, where the host's memory keeps what goes there; what is not named is "
                 "recomputed, except for residual, which is kept")
     loss_chunk: Positive | None = key(
-        None, "positions of one sequence whose logits exist at a time; null: as many as keep a chunk near 64 MiB", "tokens")
+        None, "positions of a sequence whose logits exist at a time; null: as 64 MiB or a quarter of the table's gradient hold",
+        "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -306,6 +309,18 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 def dump(settings: Settings) -> str:
     """YAML that `jaxlm.config.load` turns back into the same settings."""
     return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
+
+
+def changed(settings: Any, default: Any = None) -> dict[str, Any]:
+    """Nested plain values of those keys that are not their defaults."""
+    default, found = default or type(settings)(), {}
+    for field_ in dataclasses.fields(settings):
+        value, usual = getattr(settings, field_.name), getattr(default, field_.name)
+        if dataclasses.is_dataclass(value):
+            value, usual = changed(value, usual), {}
+        if value != usual:
+            found[field_.name] = value
+    return found
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

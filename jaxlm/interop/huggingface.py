@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxlm.errors import UserError, nearest
+from jaxlm.models.sizes import intermediate_size
 from jaxlm.settings import ModelSettings
 
 Array = np.ndarray
@@ -51,7 +52,7 @@ def from_huggingface(weights: dict[str, Array], model: ModelSettings) -> dict[st
 def gpt2_table(model: ModelSettings) -> dict[str, Weight]:
     """Parameters of `jaxlm.models.gpt` from GPT2LMHeadModel."""
     width, heads, vocab = model.hidden_size, model.num_heads, model.vocab_size or 0
-    inner, head_dim = model.intermediate_size or 4 * width, width // heads
+    inner, head_dim = intermediate_size(model), width // heads
     table = {
         "token_embedding.embedding": Weight("wte.weight", (vocab, width)),
         "position_embedding.embedding": Weight("wpe.weight", (model.max_length, width)),
@@ -73,14 +74,14 @@ def gpt2_table(model: ModelSettings) -> dict[str, Weight]:
         table[f"blocks.attention.{name}.bias"] = Weight(
             "h.{}.attn.c_attn.bias", (3 * width,), lambda bias, part=part: bias.reshape(3, heads, head_dim)[part])
     if not model.tied_embeddings:
-        table["head.kernel"] = Weight("lm_head.weight", (vocab, width), np.transpose)
+        table["head.embedding"] = Weight("lm_head.weight", (vocab, width))
     return table
 
 
 def bert_table(model: ModelSettings) -> dict[str, Weight]:
     """Parameters of `jaxlm.models.bert` from BertForPreTraining."""
     width, heads, vocab = model.hidden_size, model.num_heads, model.vocab_size or 0
-    inner, head_dim = model.intermediate_size or 4 * width, width // heads
+    inner, head_dim = intermediate_size(model), width // heads
     layer = "encoder.layer.{}"
     table = {
         "token_embedding.embedding": Weight("embeddings.word_embeddings.weight", (vocab, width)),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxlm.models.sizes import attention_kernel
 from jaxlm.parallel.dropout import attention_dropout
 from jaxlm.parallel.ring import NEGATIVE, Ring, Tokens, ring_attention, zigzag
 from jaxlm.parallel.sharding import axis_size, constrain, mesh_axes, per_device, platform
@@ -35,7 +36,7 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens
         [axis] = mesh_axes("sequence")
         return ring_attention(query, key, value, tokens, Ring(axis, causal, dropout_rate))
     if implementation == "auto":
-        implementation = _choose(query, key, fused)
+        implementation = attention_kernel(platform(), query.dtype.name, query.shape[1], query.shape[3], fused)
     heads, kv_heads = "heads", "kv_heads"
     if axis_size("sequence") > 1 and mask is None:
         heads = kv_heads = "heads_of_whole_sequences"
@@ -59,16 +60,6 @@ def causal_order(length: int, implementation: str) -> np.ndarray | None:
 
 def _is_ring(implementation: str) -> bool:
     return implementation == "auto" and axis_size("sequence") > 1
-
-
-def _choose(query: jax.Array, key: jax.Array, fused: bool) -> str:
-    """The fastest kernel of the backend that serves these shapes and types."""
-    length, head_dim = query.shape[1], query.shape[3]
-    if fused and platform() == "gpu" and query.dtype == jnp.bfloat16 and head_dim <= 128 and head_dim % 8 == 0:
-        return "cudnn"
-    if fused and platform() == "tpu" and length % 128 == 0 and key.shape[1] == length:
-        return "splash"
-    return "xla"
 
 
 def _combined_mask(query: jax.Array, causal: bool, segment_ids: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:

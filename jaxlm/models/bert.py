@@ -18,11 +18,11 @@ from jaxlm.models.layers import (
     fan_out,
     norm_epsilon,
     output_stddev,
-    padded_vocab_size,
     stack,
     take_positions,
 )
 from jaxlm.models.loss import Head, Sums, cross_entropy
+from jaxlm.models.sizes import padded_vocab_size
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
 from jaxlm.parallel.products import TOKENS, residual_axes
 from jaxlm.parallel.sharding import axis_size, constrain

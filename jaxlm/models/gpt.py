@@ -13,16 +13,15 @@ from jaxlm.models.layers import (
     Embedding,
     Execution,
     Experts,
-    Linear,
     Norm,
     embed_and_run,
     norm_epsilon,
     output_stddev,
-    padded_vocab_size,
     run_stack,
     stack,
 )
 from jaxlm.models.loss import Head, RouterLoss, Sums, cross_entropy
+from jaxlm.models.sizes import padded_vocab_size
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
 from jaxlm.parallel.experts import RouterSums
 from jaxlm.parallel.products import residual_axes
@@ -64,7 +63,7 @@ class GPT(nnx.Module):
         self.blocks = stack(lambda rngs: Block(settings, rngs), settings.num_layers, rngs)
         self.final_norm = _norm(settings)
         tied = settings.tied_embeddings
-        self.head = None if tied else Linear({"embed": width}, {"vocab": rows}, bias=False, stddev=stddev, rngs=rngs)
+        self.head = None if tied else Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         self.settings, self.dtype, self.execution = settings, dtype, execution
         self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
 
@@ -122,7 +121,7 @@ class GPT(nnx.Module):
         return {"next_token": batch["loss_mask"].sum(), "router": jnp.asarray(len(batch["tokens"]))}
 
     def _output_table(self) -> jax.Array:
-        return self.token_embedding.embedding[...] if self.head is None else self.head.kernel[...].T
+        return (self.token_embedding if self.head is None else self.head).embedding[...]
 
 
 def _norm(settings: ModelSettings) -> Norm:

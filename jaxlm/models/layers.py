@@ -16,6 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.attention import attention
+from jaxlm.models.sizes import GATED, head_dim, intermediate_size, kv_heads
 from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
 from jaxlm.parallel.experts import RouterSums, Routing, mixture
@@ -130,16 +131,16 @@ class Attention(nnx.Module):
     """Multi-head self-attention (Vaswani et al. 2017), with grouped-query heads (Ainslie et al. 2023) where K < N."""
 
     def __init__(self, settings: ModelSettings, *, causal: bool, output_stddev: float, rngs: nnx.Rngs):
-        head_dim = settings.head_dim or settings.hidden_size // settings.num_heads
         embed, stddev, bias = {"embed": settings.hidden_size}, settings.initializer_range, settings.bias
-        heads = {"heads": settings.num_heads, "head_dim": head_dim}
-        kv_heads = {"kv_heads": settings.num_kv_heads or settings.num_heads, "head_dim": head_dim}
+        width = head_dim(settings)
+        heads = {"heads": settings.num_heads, "head_dim": width}
+        keys = {"kv_heads": kv_heads(settings), "head_dim": width}
         self.query = Linear(embed, heads, bias=bias, stddev=stddev, rngs=rngs)
-        self.key = Linear(embed, kv_heads, bias=bias, stddev=stddev, rngs=rngs)
-        self.value = Linear(embed, kv_heads, bias=bias, stddev=stddev, rngs=rngs)
+        self.key = Linear(embed, keys, bias=bias, stddev=stddev, rngs=rngs)
+        self.value = Linear(embed, keys, bias=bias, stddev=stddev, rngs=rngs)
         self.output = Linear(heads, embed, bias=bias, stddev=output_stddev, rngs=rngs)
         epsilon = norm_epsilon(settings)
-        head_norm = functools.partial(Norm, head_dim, None, kind="rmsnorm", epsilon=epsilon, bias=False)
+        head_norm = functools.partial(Norm, width, None, kind="rmsnorm", epsilon=epsilon, bias=False)
         self.query_norm = head_norm() if settings.qk_norm else None
         self.key_norm = head_norm() if settings.qk_norm else None
         self.settings, self.causal = settings, causal
@@ -190,10 +191,10 @@ class MLP(nnx.Module):
 
     def __init__(self, settings: ModelSettings, *, activation: str, output_stddev: float, rngs: nnx.Rngs):
         embed = {"embed": settings.hidden_size}
-        inner = {"mlp": settings.intermediate_size or 4 * settings.hidden_size}
+        inner = {"mlp": intermediate_size(settings)}
         stddev, bias = settings.initializer_range, settings.bias
         self.up = Linear(embed, inner, bias=bias, stddev=stddev, rngs=rngs)
-        self.gate = Linear(embed, inner, bias=bias, stddev=stddev, rngs=rngs) if activation in ("swiglu", "geglu") else None
+        self.gate = Linear(embed, inner, bias=bias, stddev=stddev, rngs=rngs) if activation in GATED else None
         self.down = Linear(inner, embed, bias=bias, stddev=output_stddev, rngs=rngs)
         self.activation = activation
 
@@ -212,11 +213,11 @@ class Experts(nnx.Module):
 
     def __init__(self, settings: ModelSettings, *, activation: str, output_stddev: float, rngs: nnx.Rngs):
         experts, embed = {"experts": settings.num_experts}, {"embed": settings.hidden_size}
-        inner, stddev = {"mlp": settings.intermediate_size or 4 * settings.hidden_size}, settings.initializer_range
+        inner, stddev = {"mlp": intermediate_size(settings)}, settings.initializer_range
         linear = functools.partial(Linear, bias=False, rngs=rngs)
         self.router = linear(embed, {None: settings.num_experts}, stddev=stddev)
         self.up = linear(experts | embed, inner, stddev=stddev)
-        self.gate = linear(experts | embed, inner, stddev=stddev) if activation in ("swiglu", "geglu") else None
+        self.gate = linear(experts | embed, inner, stddev=stddev) if activation in GATED else None
         self.down = linear(experts | inner, embed, stddev=output_stddev)
         self.activation = activation
         self.routing = Routing(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
@@ -326,11 +327,3 @@ def norm_epsilon(settings: ModelSettings) -> float:
 def output_stddev(settings: ModelSettings) -> float:
     """Initial scale of the layers that write into the residual stream: GPT-2 divides it by the root of their number."""
     return settings.initializer_range / (math.sqrt(2 * settings.num_layers) if settings.family == "gpt" else 1)
-
-
-def padded_vocab_size(vocab_size: int) -> int:
-    """Rows of the embedding table: the vocabulary rounded up to 128, so that any usual mesh cuts it evenly.
-
-    The padding is never a target, never sampled, and has no gradient.
-    """
-    return -(-vocab_size // 128) * 128

@@ -12,10 +12,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxlm.models.sizes import loss_chunk
 from jaxlm.parallel.products import TOKENS, gather, residual_axes, scatter_sum, sum_over
-from jaxlm.parallel.sharding import mesh_axes, per_device
-
-CHUNK_BYTES = 64 * 2**20
+from jaxlm.parallel.sharding import mesh_axes, per_device, platform
 
 
 class Sums(NamedTuple):
@@ -42,7 +41,7 @@ class Head(NamedTuple):
     vocab_size: int  # without padding
     logit_soft_cap: float | None = None
     z_loss: float = 0.0
-    chunk: int | None = None  # positions per chunk, at most; None: by CHUNK_BYTES
+    chunk: int | None = None  # positions per chunk, at most; None: by `jaxlm.models.sizes.loss_chunk`
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -51,7 +50,7 @@ def cross_entropy(x: jax.Array, table: jax.Array, bias: jax.Array, targets: jax.
 
     Args:
       x: [B, T, D] hidden states, in the compute type.
-      table: float32 [V, D], V padded; axes ("vocab", "embed").
+      table: float32 or x's type, [V, D], V padded; axes ("vocab", "embed").
       bias: float32 [V].
       targets: int32 [B, T].
       mask: bool [B, T]; positions that count.
@@ -95,6 +94,7 @@ def _sharded(x, table, bias, targets, mask, head, with_gradients):
 
 def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
     vocab, embed = cuts.vocab, cuts.embed
+    sent_type = table.dtype
     table = gather(table.astype(x.dtype), embed, axis=1)
     first = jax.lax.axis_index(vocab) * table.shape[0] if vocab else 0
     ids = first + jnp.arange(table.shape[0])
@@ -129,7 +129,7 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
         grad_table = grad_table + jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
         return (sums, grad_table, grad_bias), jnp.einsum("btv,vd->btd", grad, table, preferred_element_type=jnp.float32)
 
-    most = head.chunk or CHUNK_BYTES // (4 * x.shape[0] * table.shape[0])
+    most = head.chunk or loss_chunk(x.shape[0], *table.shape)
     chunks = [_chunks(array, max(1, most)) for array in (x, targets, mask)]
     zeros = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
     empty = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)
@@ -147,7 +147,9 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
     grad_x = (scatter_sum(grad_x, vocab, axis=1) if cuts.scattered else sum_over(grad_x, vocab)).astype(x.dtype)
     # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed whole.
     rest = tuple(axis for axis in cuts.tokens if axis not in embed)
-    grad_table = sum_over(scatter_sum(grad_table, embed, axis=1), rest)
+    grad_table = sum_over(scatter_sum(grad_table.astype(sent_type), embed, axis=1), rest)
+    if platform() == "tpu":  # libtpu puts this sum off to the end, and the whole table's gradient stays through the backward pass
+        grad_x, grad_table = jax.lax.optimization_barrier((grad_x, grad_table))
     return sums, (grad_x, grad_table, sum_over(grad_bias, cuts.tokens))
 
 

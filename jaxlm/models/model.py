@@ -3,7 +3,6 @@
 `nnx.split` runs once, here; a step merges at trace time only, so that dispatch sees plain pytrees.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from flax import nnx
 
 from jaxlm.models.bert import BERT
 from jaxlm.models.gpt import GPT
-from jaxlm.models.layers import REMAT, Execution, padded_vocab_size, remat_policy
+from jaxlm.models.layers import REMAT, Execution, remat_policy
 from jaxlm.parallel.sharding import Axes
 from jaxlm.settings import ModelSettings, TrainSettings
 
@@ -62,29 +61,3 @@ class Model:
             return jnp.pad(leaf, missing)
 
         return jax.tree.map(pad, params, self.shapes, self.axes)
-
-    def num_parameters(self) -> int:
-        """Parameters, without the padding of the vocabulary."""
-        total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.shapes))
-        padding = padded_vocab_size(self.settings.vocab_size) - self.settings.vocab_size
-        for leaf, axes in zip(jax.tree.leaves(self.shapes), jax.tree.leaves(self.axes), strict=True):
-            if "vocab" in axes.names:
-                total -= padding * math.prod(leaf.shape) // padded_vocab_size(self.settings.vocab_size)
-        return total
-
-    def training_flops(self, sequence_length: int, predictions: int) -> float:
-        """FLOPs of one sequence's forward and backward pass, as PaLM counts them (Chowdhery et al. 2022, appendix B).
-
-        Matrix products only, a backward pass is two forward passes, attention counts every pair of positions, and
-        recomputation does not count. `predictions`: positions that reach the output head.
-        """
-        model, length = self.settings, sequence_length
-        width, kv_heads = model.hidden_size, model.num_kv_heads or model.num_heads
-        head_dim = model.head_dim or width // model.num_heads
-        projections = width * head_dim * (2 * model.num_heads + 2 * kv_heads)
-        mlp = width * (model.intermediate_size or 4 * width) * (3 if model.activation in ("swiglu", "geglu") else 2)
-        if model.num_experts is not None:
-            mlp = mlp * model.experts_per_token + width * model.num_experts
-        attention = 2 * length * model.num_heads * head_dim
-        head = predictions * width * (model.vocab_size + (width if model.family == "bert" else 0))
-        return 3 * 2 * (length * model.num_layers * (projections + mlp + attention) + head)

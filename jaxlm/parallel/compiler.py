@@ -47,6 +47,11 @@ def prepare_compiler(settings: DevicesSettings) -> None:
         jax.config.update("jax_compilation_cache_dir", _folder(settings.compiled))
 
 
+def programs_folder(settings: DevicesSettings) -> Path | None:
+    """Where `jaxlm.parallel.executables` keeps programs; None: nowhere, or not on this machine. Raises UserError."""
+    return Path(_folder(settings.compiled)) if settings.compiled and "://" not in settings.compiled else None
+
+
 def _folder(name: str) -> str:
     """A folder that is there; remote ones (gs://...) as they are. Raises UserError."""
     if "://" in name:

@@ -1,6 +1,5 @@
 """The mesh: which devices stand along which axis."""
 
-import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -9,25 +8,8 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.layout import across, mesh_shape
 from jaxlm.settings import AXES, MeshSettings
-
-
-def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
-    """Size of every axis, -1 filled in.
-
-    Raises:
-      UserError: the sizes do not multiply to the number of devices.
-    """
-    sizes = {axis: getattr(settings, axis) for axis in AXES}
-    if sizes["data"] is None:
-        sizes["data"] = 1 if -1 in sizes.values() else -1
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    described = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items()
-                           if size != 1 and getattr(settings, axis) is not None) or "mesh.data=1"
-    if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
-        raise UserError(f"{described} does not make {num_devices} device(s); change the mesh, or devices.count "
-                        f"(or leave one axis at -1 and make the others divide {num_devices})")
-    return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
 
 
 def island(device: jax.Device) -> int:
@@ -58,29 +40,6 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device], island: Cal
     for place, number in zip(np.ndindex(laid.shape), sorted(islands), strict=True):
         laid[place] = create_device_mesh(inner, islands[number], allow_split_physical_axes=True)
     return Mesh(np.block(laid.tolist()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[str, int]:
-    """Into how many parts, of which each lies inside one island, every axis is cut; they multiply to the number of islands.
-
-    Raises:
-      UserError: `settings.across` is not such a cut.
-    """
-    if settings.across is None:
-        outer = {}
-        for axis, size in shape.items():  # the axis that moves least and waits least for it goes first
-            outer[axis] = math.gcd(size, islands)
-            islands //= outer[axis]
-        return outer
-    outer = dict.fromkeys(AXES, 1) | settings.across
-    for axis, parts in outer.items():
-        if shape[axis] % parts:
-            raise UserError(f"mesh.across: {axis}={parts} does not divide mesh.{axis}={shape[axis]}")
-    if math.prod(outer.values()) != islands:
-        described = " * ".join(f"{axis}={parts}" for axis, parts in settings.across.items()) or "no axis"
-        raise UserError(f"mesh.across: {described} does not make the {islands} slice(s) or node(s) that these devices stand in; "
-                        "leave it null to have it worked out")
-    return outer
 
 
 def crossings(mesh: Mesh, island: Callable[[jax.Device], int] = island) -> dict[str, int]:

@@ -9,7 +9,7 @@ devices on the tensor axis:
 The devices of the tensor axis share the kernels' columns and, between the parts, the tokens (Megatron-LM, Shoeybi et al. 2019;
 the tokens: Korthikanti et al. 2022). Devices of the fsdp axis share the kernels' other side: a kernel is fetched for its
 product, forward and again backward, and its gradient goes straight to its owners (ZeRO-3, Rajbhandari et al. 2020). Kernels are
-fetched in the compute type; their gradients are summed in float32.
+fetched in the compute type; each device sums their gradients in float32 and sends them in the type of the kernels it was given.
 
 Written out, because the partitioner sums the gradients that meet in a fan-out over devices one by one, and on backends
 without that optimization turns a sum of which each device keeps a part into a sum of which everybody gets all.
@@ -40,7 +40,7 @@ def fan_out(x: jax.Array, kernels: tuple[jax.Array, ...], axes: tuple[Names, ...
 
     Args:
       x: its axes are `states`: those of the residual stream, or others whose tokens are not cut further than inside a part.
-      kernels: float32; their axes are `axes`, the first of all of them the same.
+      kernels: float32 or x's type; their axes are `axes`, the first of all of them the same.
     """
     run = functools.partial(_fan_out, cuts=_cuts(axes[0][1:], axes[0][0], states))
     return per_device(run, (states, axes), _outputs(axes, states))(x, kernels)
@@ -64,7 +64,7 @@ def fan_in(y: jax.Array, kernel: jax.Array, axes: Names, states: Names) -> jax.A
 
     Args:
       y: axes TOKENS, then the kernel's but for the last.
-      kernel: float32; its axes are `axes`.
+      kernel: float32 or y's type; its axes are `axes`.
     """
     run = functools.partial(_fan_in, cuts=_cuts(axes[:-1], axes[-1], states))
     return per_device(run, ((*_inside(states), *axes[:-1]), axes), states)(y, kernel)
@@ -152,7 +152,8 @@ def _fan_out_gradients(x, kernels, grads, *, cuts):
         grad_x = scatter_sum(grad_x.astype(x.dtype), cuts.scattered, axis=1)
     else:
         grad_x = sum_over(grad_x.astype(x.dtype), cuts.columns)
-    return grad_x, tuple(_sum_kernel(_kernel_gradient(x, grad), cuts, axis=0) for grad in grads)
+    return grad_x, tuple(_sum_kernel(_kernel_gradient(x, grad).astype(kernel.dtype), cuts, axis=0)
+                         for kernel, grad in zip(kernels, grads, strict=True))
 
 
 def _fan_in(y, kernel, *, cuts):
@@ -163,7 +164,7 @@ def _fan_in(y, kernel, *, cuts):
 def _fan_in_gradients(y, kernel, grad, *, cuts):
     grad = gather(grad, cuts.scattered, axis=1)
     grad_y = _product_transposed(grad, gather(kernel.astype(y.dtype), cuts.embed, axis=-1), 1)
-    return grad_y.astype(y.dtype), _sum_kernel(_kernel_gradient(y, grad), cuts, axis=-1)
+    return grad_y.astype(y.dtype), _sum_kernel(_kernel_gradient(y, grad).astype(kernel.dtype), cuts, axis=-1)
 
 
 def _look_up(table, indices, *, cuts, dtype):
@@ -183,8 +184,8 @@ def _look_up_gradient(table, indices, grad, *, cuts):
         tokens = cuts.tokens
     else:
         tokens = cuts.tokens + cuts.scattered
-    grad_table = jnp.zeros((table.shape[0], grad.shape[2]), table.dtype).at[indices].add(grad.astype(table.dtype))
-    return _sum_kernel(grad_table, cuts._replace(tokens=tokens), axis=1)
+    grad_table = jnp.zeros((table.shape[0], grad.shape[2]), jnp.float32).at[indices].add(grad.astype(jnp.float32))
+    return _sum_kernel(grad_table.astype(table.dtype), cuts._replace(tokens=tokens), axis=1)
 
 
 def _own(indices, table, cuts):

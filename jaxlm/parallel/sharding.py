@@ -1,7 +1,6 @@
-"""The one table from the names of a model's axes to the axes of the mesh.
+"""Arrays laid out on the mesh by the names of their axes (the table: `jaxlm.parallel.layout.RULES`).
 
-Models name their axes (`"embed"`, `"heads"`, ...) and know nothing else of parallelism. Axes of size 1 cost nothing,
-so the same program serves one device and a pod.
+Axes of size 1 cost nothing, so the same program serves one device and a pod.
 """
 
 import dataclasses
@@ -12,25 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-RULES: dict[str, str | tuple[str, ...] | None] = {
-    # activations
-    "batch": ("data", "stage", "fsdp", "expert"),
-    "sequence": "context",
-    "residual_sequence": ("context", "tensor"),  # between the blocks' parts, where every token is on its own
-    "residual": None,
-    # parameters (and the activations that run through them)
-    "layers": "stage",
-    "embed": "fsdp",
-    "heads": "tensor",
-    "kv_heads": "tensor",
-    "heads_of_whole_sequences": ("tensor", "context"),
-    "head_dim": None,
-    "mlp": "tensor",
-    "vocab": "tensor",
-    "experts": "expert",
-    "positions": None,
-    "types": None,
-}
+from jaxlm.parallel.layout import RULES, cutting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,9 +37,8 @@ def mesh_axes(axis: str) -> tuple[str, ...]:
 
     Without those of size 1, over which a collective is still a copy, and without those that are cut by hand already.
     """
-    rule, mesh = RULES[axis], jax.sharding.get_abstract_mesh()
-    names = () if rule is None else (rule,) if isinstance(rule, str) else rule
-    return tuple(name for name in names if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
+    mesh = jax.sharding.get_abstract_mesh()
+    return tuple(name for name in cutting(axis) if mesh.shape.get(name, 1) > 1 and name not in mesh.manual_axes)
 
 
 def axis_size(axis: str) -> int:

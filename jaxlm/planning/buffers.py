@@ -3,21 +3,16 @@
 import math
 import re
 from collections import Counter
-from typing import NamedTuple
 
 from jaxlm.planning.hlo import Module, Operation, array_sizes
+from jaxlm.planning.plan import Buffer
 from jaxlm.planning.traffic import ELSEWHERE, sliced
 
 SCOPES = ("embedding", "attention", "mlp", "experts", "norm", "head", "optimizer")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
+INDEX = re.compile(r"index=(\d+)")
+IN_PLACE = ("dynamic-update-slice", "scatter")
 ALIASES = ("bitcast", "get-tuple-element", "tuple", "while", "optimization-barrier", "opt-barrier", "conditional", "call")
-
-
-class Buffer(NamedTuple):
-    """An array, from the operation that makes it to the last one that reads it."""
-
-    label: str
-    size: float
 
 
 def largest_live(module: Module, count: int = 5) -> list[Buffer]:
@@ -57,9 +52,17 @@ def largest_live(module: Module, count: int = 5) -> list[Buffer]:
 def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str, int]]:
     """For each operation the ones whose memory its result is, and for those the place of the last one that reads them."""
     sources: dict[str, set[str]] = {}
+    parts: dict[str, list[set[str]]] = {}  # of tuples
     last: dict[str, int] = {}
     for place, operation in enumerate(operations):
+        first = next(iter(operation.operands), "")
         behind = {one for operand in operation.operands for one in sources.get(operand, ())}
+        if operation.opcode == "tuple":
+            parts[operation.name] = [sources.get(operand, set()) for operand in operation.operands]
+        elif operation.opcode == "get-tuple-element" and first in parts:
+            behind = parts[first][int(INDEX.search(operation.rest)[1])]
+        elif operation.opcode in ALIASES and first in parts:
+            parts[operation.name] = parts[first]
         sources[operation.name] = behind if operation.opcode in ALIASES else {operation.name}
         for one in behind:
             last[one] = place
@@ -67,7 +70,7 @@ def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str,
 
 
 def _new_memory(operation: Operation, module: Module) -> float:
-    if operation.opcode in (*ALIASES, "parameter", "constant", "dynamic-update-slice") or operation.opcode.endswith("-done"):
+    if operation.opcode in (*ALIASES, "parameter", "constant", *IN_PLACE) or operation.opcode.endswith("-done"):
         return 0.0
     size = sum(array_sizes(ELSEWHERE.sub("", operation.type)))
     if operation.opcode.endswith("-start"):
@@ -75,7 +78,7 @@ def _new_memory(operation: Operation, module: Module) -> float:
         return min(sum(arrays[len(arrays) // 2 :]), *(sliced(module, operation) or [math.inf]))
     if operation.opcode == "fusion":
         inside = module.computations[operation.called[0]]
-        return max(0.0, size - sum(one.size for one in inside if one.opcode == "dynamic-update-slice"))
+        return max(0.0, size - sum(one.size for one in inside if one.opcode in IN_PLACE))
     return size
 
 

@@ -16,22 +16,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxlm.planning.hlo import Module, Operation, array_sizes
+from jaxlm.planning.plan import Collective
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 TILED = re.compile(r":T\(")  # layouts of TPUs
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 COUNTERS = re.compile(r"\b[us]32\[\]")  # what libtpu hands from a start to its end beside operands and results
 KERNEL = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
-
-
-class Collective(NamedTuple):
-    """One kind of exchange along some mesh axes."""
-
-    kind: str
-    axes: tuple[str, ...]
-    bytes_per_device: float  # in one step: what a device sends, in the ring forms of the exchanges (Chan et al. 2007)
-    count: int  # in one step
-    exposed_bytes: float  # those of bytes_per_device that no matrix product hides
 
 
 class Exchange(NamedTuple):

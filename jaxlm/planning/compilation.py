@@ -1,13 +1,34 @@
 """The training step that `jaxlm train` runs, compiled for arrays and devices that need not be there."""
 
+import re
+from collections.abc import Callable
+from pathlib import Path
+
 import jax
 from jax.sharding import Mesh
 
+from jaxlm.checks import check_kernel, check_layout
 from jaxlm.errors import UserError
+from jaxlm.parallel import executables
+from jaxlm.parallel.compiler import programs_folder
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import abstract
+from jaxlm.planning.devices import devices_of
+from jaxlm.planning.targets import Target
 from jaxlm.settings import Settings
-from jaxlm.training.setup import batch_shapes, start
+from jaxlm.training.setup import batch_shapes, lay_mesh, open_corpora, resolve, start
 from jaxlm.training.step import Trainer, batch_sharding
+
+NEEDED = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")  # libtpu's words
+
+
+def lay(settings: Settings, target: Target) -> tuple[Mesh, Callable[[jax.Device], int]]:
+    """The mesh of a run over a target's devices, and which island each stands in. Raises UserError."""
+    devices = devices_of(target)
+    mesh = make_mesh(settings.mesh, devices.all, devices.island)
+    check_layout(settings, mesh.shape)
+    check_kernel(settings, target.platform)
+    return mesh, devices.island
 
 
 def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Trainer]:
@@ -27,10 +48,39 @@ def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Train
 
 def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
     """The same, compiled. Raises UserError."""
-    return compiled(trace_step(settings, mesh)[0], mesh)
+    return compiled(lower(trace_step(settings, mesh)[0], mesh))
 
 
-def compiled(traced: jax.stages.Traced, mesh: Mesh) -> jax.stages.Compiled:
-    """The program for the devices of `mesh`."""
+def compile_ahead(settings: Settings, target: Target | None) -> Path:
+    """Compiles the step for a target's devices, or for those that are here, and writes it where `jaxlm train` looks for it.
+
+    Raises:
+      UserError: devices.compiled is no folder here, or the step cannot be compiled.
+    """
+    folder = programs_folder(settings.devices)
+    if folder is None:
+        raise UserError(f"devices.compiled={settings.devices.compiled}: --compile-only needs a folder on this machine")
+    mesh = lay(settings, target)[0] if target else lay_mesh(settings)
+    if settings.model.vocab_size is None:
+        settings = resolve(settings, open_corpora(settings)[0][0].tokenizer)
+    lowered = lower(trace_step(settings, mesh)[0], mesh)
+    return executables.save(compiled(lowered), lowered, mesh, folder)
+
+
+def lower(traced: jax.stages.Traced, mesh: Mesh) -> jax.stages.Lowered:
+    """The program as the compiler of the devices of `mesh` takes it."""
     with jax.set_mesh(mesh):
-        return traced.lower().compile()
+        return traced.lower()
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program for its devices. Raises UserError where the compiler finds that no device can hold it."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        found = NEEDED.search(str(error))
+        need = f"{found[1]}iB of {found[2]}iB" if found else "more memory than there is"
+        raise UserError(f"does not fit: the step needs {need} on each device, says the compiler; use more devices, more of "
+                        "mesh.fsdp or mesh.tensor, train.remat=full, or train.gradient_accumulation") from None

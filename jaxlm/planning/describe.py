@@ -20,10 +20,10 @@ def describe(plan: Plan) -> RenderableType:
 
 
 def _head(plan: Plan) -> Iterator[str]:
-    settings, kind = plan.settings, plan.target.devices[0].device_kind
-    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items() if size > 1) or "one device"
+    settings, kind = plan.settings, plan.target.device_kind
+    axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
     yield (f"{settings.model.family} of {format_count(plan.parameters)} parameters on {plan.target.name}: "
-           f"{counted(plan.mesh.size, f'{kind} device')}; {axes}")
+           f"{counted(plan.target.num_devices, f'{kind} device')}; {axes}")
     yield (f"{counted(settings.data.global_batch_size, 'sequence')} of {settings.data.sequence_length:,} = "
            f"{format_count(plan.tokens_per_step)} tokens a step; {settings.train.precision}")
     if plan.capacity is None:
@@ -70,7 +70,7 @@ def _speed(plan: Plan) -> Iterator[str]:
     yield f"a step: {format_seconds(step.total)} at best ({described}); bound by {step.bound}"
     steps = plan.settings.train.steps
     yield (f"MFU {plan.mfu:.1%} at most; {format_count(plan.tokens_per_step / step.total)} tokens/s; {steps:,} steps take "
-           f"{format_duration(steps * step.total)}, {steps * step.total / 3600 * plan.mesh.size:,.0f} device-hours")
+           f"{format_duration(steps * step.total)}, {steps * step.total / 3600 * plan.target.num_devices:,.0f} device-hours")
     yield f"compiled in {plan.compile_seconds:.0f} s"
 
 

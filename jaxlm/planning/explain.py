@@ -1,74 +1,60 @@
 """`jaxlm plan --explain`: how every parameter and every main activation is cut, and what each matrix product sends and why."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import jax
-from jax.sharding import Mesh
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from jaxlm.models.model import Model
-from jaxlm.parallel.sharding import RULES
+from jaxlm.checks import check_layout
+from jaxlm.models.sizes import Shape, head_dim, intermediate_size, kv_heads, parameters
+from jaxlm.parallel.layout import cutting, mesh_shape, parts
 from jaxlm.planning.describe import new_table
+from jaxlm.planning.targets import Target
 from jaxlm.reporting.units import format_size
 from jaxlm.settings import Settings
 
 
-def explain(settings: Settings, mesh: Mesh) -> RenderableType:
-    """Three tables."""
-    model = Model(settings.model, settings.train)
+def explain(settings: Settings, target: Target) -> RenderableType:
+    """Three tables. Raises UserError."""
+    sizes = mesh_shape(settings.mesh, target.num_devices)
+    check_layout(settings, sizes)
     return Group(
-        "parameters (float32)", _parameters(model, mesh), "",
-        f"activations ({settings.train.precision}, of one micro-batch)", _activations(settings, mesh), "",
-        "what each product sends", _products(settings, mesh))
+        "parameters (float32)", _arrays(parameters(settings.model), 4, sizes), "",
+        f"activations ({settings.train.precision}, of one micro-batch)", _activations(settings, sizes), "",
+        "what each product sends", _products(settings, sizes))
 
 
-def _cut(axis: str | None, mesh: Mesh) -> list[str]:
-    """Mesh axes that cut a named axis here."""
-    rule = RULES[axis] if axis else None
-    return [name for name in ((rule,) if isinstance(rule, str) else rule or ()) if mesh.shape[name] > 1]
-
-
-def _arrays(arrays: dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]], element: int, mesh: Mesh) -> Table:
+def _arrays(arrays: Mapping[str, Shape], element: int, sizes: Mapping[str, int]) -> Table:
     """A row for each array of `element` bytes a number: its shape, its axes, what cuts them, and its bytes on a device."""
     table = new_table("name", "shape", "axes", "cut over", "bytes")
     for name, (shape, axes) in arrays.items():
-        parts = math.prod(mesh.shape[cut] for axis in axes for cut in _cut(axis, mesh))
-        cuts = ", ".join("+".join(_cut(axis, mesh)) or "-" for axis in axes)
+        cuts = ", ".join("+".join(cut for cut in cutting(axis) if sizes[cut] > 1) or "-" for axis in axes)
         table.add_row(name, " x ".join(f"{size:,}" for size in shape), ", ".join(axis or "-" for axis in axes), cuts,
-                      format_size(element * math.prod(shape) / parts))
+                      format_size(element * math.prod(shape) / parts(axes, sizes)))
     return table
 
 
-def _parameters(model: Model, mesh: Mesh) -> Table:
-    leaves = jax.tree_util.tree_flatten_with_path(model.shapes)[0]
-    return _arrays({".".join(entry.key for entry in path): (leaf.shape, axes.names)
-                    for (path, leaf), axes in zip(leaves, jax.tree.leaves(model.axes), strict=True)}, 4, mesh)
-
-
-def _activations(settings: Settings, mesh: Mesh) -> Table:
+def _activations(settings: Settings, sizes: Mapping[str, int]) -> Table:
     model, data = settings.model, settings.data
-    rows = data.global_batch_size // settings.train.gradient_accumulation * mesh.shape["stage"]
+    rows = data.global_batch_size // settings.train.gradient_accumulation * sizes["stage"]
     tokens, width = (rows, data.sequence_length), 2 if settings.train.precision == "bfloat16" else 4
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
     return _arrays({
-        "residual (between the parts)": ((*tokens, model.hidden_size), ("batch", "residual_sequence", "residual")),
-        "query": ((*tokens, model.num_heads, head_dim), ("batch", "sequence", "heads", None)),
-        "key, value": ((*tokens, model.num_kv_heads or model.num_heads, head_dim), ("batch", "sequence", "kv_heads", None)),
-        "mlp_hidden": ((*tokens, model.intermediate_size or 4 * model.hidden_size), ("batch", "sequence", "mlp")),
-    }, width, mesh)
+        "residual (between the parts)": Shape((*tokens, model.hidden_size), ("batch", "residual_sequence", "residual")),
+        "query": Shape((*tokens, model.num_heads, head_dim(model)), ("batch", "sequence", "heads", None)),
+        "key, value": Shape((*tokens, kv_heads(model), head_dim(model)), ("batch", "sequence", "kv_heads", None)),
+        "mlp_hidden": Shape((*tokens, intermediate_size(model)), ("batch", "sequence", "mlp")),
+    }, width, sizes)
 
 
-def _products(settings: Settings, mesh: Mesh) -> Table:
+def _products(settings: Settings, sizes: Mapping[str, int]) -> Table:
     table = new_table("product", "axis", "exchange, forward / backward", "why")
-    for row in _product_rows(settings, mesh.shape):
+    for row in _product_rows(settings, sizes):
         table.add_row(*row)
     return table
 
 
-def _product_rows(settings: Settings, shape: Any) -> Iterator[tuple[str, str, str, str]]:
+def _product_rows(settings: Settings, shape: Mapping[str, int]) -> Iterator[tuple[str, str, str, str]]:
     if shape["fsdp"] > 1:
         yield ("every kernel", "fsdp", "all-gather / all-gather, reduce-scatter",
                "a kernel is kept in pieces: fetched for its product and again for its gradients, whose sum goes to the owners")

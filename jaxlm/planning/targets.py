@@ -1,23 +1,34 @@
-"""Devices that are not here: what the compilers of TPUs and GPUs take for a pod or a cluster.
+"""Devices that are not here, by name: what can be said of them without any compiler, or JAX.
 
-`cpu:8` (emulated, and so really there), `v5p:4x4x4` or `2xv5e:16x16` (TPU slices), `h100:8x4` (GPUs of a node x nodes).
-The compilers are wheels: libtpu; jax-cuda13-plugin with jax-cuda13-pjrt. They need no driver and no accelerator.
+`cpu:8` (emulated, and so really there); TPU slices by topology, `v5p:4x4x4` or `2xv5e:16x16`, or by the cloud's name,
+`v5p-128` or `4xv6e-256`; `h100:8x4` (GPUs of a node x nodes).
 """
 
+import itertools
 import math
-import os
 import re
-from importlib.util import find_spec
 from typing import NamedTuple
 
-import jax
-from jax.experimental import topologies
-
 from jaxlm.errors import UserError, nearest
-from jaxlm.parallel.compiler import set_flags
-from jaxlm.parallel.mesh import island
 
-TPUS = ("v4", "v5e", "v5p", "v6e")
+
+class TPU(NamedTuple):
+    """One generation."""
+
+    kind: str  # JAX's device_kind
+    dimensions: int  # of the torus
+    counted_as: int  # what the number in the cloud's names counts of a chip: v4's and v5p's are TensorCores
+    devices: int = 1  # JAX's, of one chip
+    cloud_names: tuple[str, ...] = ()  # beside its own
+
+
+TPUS = {
+    "v4": TPU("TPU v4", 3, 2),
+    "v5e": TPU("TPU v5 lite", 2, 1, cloud_names=("v5litepod",)),
+    "v5p": TPU("TPU v5", 3, 2),
+    "v6e": TPU("TPU v6 lite", 2, 1),
+    "tpu7x": TPU("TPU7x", 3, 1, devices=2),
+}
 
 
 class GPU(NamedTuple):
@@ -34,28 +45,6 @@ class GPU(NamedTuple):
     shared_memory_per_core: int  # bytes
     shared_memory_per_block: int  # bytes, at most
 
-    def proto(self) -> str:
-        """The GpuTargetConfigProto, as text."""
-        return f"""
-            gpu_device_info {{
-              threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
-              shared_memory_per_block: 49152 shared_memory_per_block_optin: {self.shared_memory_per_block}
-              shared_memory_per_core: {self.shared_memory_per_core}
-              registers_per_core_limit: 65536 registers_per_block_limit: 65536
-              core_count: {self.cores} fpus_per_core: {self.fpus_per_core} clock_rate_ghz: {self.clock_ghz}
-              block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-              memory_bandwidth: {self.bandwidth} l2_cache_size: {self.l2_cache} device_memory_size: {self.memory}
-              cuda_compute_capability {{
-                major: {self.compute_capability}
-                feature_extension: {"ACCELERATED_FEATURES" if self.compute_capability >= 9 else "NONE"}
-              }}
-              device_vendor: "NVIDIA Corporation" name: "{self.kind}" device_address_bits: 64 ecc_enabled: true
-              driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
-            }}
-            platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{self.kind}"
-            """
-
 
 GPUS = {
     "a100": GPU("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 85100068864, 2039040000000, 41943040, 167936, 166912),
@@ -63,70 +52,103 @@ GPUS = {
     "h200": GPU("NVIDIA H200", 9, 132, 128, 1.98, 151397597184, 4800000000000, 52428800, 233472, 232448),
     "b200": GPU("NVIDIA B200", 10, 148, 128, 1.965, 191514411008, 7672320000000, 132644864, 233472, 232448),
 }
-FORM = re.compile(r"(?:(?P<slices>\d+)x)?(?P<kind>[a-z]\w*):(?P<shape>\d+(?:x\d+)*)")
+KINDS = ("cpu", *TPUS, *GPUS)
+FORM = re.compile(r"(?:(?P<islands>\d+)x)?(?P<kind>[a-z]\w*):(?P<shape>\d+(?:x\d+)*)")
+CLOUD = re.compile(r"(?:(?P<islands>\d+)x)?(?P<kind>[a-z]\w*)-(?P<count>\d+)")
+LARGEST = {2: 16, 3: 28}  # chips along one dimension of a slice
 
 
 class Target(NamedTuple):
-    """A target's devices; `island` says which of them have a fast network among themselves, as for `jaxlm.parallel.mesh`."""
+    """Devices of one kind in islands of equal size: TPU slices, GPU nodes; CPUs are one."""
 
     name: str
-    kind: str
-    devices: list[jax.Device]
+    kind: str  # of KINDS
+    shape: tuple[int, ...]  # of one island: chips along each dimension of a slice's torus, or devices
+    islands: int = 1
 
-    def island(self, device: jax.Device) -> int:
-        """Number of the TPU slice or GPU node that a device stands in."""
-        return device.process_index if self.kind in GPUS else island(device)
+    @property
+    def device_kind(self) -> str:
+        """JAX's name of such a device."""
+        return "cpu" if self.kind == "cpu" else (TPUS.get(self.kind) or GPUS[self.kind]).kind
+
+    @property
+    def platform(self) -> str:
+        """JAX's name of what drives them."""
+        return "tpu" if self.kind in TPUS else "gpu" if self.kind in GPUS else "cpu"
+
+    @property
+    def island_size(self) -> int:
+        """Devices in an island."""
+        return math.prod(self.shape) * (TPUS[self.kind].devices if self.kind in TPUS else 1)
+
+    @property
+    def num_devices(self) -> int:
+        return self.island_size * self.islands
 
 
 def find_target(name: str) -> Target:
-    """The devices of a target. Call before any other use of JAX.
+    """What a target's name says.
 
     Raises:
-      UserError: there is no such target, or its compiler is not installed.
+      UserError: there is no such target.
     """
+    if cloud := CLOUD.fullmatch(name):
+        return _from_the_cloud(name, cloud)
     found = FORM.fullmatch(name)
-    kinds = ("cpu", *TPUS, *GPUS)
     if not found:
-        raise UserError(f"target '{name}': expected KIND:SHAPE, for example cpu:8, v5p:4x4x4, 2xv5e:16x16 or h100:8x4")
-    kind, shape, slices = found["kind"], found["shape"], int(found["slices"] or 1)
-    if kind not in kinds:
-        raise UserError(f"target '{name}': unknown kind '{kind}', expected one of {', '.join(kinds)}{nearest(kind, kinds)}")
-    if not all(map(int, re.findall(r"\d+", shape))) or not slices:
+        raise UserError(f"target '{name}': expected KIND:SHAPE, for example cpu:8, v5p:4x4x4, 2xv5e:16x16 or h100:8x4, or a "
+                        "TPU's name in the cloud, for example v5p-128")
+    kind, islands = found["kind"], int(found["islands"] or 1)
+    _refuse_unknown(name, kind, KINDS)
+    shape = tuple(int(size) for size in found["shape"].split("x"))
+    if not all(shape) or not islands:
         raise UserError(f"target '{name}': sizes are positive numbers")
-    jax.config.update("jax_platforms", "cpu")  # what compiles; the target's devices are never started
     if kind in TPUS:
-        return Target(name, kind, _tpu_devices(name, kind, shape, slices))
-    sizes = [int(size) for size in shape.split("x")]
-    if slices > 1 or len(sizes) > 2 or (kind == "cpu" and len(sizes) > 1):
+        dimensions = TPUS[kind].dimensions
+        if len(shape) != dimensions:
+            example = suggestion(kind, math.prod(shape))
+            raise UserError(f"target '{name}': a {kind} slice has {dimensions} dimensions, for example {kind}:{example}")
+        return Target(name, kind, shape, islands)
+    if found["islands"] or len(shape) > 2 or (kind == "cpu" and len(shape) > 1):
         form = "cpu:N" if kind == "cpu" else f"{kind}:GPUs of a node x nodes, for example {kind}:8x4"
         raise UserError(f"target '{name}': expected {form}")
-    if kind == "cpu":
-        jax.config.update("jax_num_cpu_devices", math.prod(sizes))
-        return Target(name, kind, jax.devices())
-    return Target(name, kind, _gpu_devices(name, kind, *sizes))
+    return Target(name, kind, shape[:1], *shape[1:])
 
 
-def _tpu_devices(name: str, kind: str, shape: str, slices: int) -> list[jax.Device]:
-    if not find_spec("libtpu"):
-        raise UserError(f"target '{name}' needs the compiler of TPUs: pip install libtpu")
-    set_flags("tpu")
-    os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # outside the cloud there is no metadata server to ask
-    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compilers do not contend for a device as runs do
-    try:
-        topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{kind}:{shape}", num_slices=slices,
-            **{"chip_config_name": "megacore"} if kind == "v4" else {})  # a v4 chip's two cores are one device, as in a run
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"target '{name}': libtpu knows no such topology ({str(error).splitlines()[0]})") from None
-    return list(topology.devices)
+def _refuse_unknown(name: str, kind: str, kinds: tuple[str, ...]) -> None:
+    if kind not in kinds:
+        raise UserError(f"target '{name}': unknown kind '{kind}', expected one of {', '.join(kinds)}{nearest(kind, kinds)}")
 
 
-def _gpu_devices(name: str, kind: str, per_node: int, nodes: int = 1) -> list[jax.Device]:
-    if not find_spec("jax_cuda13_plugin"):
-        version = jax.__version__
-        raise UserError(f"target '{name}' needs the compiler of GPUs: pip install jax-cuda13-plugin=={version} "
-                        f"jax-cuda13-pjrt=={version} nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-nvrtc")
-    set_flags("gpu")
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=kind, target_config=GPUS[kind].proto(), topology=f"1x{nodes}x{per_node}")
-    return list(topology.devices)
+def _from_the_cloud(name: str, found: re.Match) -> Target:
+    aliases = {alias: kind for kind, tpu in TPUS.items() for alias in (kind, *tpu.cloud_names)}
+    _refuse_unknown(name, found["kind"], tuple(aliases))
+    kind, count, islands = aliases[found["kind"]], int(found["count"]), int(found["islands"] or 1)
+    chips, rest = divmod(count, TPUS[kind].counted_as)
+    shape = None if rest or not islands else topology(kind, chips)
+    if shape is None:
+        unit = "TensorCores, 2 of each chip" if TPUS[kind].counted_as == 2 else "chips"
+        sizes = (size for size in (2**n for n in range(20)) if topology(kind, size))
+        closest = min(sizes, key=lambda size: abs(math.log(size / max(1, chips)))) * TPUS[kind].counted_as
+        raise UserError(f"target '{name}': no {kind} slice has {count} ({unit}); use {found['kind']}-{closest}")
+    return Target(name, kind, shape, islands)
+
+
+def topology(kind: str, chips: int) -> tuple[int, ...] | None:
+    """The shape that the cloud gives a slice of so many chips: the most compact one; None: there is none.
+
+    docs.cloud.google.com/tpu/docs lists them: sides of 1, 2 or multiples of 4.
+    """
+    dimensions = TPUS[kind].dimensions
+    sides = [side for side in range(1, LARGEST[dimensions] + 1) if (side in (1, 2) or side % 4 == 0) and chips % side == 0]
+    shapes = [shape for shape in itertools.combinations_with_replacement(sides, dimensions) if math.prod(shape) == chips]
+    if not shapes:
+        return None
+    best = min(shapes, key=sum)
+    return best if best[0] > 1 else tuple(sorted(best, reverse=True))  # 2x2x1
+
+
+def suggestion(kind: str, chips: int) -> str:
+    """A topology of about so many chips, as a target's name has it."""
+    shape = topology(kind, chips) or topology(kind, 4 ** round(math.log(chips, 4))) or topology(kind, 16)
+    return "x".join(map(str, shape))

@@ -1,8 +1,9 @@
 """What a compiled program needs of a device's memory, by the compiler."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
+if TYPE_CHECKING:  # estimates need no JAX
+    import jax
 
 
 class Memory(NamedTuple):
@@ -14,7 +15,7 @@ class Memory(NamedTuple):
     total: int  # the device's peak: arguments, temporaries and results that take the place of no argument
 
 
-def memory_of(compiled: jax.stages.Compiled) -> Memory:
+def memory_of(compiled: "jax.stages.Compiled") -> Memory:
     """What the compiled program needs."""
     sizes = compiled.memory_analysis()
     total = (sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes)

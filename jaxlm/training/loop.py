@@ -15,7 +15,9 @@ import jax
 from jaxlm.data.loading import Batches
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
-from jaxlm.parallel import distributed
+from jaxlm.models.sizes import num_parameters, training_flops
+from jaxlm.parallel import distributed, executables
+from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.mesh import crossings
 from jaxlm.reporting.files import check_folder, write_json, write_text
 from jaxlm.reporting.hardware import peak_flops
@@ -144,7 +146,7 @@ def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints
             waited = time.monotonic() - asked
             if step_function is None:
                 asked = time.monotonic()
-                step_function = run.trainer.step.lower(state, batch).compile()
+                step_function = _compile(run, state, batch, output)
                 clock.compile_seconds = time.monotonic() - asked
                 clock.restart(step - 1)
             state, metrics = step_function(state, batch)
@@ -165,6 +167,15 @@ def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints
                     checkpoints.save(state, step, so_far, val_row.get("val_loss") if evaluating else None)
                 clock.restart(step)
     return {"val_loss": val_row.get("val_loss"), "clock": clock}
+
+
+def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array], output: Output) -> jax.stages.Compiled:
+    """The step, from a program that `jaxlm train --compile-only` has left, if there is one."""
+    lowered, folder = run.trainer.step.lower(state, batch), programs_folder(run.settings.devices)
+    ready = folder and executables.load(lowered, run.mesh, folder)
+    if ready:
+        output.progress.print(f"step: compiled before, taken from {folder}")
+    return ready or lowered.compile()
 
 
 def _log(pending: tuple[int, dict[str, jax.Array]], clock: "_Clock", settings: Settings, output: Output) -> None:
@@ -191,7 +202,7 @@ class _Clock:
         length, devices = run.settings.data.sequence_length, run.mesh.devices.flatten()
         predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
         self.tokens = batches.global_batch_size * length
-        self.flops = batches.global_batch_size * run.trainer.model.training_flops(length, predictions)
+        self.flops = batches.global_batch_size * training_flops(run.settings.model, length, predictions)
         peak = peak_flops(devices[0].device_kind)
         self.peak = peak and peak * len(devices)
         self.compile_seconds = 0.0
@@ -216,7 +227,7 @@ class _Clock:
 
 def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
     """What a user wants to see before the first step."""
-    settings, model = run.settings, run.trainer.model
+    settings = run.settings
     ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))  # a pipeline has one micro-batch in every stage
     device = run.mesh.devices.flatten()[0]
     axes = "".join(f", {axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
@@ -224,8 +235,8 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
     batch, length = settings.data.global_batch_size, settings.data.sequence_length
     accumulation = settings.train.gradient_accumulation
     lines = [
-        f"{settings.model.family} of {format_count(model.num_parameters())} parameters, {settings.train.precision} compute; "
-        f"{counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
+        f"{settings.model.family} of {format_count(num_parameters(settings.model))} parameters, {settings.train.precision} "
+        f"compute; {counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
         + (f"; between slices or nodes: {slow}" if slow else ""),
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
         f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} tokens"
@@ -265,7 +276,7 @@ def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str
         "steps": steps, "tokens": steps * clock.tokens, "val_loss": plain(results["val_loss"]),
         "tokens_per_second": seconds and clock.tokens / seconds, "mfu": seconds and clock.mfu(seconds),
         "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
-        "parameters": run.trainer.model.num_parameters(), "wall_seconds": wall_seconds, "compile_seconds": clock.compile_seconds,
+        "parameters": num_parameters(run.settings.model), "wall_seconds": wall_seconds, "compile_seconds": clock.compile_seconds,
     }
 
 

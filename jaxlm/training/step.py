@@ -93,6 +93,8 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
     clip_norm = settings.optimizer.clip_norm
     has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
 
+    travels_as = jnp.dtype(settings.train.gradient_precision)
+
     def loss_and_sums(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, dict[str, Sums]]:
         sums = model.bind(params).losses(batch, keys)
         return sum(term.loss / counts[name] for name, term in sums.items()), sums
@@ -101,6 +103,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         # Divided by the whole batch's counts, so that micro-batches simply add up to the big batch's gradient.
         counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in model.bind(params).counts(batch).items()}
         gradient = jax.grad(loss_and_sums, has_aux=True)
+        params = _as_type(params, travels_as)
         if settings.train.gradient_accumulation == 1:
             return gradient(params, batch, keys, counts)
         one_by_one = gradient if pipelined else functools.partial(_accumulated, gradient, settings.train.gradient_accumulation)
@@ -113,6 +116,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(batch["tokens"])))
         grads, sums = gradients(state.params, batch, keys)
         with jax.named_scope("optimizer"):
+            grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
             norm = optax.tree.norm(grads)
             if clip_norm is not None:
                 scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
@@ -131,13 +135,23 @@ def _evaluation_sums(model: Model, params: Params, batch: Batch) -> dict[str, Su
     return {name: sums for name, sums in model.bind(params).losses(batch).items() if isinstance(sums, Sums)}
 
 
+def _as_type(params: Params, dtype: jnp.dtype) -> Params:
+    """Kernels and tables in `dtype`, and so their gradients, which travel as what they belong to. Every product casts them to the
+    compute type in any case; the router of experts, which computes in float32, stays as it is."""
+    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
+        names = [entry.key for entry in path]
+        return leaf.astype(dtype) if names[-1] in ("kernel", "embedding") and "router" not in names else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> Any:
     """The sum of `gradient` over `pieces` micro-batches, one after the other."""
     def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, *piece, counts)), None
 
     cut = jax.tree.map(lambda array: _micro_batches(array, pieces), (batch, keys))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)),
                          jax.eval_shape(gradient, params, *jax.tree.map(lambda array: array[0], cut), counts))
     return jax.lax.scan(accumulate, zeros, cut)[0]
 

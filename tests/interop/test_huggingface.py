@@ -131,7 +131,7 @@ def test_shapes():
            "final_norm.scale": (32,), "final_norm.bias": (32,)} | all_blocks(128)
     assert shapes(GPT_WEIGHTS, GPT) == gpt
     untied = {**GPT_WEIGHTS, "lm_head.weight": np.ones((97, 32))}
-    assert shapes(untied, replace(GPT, tied_embeddings=False)) == gpt | {"head.kernel": (32, 97)}
+    assert shapes(untied, replace(GPT, tied_embeddings=False)) == gpt | {"head.embedding": (97, 32)}
     bert = {"token_embedding.embedding": (101, 32), "position_embedding.embedding": (20, 32), "type_embedding.embedding": (2, 32),
             "embedding_norm.scale": (32,), "embedding_norm.bias": (32,), "mlm_transform.kernel": (32, 32),
             "mlm_transform.bias": (32,), "mlm_norm.scale": (32,), "mlm_norm.bias": (32,), "mlm_bias": (101,)} | all_blocks(64)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm.models.layers import MLP, Norm, padded_vocab_size, rotate
+from jaxlm.models.layers import MLP, Norm, rotate
 from jaxlm.models.model import Model
+from jaxlm.models.sizes import padded_vocab_size
 from jaxlm.settings import TrainSettings
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.parallel.mesh import across, crossings, make_mesh
+from jaxlm.parallel.layout import across
+from jaxlm.parallel.mesh import crossings, make_mesh
 from jaxlm.settings import AXES, MeshSettings
 
 

@@ -13,7 +13,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxlm import config
 from jaxlm.checks import check_layout
 from jaxlm.errors import UserError
-from jaxlm.parallel.mesh import make_mesh, mesh_shape
+from jaxlm.parallel.layout import mesh_shape
+from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.compilation import compile_step
 from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import MeshSettings, ModelSettings, Settings

@@ -1,0 +1,55 @@
+"""Compiled programs on disk: `jaxlm train --compile-only` writes one, for these devices or for others; the run loads it.
+
+They stand in `devices.compiled` beside JAX's own cache, and are trusted like it: both hold machine code. A program is found by
+what it was made of (its text before compilation, the devices, versions and flags), so a changed setting never finds an old one.
+"""
+
+import hashlib
+import os
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import jax
+from jax.experimental import serialize_executable
+from jax.sharding import Mesh
+
+from jaxlm.parallel.compiler import BACKENDS
+from jaxlm.reporting.files import write_atomically
+
+COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin")
+DIGEST = 32  # bytes of SHA-256 in front of a program
+
+
+def save(compiled: jax.stages.Compiled, lowered: jax.stages.Lowered, mesh: Mesh, folder: Path) -> Path:
+    """Writes a program that was compiled for the devices of `mesh` from `lowered`; returns the file."""
+    payload, _, _ = serialize_executable.serialize(compiled)
+    path = _path(lowered, mesh, folder)
+    write_atomically(path, lambda temporary: temporary.write_bytes(hashlib.sha256(payload).digest() + payload))
+    return path
+
+
+def load(lowered: jax.stages.Lowered, mesh: Mesh, folder: Path) -> jax.stages.Compiled | None:
+    """The program that was saved for `lowered` on devices like those of `mesh`; None: there is none, or it is damaged."""
+    path = _path(lowered, mesh, folder)
+    if not path.exists():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
+        return None
+    return serialize_executable.deserialize_and_load(
+        content[DIGEST:], lowered.in_tree, lowered.out_tree, execution_devices=list(mesh.devices.flat))
+
+
+def _path(lowered: jax.stages.Lowered, mesh: Mesh, folder: Path) -> Path:
+    device = mesh.devices.flat[0]
+    made_of = [lowered.as_text(), device.device_kind, str(mesh.devices.shape), *map(_version, COMPILERS),
+               os.environ.get(BACKENDS[device.platform].variable, "") if device.platform in BACKENDS else ""]
+    digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
+    return folder / f"step-{digest[:32]}.executable"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""

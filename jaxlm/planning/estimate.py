@@ -1,0 +1,368 @@
+"""A plan by arithmetic alone, at once: no compiler, no JAX.
+
+Counted: parameters and optimizer by their shapes, matrix products, what the written-out products send, what `train.remat`
+keeps. Fitted to compiled programs (`benchmarks/estimate.py`, which also says how far off it is; docs/planning.md): how many
+copies of its activations a layer's backward pass holds at once, what share of the exchanges is hidden, what elementwise work
+adds to the memory traffic.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from jaxlm.checks import check_kernel, check_layout
+from jaxlm.data.masking import num_predictions
+from jaxlm.errors import UserError
+from jaxlm.models.sizes import (
+    attention_flops,
+    attention_kernel,
+    head_dim,
+    head_flops,
+    intermediate_size,
+    is_gated,
+    kv_heads,
+    loss_chunk,
+    num_parameters,
+    padded_vocab_size,
+    parameters,
+    training_flops,
+)
+from jaxlm.parallel.layout import across, mesh_shape, parts
+from jaxlm.planning.chips import CHIPS
+from jaxlm.planning.plan import Buffer, Collective, Plan
+from jaxlm.planning.roofline import network_of_sizes, roofline
+from jaxlm.planning.targets import Target
+from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.memory import Memory
+from jaxlm.settings import ACTIVATIONS, Settings
+
+FLOAT32 = 4  # bytes
+
+
+class Habits(NamedTuple):
+    """What a compiler makes of a step, fitted to its programs."""
+
+    mlp_copies: float  # of a layer's MLP activations that its backward pass holds at once
+    width_copies: float  # of its states and of queries, keys and values
+    score_copies: float  # of its float32 attention scores, without a fused kernel
+    kernel_copies: float  # of a layer's fetched kernels
+    gradient_copies: float  # of its kernels' whole gradients
+    exposed: dict[str, float]  # share of an exchange that nothing hides
+    elementwise: float  # memory traffic, as a multiple of what the matrix products read and write
+
+
+HABITS = {
+    "tpu": Habits(2.0, 10.0, 2.5, 1.0, 1.0, {"all-gather": 0.3, "": 1.0}, 2.0),
+    "gpu": Habits(4.0, 16.0, 4.0, 1.0, 1.0, {"": 0.07}, 2.0),
+    "cpu": Habits(4.0, 16.0, 4.0, 1.0, 1.0, {"": 1.0}, 2.0),
+}
+MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "sgd": 1, "rmsprop": 2, "muon": 1}  # float32 copies of a parameter
+FACTORED = 128  # Adafactor keeps a row and a column of what is at least this wide
+
+
+class Share(NamedTuple):
+    """What one device has of one micro-batch, in bytes of the compute type unless said, and how often it runs one."""
+
+    tokens: float
+    states: float  # [tokens, D] between the parts of a block, where tensor cuts the tokens
+    width: float  # [tokens, D]
+    query: float
+    key_value: float
+    mlp: float  # [tokens, F], once; with experts, the rows that they take
+    scores: float  # float32 attention scores; 0 in a fused kernel
+    mask: float  # of segments, where the kernel wants it as an array
+    kernels: float  # a layer's, whole but for what tensor and expert cut
+    layers: int  # that follow each other in one go
+    runs: int  # goes in a step
+
+    @property
+    def block(self) -> dict[str, float]:
+        """Bytes of each of `jaxlm.settings.ACTIVATIONS`, a layer's."""
+        return dict(zip(ACTIVATIONS, (self.states, self.query + self.key_value, self.query, self.states, self.mlp, self.states),
+                        strict=True))
+
+
+def estimated_plan(settings: Settings, target: Target) -> Plan:
+    """The plan of a run on a target.
+
+    Raises:
+      UserError: the run cannot be laid out on the devices.
+    """
+    if settings.model.vocab_size is None:
+        raise UserError("model.vocab_size: missing; without a corpus the size of the vocabulary has to be said")
+    sizes = mesh_shape(settings.mesh, target.num_devices)
+    outer = across(settings.mesh, sizes, target.islands)
+    check_layout(settings, sizes)
+    check_kernel(settings, target.platform)
+    habits, share = HABITS[target.platform], share_of(settings, sizes, target.platform)
+    state = state_sizes(settings, sizes)
+    found = exchanges(settings, sizes, share, habits)
+    memory, largest = memory_of(settings, sizes, share, habits, state)
+    model_flops = data_flops(settings) / target.num_devices
+    executed = executed_flops(settings, target) / target.num_devices
+    traffic = memory_traffic(settings, sizes, share, habits, state)
+    chip, peak = CHIPS.get(target.device_kind), peak_flops(target.device_kind)
+    speed = None
+    if chip and peak:
+        speed = roofline(executed, peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
+    return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, model_flops, executed, traffic,
+                speed, largest, None)
+
+
+# ---- what a device has -----------------------------------------------------------------------------------------------
+
+def kernel_of(settings: Settings, platform: str) -> str:
+    """The attention kernel: xla, cudnn, splash or ring."""
+    model, data = settings.model, settings.data
+    if model.attention == "auto" and max(1, settings.mesh.context) > 1:
+        return "ring"
+    if model.attention != "auto":
+        return model.attention
+    dropped = model.dropout if model.attention_dropout is None else model.attention_dropout
+    return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model), fused=not dropped)
+
+
+def share_of(settings: Settings, sizes: dict[str, int], platform: str) -> Share:
+    model, data, train = settings.model, settings.data, settings.train
+    element, tensor, length = _element(settings), sizes["tensor"], data.sequence_length
+    rows = data.global_batch_size / train.gradient_accumulation / math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+    tokens = rows * length / sizes["context"]
+    routed = tokens * model.experts_per_token * (model.capacity_factor or 1) if model.num_experts else tokens
+    scores = FLOAT32 * rows * model.num_heads / tensor * length**2 if kernel_of(settings, platform) == "xla" else 0.0
+    mask = element * rows * length**2 if kernel_of(settings, platform) == "cudnn" and data.packing == "documents" else 0.0
+    kernels = sum(_whole(shape, sizes) / model.num_layers * sizes["stage"] for name, shape in parameters(model).items()
+                  if name.startswith("blocks.") and name.endswith("kernel"))
+    ticks = train.gradient_accumulation * train.stage_repeats + sizes["stage"] - 1
+    return Share(
+        tokens, states=element * tokens * model.hidden_size / tensor, width=element * tokens * model.hidden_size,
+        query=element * tokens * model.num_heads * head_dim(model) / tensor,
+        key_value=2 * element * tokens * kv_heads(model) * head_dim(model) / tensor,
+        mlp=element * routed * intermediate_size(model) / tensor, scores=scores, mask=mask, kernels=element * kernels,
+        layers=model.num_layers // (sizes["stage"] * train.stage_repeats),
+        runs=ticks if sizes["stage"] > 1 else train.gradient_accumulation)
+
+
+def _element(settings: Settings) -> int:
+    """Bytes of the compute type."""
+    return 2 if settings.train.precision == "bfloat16" else FLOAT32
+
+
+def _gradient_element(settings: Settings) -> int:
+    return 2 if settings.train.gradient_precision == "bfloat16" else FLOAT32
+
+
+def _whole(shape: tuple, sizes: dict[str, int]) -> float:
+    """Numbers of a parameter that a device works with: cut by all axes but fsdp, over which it is fetched."""
+    return math.prod(shape.sizes) / parts(shape.axes, sizes | {"fsdp": 1})
+
+
+def _kept(shape: tuple, sizes: dict[str, int]) -> float:
+    """Numbers of a parameter that a device keeps."""
+    return math.prod(shape.sizes) / parts(shape.axes, sizes)
+
+
+def state_sizes(settings: Settings, sizes: dict[str, int]) -> dict[str, float]:
+    """Bytes of parameters, optimizer on the device, gradients."""
+    shapes = parameters(settings.model).values()
+    numbers = sum(_kept(shape, sizes) for shape in shapes)
+    if settings.optimizer.name == "adafactor":
+        moments = sum(_factored(shape) / parts(shape.axes[:1], sizes) for shape in shapes)
+    else:
+        moments = MOMENTS[settings.optimizer.name] * numbers
+    return {"parameters": FLOAT32 * numbers, "optimizer": 0.0 if settings.optimizer.offload else FLOAT32 * moments,
+            "gradients": FLOAT32 * numbers}
+
+
+def _factored(shape: tuple) -> float:
+    """Numbers that Adafactor (Shazeer & Stern 2018) keeps of a parameter: those of its two largest dimensions one by one."""
+    layers, sides = (shape.sizes[:1], shape.sizes[1:]) if shape.axes[0] == "layers" else ((1,), shape.sizes)
+    *rest, second, first = sorted((1, *sides))
+    return math.prod(layers) * (math.prod(sides) if second < FACTORED else math.prod(rest) * (first + second))
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+def memory_of(settings: Settings, sizes: dict[str, int], share: Share, habits: Habits, state: dict[str, float]
+              ) -> tuple[Memory, list[Buffer]]:
+    """The larger of two moments: the head with all layers' activations kept, and the first layer of the backward pass."""
+    train, per_layer = settings.train, kept_of_a_layer(settings, share)
+    depth = share.layers * (share.runs if sizes["stage"] > 1 else 1)
+    on_host = share.states * depth if isinstance(train.remat, dict) and train.remat.get("residual") == "host" else 0.0
+    gradients = state["gradients"] * _gradient_element(settings) / FLOAT32
+    copies = gradients if _gradient_element(settings) < FLOAT32 else 0.0  # kernels cast for their gradients' sake
+    if train.gradient_accumulation > 1 and sizes["stage"] == 1:
+        gradients += state["gradients"]
+    head = {"head: table, its gradient, logits": _head_memory(settings, sizes, share)}
+    gates = 2 if is_gated(settings.model) else 1
+    layer = {
+        "mlp, backward": habits.mlp_copies * share.mlp * gates,
+        "attention and states, backward": habits.width_copies * share.states + habits.score_copies * share.scores + share.mask,
+        "a layer's kernels": habits.kernel_copies * share.kernels,
+        "a layer's gradients": habits.gradient_copies * share.kernels / _element(settings) * _gradient_element(settings),
+    }
+    always = {"activations kept for the backward pass": per_layer * depth}
+    if copies:
+        always["kernels in bfloat16"] = copies
+    backward = {"gradients": gradients, **layer}
+    peak = always | max(head, backward, key=lambda moment: sum(moment.values()))
+    arguments = state["parameters"] + state["optimizer"]
+    temporaries = sum(peak.values())
+    largest = sorted((Buffer(name, size) for name, size in peak.items()), key=lambda one: -one.size)[:5]
+    host = on_host + (FLOAT32 * MOMENTS.get(settings.optimizer.name, 0) * state["parameters"] / FLOAT32
+                      if settings.optimizer.offload else 0.0)
+    return Memory(round(arguments), round(temporaries), round(host), round(arguments + temporaries)), largest
+
+
+def kept_of_a_layer(settings: Settings, share: Share) -> float:
+    """Bytes of a layer's activations that stay on the device until the backward pass, by train.remat."""
+    gates = 2 if is_gated(settings.model) else 1
+    block = share.block | {"mlp_hidden": share.mlp * gates}
+    remat = settings.train.remat
+    if remat == "none":  # what every function of the block asks for, norms and activations in float32
+        wide = FLOAT32 / _element(settings)
+        return sum(block.values()) + 4 * wide * share.states + (gates + 1) * share.mlp + 2 * share.scores
+    chosen = {"full": {}, "dots": dict.fromkeys(("query_key_value", "attention_output", "mlp_hidden", "mlp_output"), "keep")}.get(
+        remat, remat) if isinstance(remat, str) else remat
+    return sum(size for name, size in block.items() if chosen.get(name, "keep" if name == "residual" else "recompute") == "keep")
+
+
+def _head_memory(settings: Settings, sizes: dict[str, int], share: Share) -> float:
+    model, element = settings.model, _element(settings)
+    rows = padded_vocab_size(model.vocab_size) / sizes["tensor"]
+    table, positions = rows * model.hidden_size, share.tokens * predictions(settings) / settings.data.sequence_length
+    sequences = max(1, round(share.tokens * sizes["context"] / settings.data.sequence_length))
+    chunk = FLOAT32 * sequences * rows * min(
+        settings.train.loss_chunk or max(1, loss_chunk(sequences, round(rows), model.hidden_size)), settings.data.sequence_length)
+    states = (2 * element + FLOAT32) * positions * model.hidden_size
+    return (element + FLOAT32) * table + 1.5 * min(chunk, FLOAT32 * positions * rows) + states
+
+
+def predictions(settings: Settings) -> int:
+    """Positions of a sequence that reach the output head."""
+    length = settings.data.sequence_length
+    return length if settings.model.family == "gpt" else num_predictions(settings.data.masking, length)
+
+
+# ---- arithmetic ------------------------------------------------------------------------------------------------------
+
+def data_flops(settings: Settings) -> float:
+    """The model's, of a whole step on all devices."""
+    length = settings.data.sequence_length
+    return settings.data.global_batch_size * training_flops(settings.model, length, predictions(settings))
+
+
+def executed_flops(settings: Settings, target: Target) -> float:
+    """With what is computed again, of a whole step on all devices."""
+    model, train, length = settings.model, settings.train, settings.data.sequence_length
+    projections, attention = attention_flops(model, length)
+    gates, kernel = (2 if is_gated(model) else 1), kernel_of(settings, target.platform)
+    mlp = 2 * length * model.hidden_size * intermediate_size(model) * (gates + 1)
+    router = 0.0
+    if model.num_experts is not None:
+        mlp *= model.experts_per_token * (model.capacity_factor or 1)
+        router = 2 * length * model.hidden_size * model.num_experts
+    # products of scores, in forward passes: splash counts masked blocks, cuDNN and the ring leave out what causality hides
+    forward, backward = {"xla": (1, 2), "splash": (1, 3.5), "cudnn": (1, 2.5), "ring": (1, 2.5)}[kernel]
+    seen = 0.5 if kernel in ("cudnn", "ring") and model.family == "gpt" else 1.0
+    recomputed = recompute(settings)
+    again = (recomputed["query_key_value"] * projections * (model.num_heads + 2 * kv_heads(model))
+             + recomputed["attention_output"] * projections * model.num_heads) / (2 * model.num_heads + 2 * kv_heads(model))
+    again += recomputed["attention"] * attention * seen * forward
+    if model.num_experts is not None:
+        again += mlp + router + recomputed["mlp_hidden"] * mlp  # a mixture is computed again in any case
+    else:
+        again += recomputed["mlp_hidden"] * mlp * gates / (gates + 1)
+    block = 3 * (projections + mlp + router) + attention * seen * (forward + backward) + again
+    idle = 1.0
+    if max(1, settings.mesh.stage) > 1:
+        busy = train.gradient_accumulation * train.stage_repeats
+        idle = (busy + settings.mesh.stage - 1) / busy
+    head = 3 * head_flops(model, predictions(settings)) * padded_vocab_size(model.vocab_size) / model.vocab_size
+    return settings.data.global_batch_size * (model.num_layers * block * idle + head)
+
+
+def recompute(settings: Settings) -> dict[str, bool]:
+    """Which of a block's activations the backward pass computes again."""
+    remat = settings.train.remat
+    if remat == "none":
+        return dict.fromkeys(ACTIVATIONS, False)
+    kept = {"full": {}, "dots": dict.fromkeys(("query_key_value", "attention_output", "mlp_hidden", "mlp_output"), "keep")}
+    chosen = kept[remat] if isinstance(remat, str) else remat
+    return {name: chosen.get(name, "recompute") == "recompute" for name in ACTIVATIONS}
+
+
+def memory_traffic(settings: Settings, sizes: dict[str, int], share: Share, habits: Habits, state: dict[str, float]) -> float:
+    """Bytes: products' operands and results, elementwise work as a multiple of them, the head's chunks, the optimizer."""
+    model, element = settings.model, _element(settings)
+    gates, again = (2 if is_gated(model) else 1), recompute(settings)
+    forward = 4 * share.width + 3 * share.query + 2 * share.key_value + (gates + 1) * share.mlp + share.kernels
+    passes = 3 + sum(again[name] for name in ("query_key_value", "attention_output", "mlp_hidden")) / 3
+    layers = share.runs * share.layers * (habits.elementwise * passes * forward + 8 * share.scores
+                                          + 3 * share.kernels / element * _gradient_element(settings)
+                                          + 2 * kept_of_a_layer(settings, share))
+    rows = padded_vocab_size(model.vocab_size) / sizes["tensor"]
+    positions = share.tokens * predictions(settings) / settings.data.sequence_length
+    sequences = max(1, round(share.tokens * sizes["context"] / settings.data.sequence_length))
+    chunk = settings.train.loss_chunk or max(1, loss_chunk(sequences, round(rows), model.hidden_size))
+    chunks = math.ceil(positions / sequences / min(chunk, predictions(settings)))
+    table = rows * model.hidden_size
+    head = share.runs * (chunks * table * (2 * element + 2 * FLOAT32) + 5 * FLOAT32 * positions * rows)
+    return layers + head + 7 * state["parameters"]
+
+
+# ---- exchanges -------------------------------------------------------------------------------------------------------
+
+def exchanges(settings: Settings, sizes: dict[str, int], share: Share, habits: Habits) -> list[Collective]:
+    """What a device sends in a step, the largest first."""
+    sent, counts = Counter(), Counter()
+    for kind, axis, size, count in (*_of_parameters(settings, sizes, share), *_of_activations(settings, sizes, share)):
+        if sizes[axis] > 1 and size:
+            sent[kind, axis] += count * size
+            counts[kind, axis] += count
+    found = (Collective(kind, (axis,), size, counts[kind, axis], size * habits.exposed.get(kind, habits.exposed[""]))
+             for (kind, axis), size in sent.items())
+    return sorted(found, key=lambda one: -one.bytes_per_device)
+
+
+def _left(size: int) -> float:
+    """Share of an array that a device of a ring does not have."""
+    return (size - 1) / size
+
+
+def _of_parameters(settings: Settings, sizes: dict[str, int], share: Share) -> Iterator[tuple[str, str, float, int]]:
+    """Kernels are fetched for each pass, and their gradients go home."""
+    element, sent = _element(settings), _gradient_element(settings)
+    fsdp = _left(sizes["fsdp"])
+    for name, shape in parameters(settings.model).items():
+        whole, kept = _whole(shape, sizes), _kept(shape, sizes)
+        blocks, experts = name.startswith("blocks."), "experts" in shape.axes
+        if name.endswith(("kernel", "embedding")) and "embed" in shape.axes:
+            runs = share.runs if blocks else settings.train.gradient_accumulation
+            reduced = element if experts else sent
+            tied = name == "token_embedding.embedding" and settings.model.tied_embeddings
+            yield "all-gather", "fsdp", fsdp * element * whole, runs * (2 if blocks else 1)
+            yield "reduce-scatter", "fsdp", fsdp * reduced * whole, runs * (2 if tied else 1)
+            for axis in ("context", "expert"):
+                if not (axis == "expert" and experts):
+                    yield "all-reduce", axis, 2 * _left(sizes[axis]) * reduced * kept, runs
+        yield "all-reduce", "data", 2 * _left(sizes["data"]) * FLOAT32 * kept, 1
+
+
+def _of_activations(settings: Settings, sizes: dict[str, int], share: Share) -> Iterator[tuple[str, str, float, int]]:
+    model, again = settings.model, recompute(settings)
+    layers = share.layers * share.runs
+    part = _left(sizes["tensor"]) * share.width
+    yield "all-gather", "tensor", part, 6 * layers  # into each part, and for its gradients twice
+    yield "reduce-scatter", "tensor", part, (4 + again["attention_output"]) * layers
+    if model.attention == "auto":
+        hop = share.key_value * (sizes["context"] - 1) / 2
+        yield "collective-permute", "context", 2 * hop, layers * (4 + again["attention"])
+    else:
+        whole = _left(sizes["context"]) * (2 * share.query + share.key_value)
+        yield "all-to-all", "context", whole, layers * (2 + again["attention"])
+    if model.num_experts is not None:
+        rows = share.tokens * model.experts_per_token * (model.capacity_factor or sizes["expert"])
+        there = _left(sizes["expert"]) * _element(settings) * rows * model.hidden_size
+        yield "all-to-all", "expert", there, 2 * layers * (3 + again["mlp_hidden"])
+    yield "collective-permute", "stage", share.states, 2 * share.runs

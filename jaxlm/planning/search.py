@@ -1,0 +1,156 @@
+"""`jaxlm plan --search`: the mesh, micro-batches, rematerialization and attention that are predicted fastest and fit.
+
+Arithmetic (`estimate.py`) looks at every choice, the compiler (`compiled.py`) at the best of them, one of each mesh, and at what
+the config says.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+from rich.table import Table
+
+from jaxlm.errors import UserError
+from jaxlm.planning.describe import new_table
+from jaxlm.planning.estimate import estimated_plan
+from jaxlm.planning.plan import Plan
+from jaxlm.planning.targets import Target
+from jaxlm.reporting.files import write_text
+from jaxlm.reporting.units import counted, format_seconds, format_size
+from jaxlm.settings import AXES, MeshSettings, Settings, changed
+
+REMATS: tuple[Any, ...] = ("none", "dots", {"query_key_value": "keep", "attention": "keep"}, {"mlp_hidden": "keep"}, "full")
+SHORTEST = 4096  # tokens: shorter pieces of a sequence are not worth a context axis
+FINALISTS = 3  # beside the config as it is
+MAX_SECONDS = 600  # of compiling, after which no other one is begun
+
+
+class Choice(NamedTuple):
+    """One way to run, and what is known of it."""
+
+    plan: Plan  # the compiler's, or else the estimate
+    note: str  # why it stands where it stands
+
+
+def search(settings: Settings, target: Target, report: Callable[[str], None]) -> list[Choice]:
+    """The compiled choices that fit, fastest first, then those that do not.
+
+    `report` is told what is being done. Raises UserError: nothing fits by the estimate, or the target's speed is not known.
+    """
+    if estimated_plan(replace(settings, mesh=MeshSettings(fsdp=1)), target._replace(shape=(1,), islands=1)).roofline is None:
+        raise UserError(f"target '{target.name}': its speed is not published, so nothing can be ranked; use a TPU or a GPU")
+    estimates = list(estimated(settings, target))
+    fitting = sorted((plan for plan in estimates if plan.fits), key=lambda plan: plan.roofline.total)
+    report(f"{len(estimates):,} ways to lay out this run, {len(fitting):,} fit by the estimate")
+    if not fitting:
+        least = min(estimates, key=lambda plan: plan.memory.total, default=None)
+        need = f"the least needs {format_size(least.memory.total)} of {format_size(least.capacity)}" if least else "no mesh divides it"
+        raise UserError(f"target '{target.name}': no layout fits this run ({need} on each device); use more devices, or a smaller "
+                        "data.global_batch_size")
+    finalists = list({_mesh(plan.settings): plan for plan in reversed(fitting)}.values())[::-1][:FINALISTS]
+    return _compiled([settings, *(plan.settings for plan in finalists)], target, report)
+
+
+def _compiled(choices: list[Settings], target: Target, report: Callable[[str], None]) -> list[Choice]:
+    from jaxlm.planning.compiled import compiled_plan
+
+    found, refused, started = [], [], time.monotonic()
+    for number, settings in enumerate(choices, start=1):
+        if found and time.monotonic() - started > MAX_SECONDS:
+            report(f"{MAX_SECONDS // 60} minutes of compiling: {counted(len(choices) - number + 1, 'layout')} left out")
+            break
+        report(f"compiling {number} of {len(choices)}: {describe_choice(settings)}")
+        try:
+            plan = compiled_plan(settings, target)
+        except UserError as error:
+            report(f"  {error}")
+            refused.append(Choice(estimated_plan(settings, target), str(error)))
+            continue
+        (found if plan.fits else refused).append(Choice(plan, "" if plan.fits else "does not fit, says the compiler"))
+    found.sort(key=lambda choice: choice.plan.roofline.total)
+    return [choice._replace(note=_reason(choice.plan, found[0].plan)) for choice in found] + refused
+
+
+# ---- what there is to choose -----------------------------------------------------------------------------------------
+
+def estimated(settings: Settings, target: Target) -> Iterator[Plan]:
+    """The estimate of every layout that the run divides over, with every way to save memory."""
+    for mesh in meshes(settings, target):
+        for accumulation in micro_batches(settings, mesh):
+            for remat in REMATS:
+                train = replace(settings.train, gradient_accumulation=accumulation, remat=remat)
+                try:
+                    yield estimated_plan(replace(settings, mesh=mesh, train=train), target)
+                except UserError:  # does not divide
+                    break
+
+
+def meshes(settings: Settings, target: Target) -> Iterator[MeshSettings]:
+    """Every mesh worth a thought: tensor inside an island, sequences not cut too short, experts only where there are some."""
+    model, total = settings.model, target.num_devices
+    for tensor in _divisors(min(total, target.island_size), model.num_heads):
+        for context in _divisors(total // tensor, settings.data.sequence_length // SHORTEST or 1):
+            for expert in _divisors(total // tensor // context, model.num_experts or 1):
+                for stage in _divisors(total // tensor // context // expert, model.num_layers // 2):
+                    left = total // tensor // context // expert // stage
+                    for fsdp in _divisors(left, model.hidden_size):
+                        sizes = dict(data=left // fsdp, stage=stage, fsdp=fsdp, expert=expert, context=context, tensor=tensor)
+                        yield MeshSettings(**sizes)
+
+
+def _divisors(number: int, other: int) -> list[int]:
+    """Common divisors."""
+    return [size for size in range(1, min(number, other) + 1) if number % size == 0 and other % size == 0]
+
+
+def micro_batches(settings: Settings, mesh: MeshSettings) -> list[int]:
+    """Into how many the batch can be cut: powers of 2, in a pipeline times its stages."""
+    rows = settings.data.global_batch_size // (mesh.data * mesh.fsdp * mesh.expert)
+    counts = [mesh.stage * 2**power for power in range(rows.bit_length())]
+    return [count for count in counts if count <= rows and rows % count == 0]
+
+
+def _mesh(settings: Settings) -> tuple[int, ...]:
+    return tuple(getattr(settings.mesh, axis) for axis in AXES)
+
+
+# ---- what is told ----------------------------------------------------------------------------------------------------
+
+def describe_choice(settings: Settings) -> str:
+    """`fsdp 64, 2 micro-batches, remat dots`."""
+    axes = [f"{axis} {size}" for axis in AXES if (size := getattr(settings.mesh, axis)) not in (None, 1)]
+    remat, pieces = settings.train.remat, settings.train.gradient_accumulation
+    shown = remat if isinstance(remat, str) else "{" + ", ".join(f"{name}: {choice}" for name, choice in remat.items()) + "}"
+    return ", ".join([*axes, *([f"{pieces} micro-batches"] if pieces > 1 else []), f"remat {shown}"])
+
+
+def _reason(plan: Plan, best: Plan) -> str:
+    """Where a plan loses its time against the best."""
+    step, least = plan.roofline, best.roofline
+    if plan is best:
+        return f"fastest; bound by {step.bound}"
+    lost = {"arithmetic": step.compute - least.compute, "memory traffic": step.memory - least.memory,
+            "exchanges that nothing hides": step.exposed - least.exposed}
+    worst = max(lost, key=lost.get)
+    return f"{step.total / least.total - 1:+.1%}: {format_seconds(max(0.0, lost[worst]))} more of {worst}"
+
+
+def ranking(choices: list[Choice]) -> Table:
+    """The choices, the first the best."""
+    table = new_table("", "layout", "memory", "step at best", "MFU", "why")
+    for place, (plan, note) in enumerate(choices, start=1):
+        table.add_row(str(place) if plan.fits else "-", describe_choice(plan.settings), format_size(plan.memory.total),
+                      format_seconds(plan.roofline.total), f"{plan.mfu:.1%}", note)
+    return table
+
+
+def write_config(plan: Plan, path: Path) -> None:
+    """A run file of the plan's settings, without those that are the defaults."""
+    step = plan.roofline.total
+    header = (f"# Found by `jaxlm plan --search --target {plan.target.name}`: {describe_choice(plan.settings)}.\n"
+              f"# Predicted: {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device, {format_seconds(step)} a "
+              f"step at best (MFU {plan.mfu:.0%}).\n")
+    write_text(path, header + yaml.safe_dump(changed(plan.settings), sort_keys=False, allow_unicode=True, width=120))

@@ -1,0 +1,38 @@
+"""What is said of a model's size without building it, against the model built."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxlm import config
+from jaxlm.models.model import Model
+from jaxlm.models.sizes import num_parameters, parameters
+from jaxlm.settings import ModelSettings, TrainSettings
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+SETTINGS = {path.stem: replace(model, vocab_size=model.vocab_size or 1000)
+            for path in CONFIGS for model in [config.load(path).model]}
+SETTINGS["everything"] = ModelSettings(vocab_size=100, qk_norm=True, positions="rope", head_dim=32, num_kv_heads=4, bias=True,
+                                       normalization="rmsnorm", activation="geglu", tied_embeddings=False)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_shapes_axes_and_numbers_are_the_models(name):
+    model = Model(SETTINGS[name], TrainSettings())
+    leaves = jax.tree_util.tree_flatten_with_path(model.shapes)[0]
+    built = {".".join(entry.key for entry in path): (leaf.shape, axes.names)
+             for (path, leaf), axes in zip(leaves, jax.tree.leaves(model.axes), strict=True)}
+    assert parameters(SETTINGS[name]) == built
+    if SETTINGS[name].vocab_size % 128 == 0:
+        assert num_parameters(SETTINGS[name]) == sum(math.prod(sizes) for sizes, _ in built.values())
+
+
+def test_published_numbers_of_parameters():
+    """GPT-2 small and XL (124,439,808 and 1,557,611,200 in the released weights), Llama 3 8B (8,030,261,248)."""
+    gpt2 = ModelSettings(vocab_size=50257)
+    assert num_parameters(gpt2) == 124_439_808
+    assert num_parameters(replace(gpt2, num_layers=48, num_heads=25, hidden_size=1600)) == 1_557_611_200
+    assert num_parameters(SETTINGS["llama_8b"]) == 8_030_261_248
