@@ -95,6 +95,8 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.planning.targets import find_target
 
     target = find_target(arguments.target)
+    if arguments.picture and (arguments.explain or arguments.search):
+        raise UserError("--picture draws one plan; leave --explain or --search away")
     if arguments.explain:
         from jaxlm.planning.explain import explain
 
@@ -249,15 +251,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     parser.add_argument("config", metavar="CONFIG.yaml", help="a run file, or the run directory of an earlier `jaxlm train`")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
     if verb == "plan":
-        parser.add_argument("--target", required=True, help="cpu:8, TPU slices such as v5p:4x4x4 or 2xv5e:16x16, "
-                            "or GPUs of a node x nodes such as h100:8x4")
-        parser.add_argument("--fast", action="store_true", help="estimate all of it, without a compiler and at once; how far off "
-                            "that can be: docs/planning.md")
-        parser.add_argument("--search", action="store_true", help="find the mesh, micro-batches and remat that are predicted fastest "
-                            "and fit, and write them as a config here; compiles a few, which takes minutes")
-        parser.add_argument("--explain", action="store_true",
-                            help="show how every array is cut and what each product sends, without compiling")
-        parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw memory and times")
+        _add_plan_options(parser)
     if verb in ("evaluate", "generate", "bench", "plan"):
         parser.add_argument("--json", action="store_true", help="JSON on standard output, for scripts")
     else:
@@ -269,6 +263,20 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--processes", type=_positive, default=1, metavar="N",
                             help="start N processes on this machine, joined into one run (default 1)")
     return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--target", required=True, help="cpu:8; TPU slices by topology, v5p:4x4x4 or 2xv5e:16x16, or by the "
+                        "cloud's name, v5p-128; GPUs of a node x nodes, h100:8x4")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--fast", action="store_true",
+                     help="estimate all of it at once, without a compiler (how far off it can be: docs/planning.md)")
+    how.add_argument("--search", action="store_true",
+                     help="find the mesh, micro-batches and remat that are predicted fastest and fit, and write them as a "
+                     "config into this folder; compiles a few, which takes minutes")
+    how.add_argument("--explain", action="store_true",
+                     help="show how every array is cut and what each product sends, without compiling")
+    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw memory and times")
 
 
 def _positive(text: str) -> int:

@@ -23,7 +23,7 @@ from jaxlm.parallel.products import Names, gather, residual_axes, scatter_sum, s
 from jaxlm.parallel.sharding import mesh_axes, per_device
 
 KERNELS = {"up": ("experts", "embed", "mlp"), "gate": ("experts", "embed", "mlp"), "down": ("experts", "mlp", "embed")}
-FETCHED = "fetched_kernel"
+SENT = "sent_to_experts"  # what an exchange has brought: to come by it again, it would have to travel again
 
 
 class Routing(NamedTuple):
@@ -79,7 +79,8 @@ class Cuts(NamedTuple):
 # ---- one device ------------------------------------------------------------------------------------------------------
 
 def _mixture(x, router, kernels, *, activate, routing, cuts):
-    policy = jax.checkpoint_policies.save_anything_except_these_names(FETCHED)  # fetched again for the backward pass
+    # The backward pass finds the products and what has travelled; kernels are fetched for it again.
+    policy = jax.checkpoint_policies.save_only_these_names("mlp_hidden", SENT)
     run = jax.checkpoint(functools.partial(_routed, activate=activate, routing=routing, cuts=cuts), policy=policy)
     return run(x, router, kernels)
 
@@ -88,10 +89,10 @@ def _routed(x, router, kernels, *, activate, routing, cuts):
     x = gather(x, cuts.scattered, axis=1)
     rows, length, width = x.shape
     tokens = x.reshape(-1, width)
-    logits = tokens.astype(jnp.float32) @ _fetch(router, 0, cuts)
+    logits = tokens.astype(jnp.float32) @ gather(router, cuts.embed, axis=0)
     chosen_logits, chosen = jax.lax.top_k(logits, routing.per_token)
     weights = jax.nn.softmax(chosen_logits)
-    kernels = {name: _fetch(kernel.astype(x.dtype), KERNELS[name].index("embed"), cuts) for name, kernel in kernels.items()}
+    kernels = {name: gather(kernel.astype(x.dtype), cuts.embed, KERNELS[name].index("embed")) for name, kernel in kernels.items()}
     experts = functools.partial(_experts, kernels=kernels, activate=activate)
     if routing.capacity_factor is None:
         out, dropped = _dropless(tokens, chosen, weights, experts, routing, cuts), jnp.zeros(())
@@ -116,7 +117,7 @@ def _dropless(tokens, chosen, weights, experts, routing, cuts):
     """Each token's sum over its experts, float32 [n, D]."""
     order = jnp.argsort(chosen.ravel())  # stable
     rows, sizes = tokens[order // routing.per_token], jnp.bincount(chosen.ravel(), length=routing.num_experts)
-    rows = _there_and_back(rows, sizes, experts, cuts) if cuts.experts else experts(rows, sizes)
+    rows = _there_and_back(rows, sizes, experts, cuts) if cuts.experts else checkpoint_name(experts(rows, sizes), SENT)
     return _add_up(rows, order, weights, tokens.shape)
 
 
@@ -161,7 +162,7 @@ def _with_capacity(tokens, chosen, weights, experts, routing, cuts):
 
 def _exchange(array, axes):
     """[P, ...]: piece p goes to device p, and each device's piece for this one comes back."""
-    return jax.lax.all_to_all(array, axes, split_axis=0, concat_axis=0, tiled=True) if axes else array
+    return checkpoint_name(jax.lax.all_to_all(array, axes, split_axis=0, concat_axis=0, tiled=True) if axes else array, SENT)
 
 
 def _experts(rows, sizes, *, kernels, activate):
@@ -180,10 +181,6 @@ def _add_up(rows, order, weights, shape):
     per_token = weights.shape[1]
     weighted = rows.astype(jnp.float32) * weights.ravel()[order][:, None]
     return jnp.zeros(shape, jnp.float32).at[order // per_token].add(weighted)
-
-
-def _fetch(kernel, axis, cuts):
-    return checkpoint_name(gather(kernel, cuts.embed, axis=axis), FETCHED)
 
 
 def _size(axes):

@@ -146,8 +146,13 @@ def _fan_out(x, kernels, *, cuts):
 
 def _fan_out_gradients(x, kernels, grads, *, cuts):
     x = gather(x, cuts.scattered, axis=1)
-    grad_x = sum(_product_transposed(grad, gather(kernel.astype(x.dtype), cuts.embed, axis=0), grad.ndim - 2)
-                 for kernel, grad in zip(kernels, grads, strict=True))
+    fetched = [gather(kernel.astype(x.dtype), cuts.embed, axis=0) for kernel in kernels]
+    if platform() == "tpu":  # as one product: libtpu keeps each float32 term of a sum (XLA's GPU backend adds them up in place)
+        grads_as_one = jnp.concatenate([grad.reshape(*grad.shape[:2], -1) for grad in grads], axis=-1)
+        kernels_as_one = jnp.concatenate([kernel.reshape(len(kernel), -1) for kernel in fetched], axis=-1)
+        grad_x = _product_transposed(grads_as_one, kernels_as_one, 1)
+    else:
+        grad_x = sum(_product_transposed(grad, kernel, grad.ndim - 2) for kernel, grad in zip(fetched, grads, strict=True))
     if cuts.scattered:
         grad_x = scatter_sum(grad_x.astype(x.dtype), cuts.scattered, axis=1)
     else:

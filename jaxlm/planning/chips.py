@@ -1,9 +1,9 @@
 """What vendors publish of a device's memory and networks; the peak speeds stand in `jaxlm.reporting.hardware`.
 
-Sources. TPU memory: what libtpu 0.0.52 says a program can use. Bandwidth: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}.
-TPU links, one way, and the share of a host's data-centre network: "How to Scale Your Model" (Austin et al. 2025), part 2; of TPU7x
-the page above. GPUs: NVIDIA's A100, H100, H200 and Blackwell datasheets (NVLink's figure there counts both ways), with one network
-card for each GPU, as in DGX systems: 200 Gbit/s beside an A100, 400 Gbit/s beside the others.
+Sources. TPU memory: what libtpu 0.0.52 says a program can use; bandwidth: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
+links, one way, and the share of a host's data-centre network: "How to Scale Your Model" (Austin et al. 2025), part 2, and for
+TPU7x the page of its bandwidth. GPUs: NVIDIA's A100, H100, H200 and Blackwell datasheets (NVLink's figure counts both ways), with
+one network card for each GPU, as in DGX systems: 200 Gbit/s beside an A100, 400 Gbit/s beside the others.
 """
 
 from typing import NamedTuple

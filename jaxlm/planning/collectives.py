@@ -77,12 +77,14 @@ def _read(operations: list[Operation], before: dict[str, list[Exchange]], produc
             inside = []
         elif first.startswith("all-reduce-scatter"):  # a sum of which each device keeps its part: half of what a whole sum sends
             inside = [one._replace(kind="reduce-scatter", size=one.size / 2) for one in before[first]]
-        elif operation.opcode == "async-start":
-            inside = before[first]
+        elif operation.opcode in ("async-start", "custom-call-start"):  # the latter: on a TPU7x's SparseCore
+            inside = before.get(first, [])
         elif operation.opcode == "all-reduce" and TILED.search(operation.type):
             inside = [_as_asked(one, operation.rest) for one in inside]
         if operation.opcode.endswith("-start"):
             pending[operation.name] = list(range(len(found), len(found) + len(inside)))
+        elif operation.opcode.endswith("-update"):
+            pending[operation.name] = [place for name in operation.operands for place in pending.pop(name, ())]
         found += inside
         if operation.opcode.endswith("-done"):
             for name in operation.operands:

@@ -6,6 +6,7 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from jaxlm.planning.estimate import BOUNDS
 from jaxlm.planning.plan import Plan
 from jaxlm.reporting.plots import save
 from jaxlm.reporting.units import counted, format_count, format_duration, format_seconds, format_size
@@ -26,6 +27,8 @@ def _head(plan: Plan) -> Iterator[str]:
            f"{counted(plan.target.num_devices, f'{kind} device')}; {axes}")
     yield (f"{counted(settings.data.global_batch_size, 'sequence')} of {settings.data.sequence_length:,} = "
            f"{format_count(plan.tokens_per_step)} tokens a step; {settings.train.precision}")
+    if plan.compile_seconds is None:
+        yield "ESTIMATED, no compiler asked: " + ", ".join(f"{name} within {bound:.0%}" for name, bound in BOUNDS.items())
     if plan.capacity is None:
         yield f"needs {format_size(plan.memory.total)} on each device"
     else:
@@ -39,7 +42,8 @@ def _memory(plan: Plan) -> Table:
     parts = plan.state | {"activations and what is fetched": plan.activations}
     for name, part in parts.items():
         table.add_row(name, format_size(part), f"{part / plan.memory.total:.0%}")
-    table.add_row("total (by the compiler)", format_size(plan.memory.total), "")
+    source = "estimated" if plan.compile_seconds is None else "by the compiler"
+    table.add_row(f"total ({source})", format_size(plan.memory.total), "")
     if plan.memory.host:
         table.add_row("in the host's memory", format_size(plan.memory.host), "")
     for buffer in plan.largest:
@@ -71,7 +75,8 @@ def _speed(plan: Plan) -> Iterator[str]:
     steps = plan.settings.train.steps
     yield (f"MFU {plan.mfu:.1%} at most; {format_count(plan.tokens_per_step / step.total)} tokens/s; {steps:,} steps take "
            f"{format_duration(steps * step.total)}, {steps * step.total / 3600 * plan.target.num_devices:,.0f} device-hours")
-    yield f"compiled in {plan.compile_seconds:.0f} s"
+    if plan.compile_seconds is not None:
+        yield f"compiled in {plan.compile_seconds:.0f} s"
 
 
 def new_table(*columns: str) -> Table:

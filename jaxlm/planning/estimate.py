@@ -8,13 +8,14 @@ adds to the memory traffic.
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from jaxlm.checks import check_kernel, check_layout
 from jaxlm.data.masking import num_predictions
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import (
+    Shape,
     attention_flops,
     attention_kernel,
     head_dim,
@@ -37,27 +38,36 @@ from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.memory import Memory
 from jaxlm.settings import ACTIVATIONS, Settings
 
+Sizes = Mapping[str, int]  # of the mesh's axes
 FLOAT32 = 4  # bytes
+# How far from the compiler's plan the estimate of a shipped config may be (tests/planning/test_estimate.py holds it to that).
+BOUNDS = {"memory": 0.15, "arithmetic": 0.02, "sent": 0.05, "memory traffic": 0.4, "step": 0.15}
 
 
 class Habits(NamedTuple):
     """What a compiler makes of a step, fitted to its programs."""
 
-    mlp_copies: float  # of a layer's MLP activations that its backward pass holds at once
-    width_copies: float  # of its states and of queries, keys and values
-    score_copies: float  # of its float32 attention scores, without a fused kernel
-    kernel_copies: float  # of a layer's fetched kernels
-    gradient_copies: float  # of its kernels' whole gradients
-    exposed: dict[str, float]  # share of an exchange that nothing hides
-    elementwise: float  # memory traffic, as a multiple of what the matrix products read and write
+    # How many of each the backward pass of a layer holds at once:
+    mlp: float  # [tokens, F]
+    gated_mlp: float  # the same, of an MLP with a gate
+    states: float  # [tokens, D] between the parts
+    width: float  # the same inside them
+    heads: float  # queries, keys and values
+    scores: float  # float32 attention scores, without a fused kernel
+    elementwise: float  # memory traffic of a pass, as a multiple of what its matrix products read and write
 
 
 HABITS = {
-    "tpu": Habits(2.0, 10.0, 2.5, 1.0, 1.0, {"all-gather": 0.3, "": 1.0}, 2.0),
-    "gpu": Habits(4.0, 16.0, 4.0, 1.0, 1.0, {"": 0.07}, 2.0),
-    "cpu": Habits(4.0, 16.0, 4.0, 1.0, 1.0, {"": 1.0}, 2.0),
+    "tpu": Habits(2.0, 6.4, 3.5, 2.7, 1.0, 1.4, 4.5),
+    "gpu": Habits(4.25, 4.25, 5.5, 4.5, 2.5, 2.1, 2.7),
+    "cpu": Habits(4.25, 4.25, 5.5, 4.5, 2.5, 2.1, 2.7),
 }
-MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "sgd": 1, "rmsprop": 2, "muon": 1}  # float32 copies of a parameter
+SCORE_PASSES = 20  # of float32 scores through memory in a layer, without a fused kernel: softmax, dropout, backward
+# Share of an exchange that no product hides, by kind of device and of exchange; all of it where none stands here.
+GPU_EXPOSED = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.07)
+EXPOSED = {kind: GPU_EXPOSED for kind in CHIPS if kind.startswith("NVIDIA")} | {
+    "TPU v5 lite": {"all-gather": 0.2}, "TPU7x": {"all-gather": 0.12, "reduce-scatter": 0.08}}
+MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "sgd": 1, "rmsprop": 2}  # float32 copies of a parameter
 FACTORED = 128  # Adafactor keeps a row and a column of what is at least this wide
 
 
@@ -97,7 +107,7 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     check_kernel(settings, target.platform)
     habits, share = HABITS[target.platform], share_of(settings, sizes, target.platform)
     state = state_sizes(settings, sizes)
-    found = exchanges(settings, sizes, share, habits)
+    found = exchanges(settings, sizes, share, EXPOSED.get(target.device_kind, {}))
     memory, largest = memory_of(settings, sizes, share, habits, state)
     model_flops = data_flops(settings) / target.num_devices
     executed = executed_flops(settings, target) / target.num_devices
@@ -123,13 +133,14 @@ def kernel_of(settings: Settings, platform: str) -> str:
     return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model), fused=not dropped)
 
 
-def share_of(settings: Settings, sizes: dict[str, int], platform: str) -> Share:
+def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:
     model, data, train = settings.model, settings.data, settings.train
     element, tensor, length = _element(settings), sizes["tensor"], data.sequence_length
     rows = data.global_batch_size / train.gradient_accumulation / math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
     tokens = rows * length / sizes["context"]
     routed = tokens * model.experts_per_token * (model.capacity_factor or 1) if model.num_experts else tokens
-    scores = FLOAT32 * rows * model.num_heads / tensor * length**2 if kernel_of(settings, platform) == "xla" else 0.0
+    scores = {"xla": length**2, "ring": (length / sizes["context"])**2}.get(kernel_of(settings, platform), 0)
+    scores *= FLOAT32 * rows * model.num_heads / tensor
     mask = element * rows * length**2 if kernel_of(settings, platform) == "cudnn" and data.packing == "documents" else 0.0
     kernels = sum(_whole(shape, sizes) / model.num_layers * sizes["stage"] for name, shape in parameters(model).items()
                   if name.startswith("blocks.") and name.endswith("kernel"))
@@ -152,38 +163,42 @@ def _gradient_element(settings: Settings) -> int:
     return 2 if settings.train.gradient_precision == "bfloat16" else FLOAT32
 
 
-def _whole(shape: tuple, sizes: dict[str, int]) -> float:
+def _whole(shape: Shape, sizes: Sizes) -> float:
     """Numbers of a parameter that a device works with: cut by all axes but fsdp, over which it is fetched."""
-    return math.prod(shape.sizes) / parts(shape.axes, sizes | {"fsdp": 1})
+    return math.prod(shape.sizes) / parts(shape.axes, {**sizes, "fsdp": 1})
 
 
-def _kept(shape: tuple, sizes: dict[str, int]) -> float:
+def _kept(shape: Shape, sizes: Sizes) -> float:
     """Numbers of a parameter that a device keeps."""
     return math.prod(shape.sizes) / parts(shape.axes, sizes)
 
 
-def state_sizes(settings: Settings, sizes: dict[str, int]) -> dict[str, float]:
+def state_sizes(settings: Settings, sizes: Sizes) -> dict[str, float]:
     """Bytes of parameters, optimizer on the device, gradients."""
-    shapes = parameters(settings.model).values()
-    numbers = sum(_kept(shape, sizes) for shape in shapes)
-    if settings.optimizer.name == "adafactor":
-        moments = sum(_factored(shape) / parts(shape.axes[:1], sizes) for shape in shapes)
-    else:
-        moments = MOMENTS[settings.optimizer.name] * numbers
+    shapes, name = parameters(settings.model), settings.optimizer.name
+    numbers = sum(_kept(shape, sizes) for shape in shapes.values())
+    moments = sum(_moments(name, path, shape, sizes) for path, shape in shapes.items())
     return {"parameters": FLOAT32 * numbers, "optimizer": 0.0 if settings.optimizer.offload else FLOAT32 * moments,
             "gradients": FLOAT32 * numbers}
 
 
-def _factored(shape: tuple) -> float:
-    """Numbers that Adafactor (Shazeer & Stern 2018) keeps of a parameter: those of its two largest dimensions one by one."""
-    layers, sides = (shape.sizes[:1], shape.sizes[1:]) if shape.axes[0] == "layers" else ((1,), shape.sizes)
-    *rest, second, first = sorted((1, *sides))
-    return math.prod(layers) * (math.prod(sides) if second < FACTORED else math.prod(rest) * (first + second))
+def _moments(optimizer: str, path: str, shape: Shape, sizes: Sizes) -> float:
+    """Numbers that an update rule keeps of a parameter on each device."""
+    if optimizer == "muon":  # for the hidden matrices; Adam for the others
+        return (1 if path.startswith("blocks.") and path.endswith("kernel") else 2) * _kept(shape, sizes)
+    if optimizer != "adafactor":
+        return MOMENTS[optimizer] * _kept(shape, sizes)
+    stacked = shape.axes[0] == "layers"
+    *rest, second, first = sorted((1, 1, *shape.sizes[stacked:]))
+    if second < FACTORED:
+        return _kept(shape, sizes)
+    # Shazeer & Stern 2018: the two largest dimensions one by one, whole on every device
+    return math.prod(rest) * (first + second) * (shape.sizes[0] / parts(shape.axes[:1], sizes) if stacked else 1)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
-def memory_of(settings: Settings, sizes: dict[str, int], share: Share, habits: Habits, state: dict[str, float]
+def memory_of(settings: Settings, sizes: Sizes, share: Share, habits: Habits, state: dict[str, float]
               ) -> tuple[Memory, list[Buffer]]:
     """The larger of two moments: the head with all layers' activations kept, and the first layer of the backward pass."""
     train, per_layer = settings.train, kept_of_a_layer(settings, share)
@@ -194,12 +209,12 @@ def memory_of(settings: Settings, sizes: dict[str, int], share: Share, habits: H
     if train.gradient_accumulation > 1 and sizes["stage"] == 1:
         gradients += state["gradients"]
     head = {"head: table, its gradient, logits": _head_memory(settings, sizes, share)}
-    gates = 2 if is_gated(settings.model) else 1
     layer = {
-        "mlp, backward": habits.mlp_copies * share.mlp * gates,
-        "attention and states, backward": habits.width_copies * share.states + habits.score_copies * share.scores + share.mask,
-        "a layer's kernels": habits.kernel_copies * share.kernels,
-        "a layer's gradients": habits.gradient_copies * share.kernels / _element(settings) * _gradient_element(settings),
+        "mlp, backward": (habits.gated_mlp if is_gated(settings.model) else habits.mlp) * share.mlp,
+        "attention, backward": habits.heads * (share.query + share.key_value) + habits.scores * share.scores + share.mask,
+        "states, backward": habits.states * share.states + habits.width * share.width,
+        "a layer's kernels": share.kernels,
+        "a layer's gradients": share.kernels / _element(settings) * _gradient_element(settings),
     }
     always = {"activations kept for the backward pass": per_layer * depth}
     if copies:
@@ -209,15 +224,17 @@ def memory_of(settings: Settings, sizes: dict[str, int], share: Share, habits: H
     arguments = state["parameters"] + state["optimizer"]
     temporaries = sum(peak.values())
     largest = sorted((Buffer(name, size) for name, size in peak.items()), key=lambda one: -one.size)[:5]
-    host = on_host + (FLOAT32 * MOMENTS.get(settings.optimizer.name, 0) * state["parameters"] / FLOAT32
-                      if settings.optimizer.offload else 0.0)
-    return Memory(round(arguments), round(temporaries), round(host), round(arguments + temporaries)), largest
+    if settings.optimizer.offload:
+        on_host += FLOAT32 * sum(_moments(settings.optimizer.name, *one, sizes) for one in parameters(settings.model).items())
+    return Memory(round(arguments), round(temporaries), round(on_host), round(arguments + temporaries)), largest
 
 
 def kept_of_a_layer(settings: Settings, share: Share) -> float:
     """Bytes of a layer's activations that stay on the device until the backward pass, by train.remat."""
     gates = 2 if is_gated(settings.model) else 1
     block = share.block | {"mlp_hidden": share.mlp * gates}
+    if settings.model.family == "gpt":
+        block["mlp_output"] = 0.0  # nothing asks for it
     remat = settings.train.remat
     if remat == "none":  # what every function of the block asks for, norms and activations in float32
         wide = FLOAT32 / _element(settings)
@@ -227,7 +244,7 @@ def kept_of_a_layer(settings: Settings, share: Share) -> float:
     return sum(size for name, size in block.items() if chosen.get(name, "keep" if name == "residual" else "recompute") == "keep")
 
 
-def _head_memory(settings: Settings, sizes: dict[str, int], share: Share) -> float:
+def _head_memory(settings: Settings, sizes: Sizes, share: Share) -> float:
     model, element = settings.model, _element(settings)
     rows = padded_vocab_size(model.vocab_size) / sizes["tensor"]
     table, positions = rows * model.hidden_size, share.tokens * predictions(settings) / settings.data.sequence_length
@@ -270,7 +287,7 @@ def executed_flops(settings: Settings, target: Target) -> float:
              + recomputed["attention_output"] * projections * model.num_heads) / (2 * model.num_heads + 2 * kv_heads(model))
     again += recomputed["attention"] * attention * seen * forward
     if model.num_experts is not None:
-        again += mlp + router + recomputed["mlp_hidden"] * mlp  # a mixture is computed again in any case
+        again += recomputed["mlp_hidden"] * (mlp + router)  # to the end: the weights' gradients ask for what the experts give
     else:
         again += recomputed["mlp_hidden"] * mlp * gates / (gates + 1)
     block = 3 * (projections + mlp + router) + attention * seen * (forward + backward) + again
@@ -292,14 +309,14 @@ def recompute(settings: Settings) -> dict[str, bool]:
     return {name: chosen.get(name, "recompute") == "recompute" for name in ACTIVATIONS}
 
 
-def memory_traffic(settings: Settings, sizes: dict[str, int], share: Share, habits: Habits, state: dict[str, float]) -> float:
+def memory_traffic(settings: Settings, sizes: Sizes, share: Share, habits: Habits, state: dict[str, float]) -> float:
     """Bytes: products' operands and results, elementwise work as a multiple of them, the head's chunks, the optimizer."""
     model, element = settings.model, _element(settings)
     gates, again = (2 if is_gated(model) else 1), recompute(settings)
-    forward = 4 * share.width + 3 * share.query + 2 * share.key_value + (gates + 1) * share.mlp + share.kernels
+    forward = 2 * share.width + 2 * share.states + 3 * share.query + 2 * share.key_value + (gates + 1) * share.mlp
     passes = 3 + sum(again[name] for name in ("query_key_value", "attention_output", "mlp_hidden")) / 3
-    layers = share.runs * share.layers * (habits.elementwise * passes * forward + 8 * share.scores
-                                          + 3 * share.kernels / element * _gradient_element(settings)
+    kernels = share.kernels * (3 + 3 * _gradient_element(settings) / element)
+    layers = share.runs * share.layers * (habits.elementwise * passes * forward + SCORE_PASSES * share.scores + kernels
                                           + 2 * kept_of_a_layer(settings, share))
     rows = padded_vocab_size(model.vocab_size) / sizes["tensor"]
     positions = share.tokens * predictions(settings) / settings.data.sequence_length
@@ -313,14 +330,14 @@ def memory_traffic(settings: Settings, sizes: dict[str, int], share: Share, habi
 
 # ---- exchanges -------------------------------------------------------------------------------------------------------
 
-def exchanges(settings: Settings, sizes: dict[str, int], share: Share, habits: Habits) -> list[Collective]:
+def exchanges(settings: Settings, sizes: Sizes, share: Share, exposed: dict[str, float]) -> list[Collective]:
     """What a device sends in a step, the largest first."""
     sent, counts = Counter(), Counter()
     for kind, axis, size, count in (*_of_parameters(settings, sizes, share), *_of_activations(settings, sizes, share)):
         if sizes[axis] > 1 and size:
             sent[kind, axis] += count * size
             counts[kind, axis] += count
-    found = (Collective(kind, (axis,), size, counts[kind, axis], size * habits.exposed.get(kind, habits.exposed[""]))
+    found = (Collective(kind, (axis,), size, counts[kind, axis], size * exposed.get(kind, 1.0))
              for (kind, axis), size in sent.items())
     return sorted(found, key=lambda one: -one.bytes_per_device)
 
@@ -330,26 +347,28 @@ def _left(size: int) -> float:
     return (size - 1) / size
 
 
-def _of_parameters(settings: Settings, sizes: dict[str, int], share: Share) -> Iterator[tuple[str, str, float, int]]:
+def _of_parameters(settings: Settings, sizes: Sizes, share: Share) -> Iterator[tuple[str, str, float, int]]:
     """Kernels are fetched for each pass, and their gradients go home."""
     element, sent = _element(settings), _gradient_element(settings)
     fsdp = _left(sizes["fsdp"])
     for name, shape in parameters(settings.model).items():
-        whole, kept = _whole(shape, sizes), _kept(shape, sizes)
+        layers = share.layers * settings.train.stage_repeats if name.startswith("blocks.") else 1
+        whole, kept = _whole(shape, sizes) / layers, _kept(shape, sizes) / layers
         blocks, experts = name.startswith("blocks."), "experts" in shape.axes
         if name.endswith(("kernel", "embedding")) and "embed" in shape.axes:
-            runs = share.runs if blocks else settings.train.gradient_accumulation
+            runs = layers * (share.runs if blocks else settings.train.gradient_accumulation)
             reduced = element if experts else sent
             tied = name == "token_embedding.embedding" and settings.model.tied_embeddings
-            yield "all-gather", "fsdp", fsdp * element * whole, runs * (2 if blocks else 1)
+            fetches = 1 if not blocks else 3 if experts and recompute(settings)["mlp_hidden"] else 2
+            yield "all-gather", "fsdp", fsdp * element * whole, runs * fetches
             yield "reduce-scatter", "fsdp", fsdp * reduced * whole, runs * (2 if tied else 1)
             for axis in ("context", "expert"):
                 if not (axis == "expert" and experts):
                     yield "all-reduce", axis, 2 * _left(sizes[axis]) * reduced * kept, runs
-        yield "all-reduce", "data", 2 * _left(sizes["data"]) * FLOAT32 * kept, 1
+        yield "all-reduce", "data", 2 * _left(sizes["data"]) * FLOAT32 * kept * layers, 1
 
 
-def _of_activations(settings: Settings, sizes: dict[str, int], share: Share) -> Iterator[tuple[str, str, float, int]]:
+def _of_activations(settings: Settings, sizes: Sizes, share: Share) -> Iterator[tuple[str, str, float, int]]:
     model, again = settings.model, recompute(settings)
     layers = share.layers * share.runs
     part = _left(sizes["tensor"]) * share.width
@@ -364,5 +383,5 @@ def _of_activations(settings: Settings, sizes: dict[str, int], share: Share) -> 
     if model.num_experts is not None:
         rows = share.tokens * model.experts_per_token * (model.capacity_factor or sizes["expert"])
         there = _left(sizes["expert"]) * _element(settings) * rows * model.hidden_size
-        yield "all-to-all", "expert", there, 2 * layers * (3 + again["mlp_hidden"])
+        yield "all-to-all", "expert", there, 2 * layers * (2 + again["mlp_hidden"])
     yield "collective-permute", "stage", share.states, 2 * share.runs

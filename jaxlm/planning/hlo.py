@@ -12,7 +12,7 @@ OPERATION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)(?= [\w\-]+\()|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 NAME = re.compile(r"%([\w.\-]+)")
-CALLED = re.compile(r"(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
+CALLED = re.compile(r"(?:body|calls|called_computations|to_apply|true_computation|false_computation)=\{?%?([\w.\-]+)")
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')

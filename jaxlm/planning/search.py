@@ -45,11 +45,13 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     estimates = list(estimated(settings, target))
     fitting = sorted((plan for plan in estimates if plan.fits), key=lambda plan: plan.roofline.total)
     report(f"{len(estimates):,} ways to lay out this run, {len(fitting):,} fit by the estimate")
+    if not estimates:
+        raise UserError(f"target '{target.name}': no mesh of {target.num_devices} devices divides this run; make "
+                        f"data.global_batch_size a multiple of {target.num_devices}, or take another target")
     if not fitting:
-        least = min(estimates, key=lambda plan: plan.memory.total, default=None)
-        need = f"the least needs {format_size(least.memory.total)} of {format_size(least.capacity)}" if least else "no mesh divides it"
-        raise UserError(f"target '{target.name}': no layout fits this run ({need} on each device); use more devices, or a smaller "
-                        "data.global_batch_size")
+        least = min(estimates, key=lambda plan: plan.memory.total)
+        raise UserError(f"target '{target.name}': nothing fits, the least needs {format_size(least.memory.total)} of "
+                        f"{format_size(least.capacity)} on each device; use more devices, or a smaller model")
     finalists = list({_mesh(plan.settings): plan for plan in reversed(fitting)}.values())[::-1][:FINALISTS]
     return _compiled([settings, *(plan.settings for plan in finalists)], target, report)
 
@@ -151,6 +153,6 @@ def write_config(plan: Plan, path: Path) -> None:
     """A run file of the plan's settings, without those that are the defaults."""
     step = plan.roofline.total
     header = (f"# Found by `jaxlm plan --search --target {plan.target.name}`: {describe_choice(plan.settings)}.\n"
-              f"# Predicted: {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device, {format_seconds(step)} a "
-              f"step at best (MFU {plan.mfu:.0%}).\n")
+              f"# Predicted: {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device, "
+              f"{format_seconds(step)} a step at best (MFU {plan.mfu:.0%}).\n")
     write_text(path, header + yaml.safe_dump(changed(plan.settings), sort_keys=False, allow_unicode=True, width=120))
