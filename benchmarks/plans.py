@@ -2,6 +2,7 @@
 
     python benchmarks/plans.py                  # all: an hour on 2 cores
     python benchmarks/plans.py llama_8b         # those whose line has this in it
+    python benchmarks/plans.py --scaling        # weak scaling instead: the same work for each of 64, 512 and 4,096 chips
     python benchmarks/plans.py --write          # also keep the figures, against which tests/planning/test_estimate.py tests
 
 Prints docs/planning.md's tables. Needs libtpu and JAX's CUDA plugin, no accelerator.
@@ -33,6 +34,12 @@ moe_8x7b v5p:4x4x4
 bert_large v5e:4x4
 bert_large h100:1 train.gradient_accumulation=4
 bert_large_128 v5e:4x4
+"""
+# The same work for each chip, on more of them
+SCALING = """
+gpt3_6.7b v5p:4x4x4 mesh.fsdp=64 mesh.data=-1
+gpt3_6.7b v5p:8x8x8 mesh.fsdp=64 mesh.data=-1 data.global_batch_size=8192
+gpt3_6.7b v5p:16x16x16 mesh.fsdp=64 mesh.data=-1 data.global_batch_size=65536
 """
 FIGURES = ("memory_per_device", "flops_per_device", "executed_flops_per_device", "collectives", "memory_traffic_per_device",
            "step_seconds", "mfu", "days")
@@ -77,13 +84,15 @@ def error(line: str, found: dict, estimate: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="?", default="")
+    parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--write", action="store_true")
     arguments = parser.parse_args()
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     errors = []
     print("| config | target | memory of a device | sent by a device in a step | not hidden | step at best | bound by "
-          "| MFU at most | days | compiled in | compiler's memory, so far |\n|" + " --- |" * 11)
-    for line in filter(lambda line: line and arguments.only in line, PLANS.splitlines()):
+          "| MFU at most | days | compiled in | compiler's memory at most |\n|" + " --- |" * 11)
+    lines = (SCALING if arguments.scaling else PLANS).splitlines()
+    for line in filter(lambda line: line and arguments.only in line, lines):
         found = plan(line)
         print(row(line, found), flush=True)
         errors.append(error(line, found, plan(line, "--fast")))

@@ -14,6 +14,7 @@ from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import abstract
 from jaxlm.planning.devices import devices_of
+from jaxlm.planning.plan import WHAT_HELPS
 from jaxlm.planning.targets import Target
 from jaxlm.settings import Settings
 from jaxlm.training.setup import batch_shapes, lay_mesh, open_corpora, resolve, start
@@ -82,5 +83,5 @@ def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
             raise
         found = NEEDED.search(str(error))
         need = f"{found[1]}iB of {found[2]}iB" if found else "more memory than there is"
-        raise UserError(f"does not fit: the step needs {need} on each device, says the compiler; use more devices, more of "
-                        "mesh.fsdp or mesh.tensor, train.remat=full, or train.gradient_accumulation") from None
+        raise UserError(f"does not fit: the step needs {need} on each device, says the compiler; what helps: "
+                        f"{WHAT_HELPS}") from None

@@ -7,7 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from jaxlm.planning.estimate import BOUNDS
-from jaxlm.planning.plan import Plan
+from jaxlm.planning.plan import WHAT_HELPS, Plan
 from jaxlm.reporting.plots import save
 from jaxlm.reporting.units import counted, format_count, format_duration, format_seconds, format_size
 
@@ -33,8 +33,10 @@ def _head(plan: Plan) -> Iterator[str]:
         yield f"needs {format_size(plan.memory.total)} on each device"
     else:
         spare = plan.capacity - plan.memory.total
-        verdict = f"FITS, {format_size(spare)} to spare" if spare >= 0 else f"DOES NOT FIT, {format_size(-spare)} too much"
+        verdict = f"FITS, {format_size(spare)} to spare" if plan.fits else f"DOES NOT FIT, {format_size(-spare)} too much"
         yield f"{verdict}: needs {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device"
+        if not plan.fits:
+            yield f"what helps: {WHAT_HELPS}; or let --search find it"
 
 
 def _memory(plan: Plan) -> Table:

@@ -8,6 +8,8 @@ from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.memory import Memory
 from jaxlm.settings import Settings
 
+WHAT_HELPS = "more devices, more of mesh.fsdp or mesh.tensor, train.remat=full, more train.gradient_accumulation"
+
 
 class Collective(NamedTuple):
     """One kind of exchange along some mesh axes."""

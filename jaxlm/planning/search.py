@@ -46,7 +46,7 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     fitting = sorted((plan for plan in estimates if plan.fits), key=lambda plan: plan.roofline.total)
     report(f"{len(estimates):,} ways to lay out this run, {len(fitting):,} fit by the estimate")
     if not estimates:
-        raise UserError(f"target '{target.name}': no mesh of {target.num_devices} devices divides this run; make "
+        raise UserError(f"target '{target.name}': no mesh of {target.num_devices} devices divides it; make "
                         f"data.global_batch_size a multiple of {target.num_devices}, or take another target")
     if not fitting:
         least = min(estimates, key=lambda plan: plan.memory.total)

@@ -41,6 +41,7 @@ def bench(settings: Settings) -> dict[str, Any]:
         "median_step_ms": 1e3 * seconds, "tokens_per_second": rows * length / seconds,
         "mfu": flops / seconds / (peak * run.mesh.size) if peak else None,
         "peak_memory_bytes": memory_of(step).total,
+        "state_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)),  # of one device
         "compile_seconds": compile_seconds, "devices": run.mesh.size, "mesh": dict(run.mesh.shape),
     }
 

@@ -76,3 +76,25 @@ def test_bfloat16_rounds_only_operands_and_results(meshes):
         np.testing.assert_allclose(grad_kernel, np.einsum("btd,btf->df", wide_x, wide_grad), rtol=1e-4, atol=1e-4)
     gathers = [line for line in text.splitlines() if "all_gather" in line]
     assert gathers and all("bf16" in line for line in gathers)
+
+
+@pytest.mark.parametrize("mesh", ["one", "2x2x2"])
+def test_as_libtpu_gets_it_the_gradient_is_the_same(mesh, meshes, monkeypatch):
+    """There the gradients of several kernels' input are one product."""
+    test_fan_out_and_its_gradients(mesh, meshes)
+    monkeypatch.setattr("jaxlm.parallel.products.platform", lambda: "tpu")
+    jax.clear_caches()
+    test_fan_out_and_its_gradients(mesh, meshes)
+    jax.clear_caches()
+
+
+def test_gradients_travel_in_the_type_of_their_kernels(meshes):
+    x, kernel = normal(ROWS, LENGTH, WIDTH).astype(jnp.bfloat16), normal(WIDTH, HEADS, HEAD_DIM, seed=1)
+    grad = (normal(ROWS, LENGTH, HEADS, HEAD_DIM, seed=2).astype(jnp.bfloat16),)
+    with jax.set_mesh(meshes["fsdp8"]):
+        ours = with_gradients(lambda x, kernel: fan_out(x, (kernel,), FAN_OUT[:1], residual_axes(LENGTH)), grad)
+        for kind in (jnp.float32, jnp.bfloat16):
+            text = ours.lower(x, kernel.astype(kind)).as_text()
+            sent = next(line for line in text[text.index("reduce_scatter") :].splitlines() if "->" in line)
+            assert ("bf16" in sent) == (kind == jnp.bfloat16)
+        assert ours(x, kernel.astype(jnp.bfloat16))[1][1].dtype == jnp.bfloat16

@@ -127,3 +127,24 @@ def test_an_exchange_that_libtpu_fuses_into_products_counts_once():
     half = 8 * 8 * 4 / 2
     assert collectives(parse(TPU_LOOP), make_mesh(MESH, jax.devices())) == [
         Collective("all-gather", ("tensor",), 5 * half, 5, 0), Collective("reduce-scatter", ("tensor",), 5 * half, 5, 5 * half)]
+
+
+SPARSECORE = f"""
+%called (a: f32[4,8]) -> f32[8,8] {{
+  %a = f32[4,8] parameter(0)
+  ROOT %all-gather.1 = f32[8,8] all-gather(%a), channel_id=14, {PAIRS}, dimensions={{0}}
+}}
+ENTRY %main (p: f32[4,8]) -> f32[8,8] {{
+  %p = f32[4,8] parameter(0)
+  %start = ((), s32[8]) custom-call-start(), async_execution_thread="sparsecore", called_computations={{%called}}
+  %update = ((f32[4,8]), f32[8,8]) custom-call-update(%start, %p)
+  BESIDE
+  ROOT %done = f32[8,8] custom-call-done(%update)
+}}
+"""
+
+
+@pytest.mark.parametrize(("beside", "exposed"), [("%c = f32[8,8] convolution(%p, %p), dim_labels=bf_io->bf", 0), ("", 128)])
+def test_an_exchange_that_a_tpu7x_gives_to_its_sparsecore(beside, exposed):
+    text = SPARSECORE.replace("BESIDE", beside)
+    assert collectives(parse(text), make_mesh(MESH, jax.devices())) == [Collective("all-gather", ("tensor",), 128, 1, exposed)]

@@ -1,0 +1,41 @@
+"""Programs that were compiled before: found by what they were made of, refused when damaged."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxlm.parallel.executables import load, save
+
+
+@pytest.fixture
+def program(meshes):
+    mesh = meshes["fsdp8"]
+    here = NamedSharding(mesh, PartitionSpec("fsdp"))
+    shape = jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=here)
+
+    def lowered(factor):
+        return jax.jit(lambda tree: {"x": factor * tree["x"] + tree["x"].sum()}, donate_argnums=0).lower({"x": shape})
+
+    return mesh, here, lowered
+
+
+def test_what_was_compiled_runs_without_compiling(program, tmp_path):
+    mesh, here, lowered = program
+    path = save(lowered(2.0).compile(), lowered(2.0), mesh, tmp_path)
+    assert [path] == list(tmp_path.iterdir())
+    x = np.arange(32, dtype=np.float32).reshape(8, 4)
+    out = load(lowered(2.0), mesh, tmp_path)({"x": jax.device_put(x, here)})
+    np.testing.assert_array_equal(out["x"], 2 * x + x.sum())
+
+
+def test_another_program_another_mesh_and_a_damaged_file_are_not_taken(program, meshes, tmp_path):
+    mesh, _, lowered = program
+    path = save(lowered(2.0).compile(), lowered(2.0), mesh, tmp_path)
+    assert load(lowered(3.0), mesh, tmp_path) is None
+    assert load(lowered(2.0), meshes["2x2x2"], tmp_path) is None
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    assert load(lowered(2.0), mesh, tmp_path) is None
