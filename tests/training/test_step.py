@@ -179,6 +179,20 @@ def steps_of(settings, batch, count):
     return rows
 
 
+@pytest.mark.xdist_group("step-gpt")
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_that_travel_in_bfloat16_are_nearly_the_same(micro_batches, models, make_batch, meshes, random_params):
+    rows = {}
+    for kind in ("float32", "bfloat16"):
+        settings = settings_for(models["gpt"], precision="bfloat16", gradient_precision=kind, gradient_accumulation=micro_batches)
+        params = random_params(Model(settings.model, settings.train))
+        rows[kind], state = run(settings, meshes["fsdp8"], params, [make_batch("gpt", seed) for seed in range(STEPS)])
+        assert {leaf.dtype.name for leaf in jax.tree.leaves((state.params, state.optimizer))} <= {"float32", "int32"}
+    for one, other in zip(*rows.values(), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert 0 < abs(one["grad_norm"] - other["grad_norm"]) < 1e-2 * one["grad_norm"]
+
+
 @pytest.mark.parametrize("clip_norm", [None, 1.0, 100.0])
 def test_the_gradient_is_clipped_to_the_global_norm(clip_norm):
     rate = optax.join_schedules([optax.linear_schedule(0.1 / 3, 0.1, 2), optax.linear_schedule(0.1, 0, 8)], [2])
