@@ -40,6 +40,10 @@ AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 # them; what attention gives; the same through its output layer; inside the MLP; what the MLP gives.
 ACTIVATIONS = ("residual", "query_key_value", "attention", "attention_output", "mlp_hidden", "mlp_output")
 
+# train.remat's names, as choices by name; None: without any recomputation
+PRODUCTS = ("query_key_value", "attention_output", "mlp_hidden", "mlp_output")
+REMAT = {"none": None, "dots": dict.fromkeys(PRODUCTS, "keep"), "full": {}}
+
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
 
@@ -291,6 +295,12 @@ class Settings:
     logging: LoggingSettings = key(LoggingSettings(), "")
     generate: GenerateSettings = key(GenerateSettings(), "")
     bench: BenchSettings = key(BenchSettings(), "")
+
+
+def remat_choices(remat: str | dict[str, str]) -> dict[str, str] | None:
+    """What train.remat says of each of ACTIVATIONS: keep, recompute or host; None: nothing is recomputed."""
+    choices = REMAT[remat] if isinstance(remat, str) else remat
+    return None if choices is None else dict.fromkeys(ACTIVATIONS, "recompute") | {"residual": "keep"} | choices
 
 
 def sections(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, type]]:

@@ -233,10 +233,6 @@ class Experts(nnx.Module):
 
 # ---- the stack -------------------------------------------------------------------------------------------------------
 
-PRODUCTS = ("query_key_value", "attention_output", "mlp_hidden", "mlp_output")
-REMAT = {"none": None, "dots": dict.fromkeys(PRODUCTS, "keep"), "full": {}}
-
-
 def remat_policy(choices: Mapping[str, str]) -> Callable[..., Any]:
     """What of a block the backward pass finds, from "keep", "host" or "recompute" for each of `jaxlm.settings.ACTIVATIONS`."""
     kept, moved = ([name for name, choice in choices.items() if choice == wanted] for wanted in ("keep", "host"))

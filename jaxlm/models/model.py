@@ -12,9 +12,9 @@ from flax import nnx
 
 from jaxlm.models.bert import BERT
 from jaxlm.models.gpt import GPT
-from jaxlm.models.layers import REMAT, Execution, remat_policy
+from jaxlm.models.layers import Execution, remat_policy
 from jaxlm.parallel.sharding import Axes
-from jaxlm.settings import ModelSettings, TrainSettings
+from jaxlm.settings import ModelSettings, TrainSettings, remat_choices
 
 Params = dict[str, Any]
 FAMILIES = {"gpt": GPT, "bert": BERT}
@@ -31,7 +31,7 @@ class Model:
 
     def __init__(self, settings: ModelSettings, train: TrainSettings):
         self.settings = settings
-        choices = REMAT[train.remat] if isinstance(train.remat, str) else train.remat
+        choices = remat_choices(train.remat)
         remat = None if choices is None else remat_policy(choices)
         execution = Execution(remat, train.gradient_accumulation, train.stage_repeats)
         self._make: Callable[[jax.Array], nnx.Module] = lambda key: FAMILIES[settings.family](

@@ -9,6 +9,7 @@ adds to the memory traffic.
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from jaxlm.checks import check_kernel, check_layout
@@ -36,7 +37,7 @@ from jaxlm.planning.roofline import network_of_sizes, roofline
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.memory import Memory
-from jaxlm.settings import ACTIVATIONS, Settings
+from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
 
 Sizes = Mapping[str, int]  # of the mesh's axes
 FLOAT32 = 4  # bytes
@@ -105,6 +106,7 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     if settings.model.vocab_size is None:
         raise UserError("model.vocab_size: missing; without a corpus the size of the vocabulary has to be said")
     sizes = mesh_shape(settings.mesh, target.num_devices)
+    settings = replace(settings, mesh=replace(settings.mesh, **sizes))
     outer = across(settings.mesh, sizes, target.islands)
     check_layout(settings, sizes)
     check_kernel(settings, target.platform)
@@ -128,7 +130,7 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
 def kernel_of(settings: Settings, platform: str) -> str:
     """The attention kernel: xla, cudnn, splash or ring."""
     model, data = settings.model, settings.data
-    if model.attention == "auto" and max(1, settings.mesh.context) > 1:
+    if model.attention == "auto" and settings.mesh.context > 1:
         return "ring"
     if model.attention != "auto":
         return model.attention
@@ -208,7 +210,8 @@ def memory_of(settings: Settings, sizes: Sizes, share: Share, habits: Habits, st
     """The larger of two moments: the head with all layers' activations kept, and the first layer of the backward pass."""
     train, per_layer = settings.train, kept_of_a_layer(settings, share)
     depth = share.layers * (share.runs if sizes["stage"] > 1 else 1)
-    on_host = share.states * depth if isinstance(train.remat, dict) and train.remat.get("residual") == "host" else 0.0
+    moved = (name for name, choice in (remat_choices(train.remat) or {}).items() if choice == "host")
+    on_host = depth * sum(share.block[name] for name in moved)
     gradients = state["gradients"] * _gradient_element(settings) / FLOAT32
     copies = gradients if _gradient_element(settings) < FLOAT32 else 0.0  # kernels cast for their gradients' sake
     if train.gradient_accumulation > 1 and sizes["stage"] == 1:
@@ -240,13 +243,11 @@ def kept_of_a_layer(settings: Settings, share: Share) -> float:
     block = share.block | {"mlp_hidden": share.mlp * gates}
     if settings.model.family == "gpt":
         block["mlp_output"] = 0.0  # nothing asks for it
-    remat = settings.train.remat
-    if remat == "none":  # what every function of the block asks for, norms and activations in float32
+    choices = remat_choices(settings.train.remat)
+    if choices is None:  # what every function of the block asks for, norms and activations in float32
         wide = FLOAT32 / _element(settings)
         return sum(block.values()) + 4 * wide * share.states + (gates + 1) * share.mlp + 2 * share.scores
-    chosen = {"full": {}, "dots": dict.fromkeys(("query_key_value", "attention_output", "mlp_hidden", "mlp_output"), "keep")}.get(
-        remat, remat) if isinstance(remat, str) else remat
-    return sum(size for name, size in block.items() if chosen.get(name, "keep" if name == "residual" else "recompute") == "keep")
+    return sum(size for name, size in block.items() if choices[name] == "keep")
 
 
 def _head_memory(settings: Settings, sizes: Sizes, share: Share) -> float:
@@ -297,7 +298,7 @@ def executed_flops(settings: Settings, target: Target) -> float:
         again += recomputed["mlp_hidden"] * mlp * gates / (gates + 1)
     block = 3 * (projections + mlp + router) + attention * seen * (forward + backward) + again
     idle = 1.0
-    if max(1, settings.mesh.stage) > 1:
+    if settings.mesh.stage > 1:
         busy = train.gradient_accumulation * train.stage_repeats
         idle = (busy + settings.mesh.stage - 1) / busy
     head = 3 * head_flops(model, predictions(settings)) * padded_vocab_size(model.vocab_size) / model.vocab_size
@@ -306,12 +307,8 @@ def executed_flops(settings: Settings, target: Target) -> float:
 
 def recompute(settings: Settings) -> dict[str, bool]:
     """Which of a block's activations the backward pass computes again."""
-    remat = settings.train.remat
-    if remat == "none":
-        return dict.fromkeys(ACTIVATIONS, False)
-    kept = {"full": {}, "dots": dict.fromkeys(("query_key_value", "attention_output", "mlp_hidden", "mlp_output"), "keep")}
-    chosen = kept[remat] if isinstance(remat, str) else remat
-    return {name: chosen.get(name, "recompute") == "recompute" for name in ACTIVATIONS}
+    choices = remat_choices(settings.train.remat) or {}
+    return {name: choices.get(name) == "recompute" for name in ACTIVATIONS}
 
 
 def memory_traffic(settings: Settings, sizes: Sizes, share: Share, habits: Habits, state: dict[str, float]) -> float:
