@@ -4,6 +4,7 @@ Arithmetic (`estimate.py`) looks at every choice, the compiler (`compiled.py`) a
 the config says.
 """
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,6 +15,7 @@ import yaml
 from rich.table import Table
 
 from jaxlm.errors import UserError
+from jaxlm.models.sizes import attention_kernel, head_dim
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.plan import Plan
@@ -81,11 +83,12 @@ def _compiled(choices: list[Settings], target: Target, report: Callable[[str], N
 def estimated(settings: Settings, target: Target) -> Iterator[Plan]:
     """The estimate of every layout that the run divides over, with every way to save memory."""
     for mesh in meshes(settings, target):
-        for accumulation in micro_batches(settings, mesh):
+        for attention, accumulation in itertools.product(attentions(settings, mesh, target), micro_batches(settings, mesh)):
+            model = replace(settings.model, attention=attention)
             for remat in REMATS:
                 train = replace(settings.train, gradient_accumulation=accumulation, remat=remat)
                 try:
-                    yield estimated_plan(replace(settings, mesh=mesh, train=train), target)
+                    yield estimated_plan(replace(settings, model=model, mesh=mesh, train=train), target)
                 except UserError:  # does not divide
                     break
 
@@ -108,6 +111,17 @@ def _divisors(number: int, other: int) -> list[int]:
     return [size for size in range(1, min(number, other) + 1) if number % size == 0 and other % size == 0]
 
 
+def attentions(settings: Settings, mesh: MeshSettings, target: Target) -> set[str]:
+    """What the config says, the choice that is left to the backend, and where sequences are cut its fused kernel: around that,
+    heads are exchanged for whole sequences, instead of a ring."""
+    model = settings.model
+    kinds = {model.attention, "auto"}
+    if mesh.context > 1:
+        kinds.add(attention_kernel(target.platform, settings.train.precision, settings.data.sequence_length, head_dim(model),
+                                   fused=not (model.dropout if model.attention_dropout is None else model.attention_dropout)))
+    return kinds - {"xla"}
+
+
 def micro_batches(settings: Settings, mesh: MeshSettings) -> list[int]:
     """Into how many the batch can be cut: powers of 2, in a pipeline times its stages."""
     rows = settings.data.global_batch_size // (mesh.data * mesh.fsdp * mesh.expert)
@@ -125,8 +139,9 @@ def describe_choice(settings: Settings) -> str:
     """`fsdp 64, 2 micro-batches, remat dots`."""
     axes = [f"{axis} {size}" for axis in AXES if (size := getattr(settings.mesh, axis)) not in (None, 1)]
     remat, pieces = settings.train.remat, settings.train.gradient_accumulation
+    kernel = [] if settings.model.attention == "auto" else [f"attention {settings.model.attention}"]
     shown = remat if isinstance(remat, str) else "{" + ", ".join(f"{name}: {choice}" for name, choice in remat.items()) + "}"
-    return ", ".join([*axes, *([f"{pieces} micro-batches"] if pieces > 1 else []), f"remat {shown}"])
+    return ", ".join([*axes, *([f"{pieces} micro-batches"] if pieces > 1 else []), *kernel, f"remat {shown}"])
 
 
 def _reason(plan: Plan, best: Plan) -> str:
