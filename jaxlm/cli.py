@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,6 +95,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.planning.describe import describe, draw
     from jaxlm.planning.targets import find_target
 
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns while it looks for a way to need less memory
     target = find_target(arguments.target)
     if arguments.picture and (arguments.explain or arguments.search):
         raise UserError("--picture draws one plan; leave --explain or --search away")

@@ -329,7 +329,9 @@ def memory_traffic(settings: Settings, sizes: Sizes, share: Share, habits: Habit
     chunks = math.ceil(positions / sequences / min(chunk, predictions(settings)))
     table = rows * model.hidden_size
     head = share.runs * (chunks * table * (2 * element + 2 * FLOAT32) + 5 * FLOAT32 * positions * rows)
-    return layers + head + 7 * state["parameters"]
+    micro_batches = settings.train.gradient_accumulation if sizes["stage"] == 1 else 1
+    added_up = 3 * state["gradients"] * micro_batches if micro_batches > 1 else 0.0
+    return layers + head + added_up + 7 * state["parameters"]
 
 
 # ---- exchanges -------------------------------------------------------------------------------------------------------

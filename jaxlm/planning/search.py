@@ -54,8 +54,11 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
         least = min(estimates, key=lambda plan: plan.memory.total)
         raise UserError(f"target '{target.name}': nothing fits, the least needs {format_size(least.memory.total)} of "
                         f"{format_size(least.capacity)} on each device; use more devices, or a smaller model")
-    finalists = list({_mesh(plan.settings): plan for plan in reversed(fitting)}.values())[::-1][:FINALISTS]
-    return _compiled([settings, *(plan.settings for plan in finalists)], target, report)
+    best: dict[tuple[int, ...], Plan] = {}
+    for plan in fitting:
+        best.setdefault(_mesh(plan.settings), plan)
+    finalists = [plan.settings for plan in list(best.values())[:FINALISTS]]
+    return _compiled([settings, *finalists], target, report)
 
 
 def _compiled(choices: list[Settings], target: Target, report: Callable[[str], None]) -> list[Choice]:

@@ -11,11 +11,11 @@ from jaxlm.errors import UserError
 from jaxlm.planning import compiled, search
 from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.targets import find_target
-from jaxlm.settings import AXES, DataSettings, MeshSettings, ModelSettings, Settings
+from jaxlm.settings import AXES, DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
 
 SETTINGS = Settings(
     model=ModelSettings(num_layers=8, num_heads=16, hidden_size=2048, vocab_size=32000, max_length=2048),
-    data=DataSettings(sequence_length=2048, global_batch_size=64))
+    data=DataSettings(sequence_length=2048, global_batch_size=64), train=TrainSettings(remat="full"))
 NODE = find_target("h100:8")
 
 
@@ -50,6 +50,9 @@ def test_the_best_is_at_least_as_fast_as_what_the_config_says_and_fits(by_arithm
     assert best.fits and times == sorted(times)
     assert by_arithmetic[0].mesh.tensor == 8 and best.roofline.total <= estimated_plan(by_arithmetic[0], NODE).roofline.total
     assert choices[0].note.startswith("fastest") and choices[-1].note.startswith("+")
+    fastest = min(plan.roofline.total for plan in search.estimated(by_arithmetic[0], NODE) if plan.fits)
+    assert times[0] == fastest and by_arithmetic[1:] == sorted(
+        by_arithmetic[1:], key=lambda settings: estimated_plan(settings, NODE).roofline.total)
 
 
 def test_what_the_compiler_refuses_comes_last(monkeypatch, by_arithmetic):
