@@ -27,6 +27,7 @@ from jaxlm.settings import AXES, MeshSettings, Settings, changed
 REMATS: tuple[Any, ...] = ("none", "dots", {"query_key_value": "keep", "attention": "keep"}, {"mlp_hidden": "keep"}, "full")
 SHORTEST = 4096  # tokens: shorter pieces of a sequence are not worth a context axis
 FINALISTS = 3  # beside the config as it is
+MARGIN = 0.95  # of a device's memory, for what the estimate does not see
 MAX_SECONDS = 600  # of compiling, after which no other one is begun
 
 
@@ -45,7 +46,8 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     if estimated_plan(replace(settings, mesh=MeshSettings(fsdp=1)), target._replace(shape=(1,), islands=1)).roofline is None:
         raise UserError(f"target '{target.name}': its speed is not published, so nothing can be ranked; use a TPU or a GPU")
     estimates = list(estimated(settings, target))
-    fitting = sorted((plan for plan in estimates if plan.fits), key=lambda plan: plan.roofline.total)
+    fitting = [plan for plan in estimates if plan.memory.total <= MARGIN * plan.capacity]
+    fitting.sort(key=lambda plan: plan.roofline.total)
     report(f"{len(estimates):,} ways to lay out this run, {len(fitting):,} fit by the estimate")
     if not estimates:
         raise UserError(f"target '{target.name}': no mesh of {target.num_devices} devices divides it; make "

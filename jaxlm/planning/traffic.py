@@ -1,12 +1,14 @@
 """Bytes that a compiled program reads from and writes to a device's main memory in one run."""
 
 import re
+from collections.abc import Iterator
 
 from jaxlm.planning.hlo import Module, Operation, array_sizes
 
 # Nothing moves, or what moves is counted where it is done (loops, and exchanges at their start).
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
         "partition-id", "replica-id", "iota", "async-done", "async-update", "optimization-barrier", "opt-barrier"}
+SLICES = ("dynamic-slice", "slice")
 ELSEWHERE = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]\)[^}]*\}")  # on-chip memory, or the host's
 
 
@@ -49,9 +51,9 @@ def _fusion(operation: Operation, operands: list[float], result: float, inside: 
     for one in inside:
         if one.opcode == "parameter":
             number = int(one.rest.partition(")")[0])
-            uses = users.get(one.name, [])
-            if uses and number < len(operands) and all(_is_part(use, one.name) for use in uses):
-                operands[number] = min(operands[number], sum(_part(use, by_name) for use in uses))
+            uses = list(_uses(one.name, users))
+            if uses and number < len(operands) and all(_is_part(use, name) for name, use in uses):
+                operands[number] = min(operands[number], sum(_part(use, by_name) for _, use in uses))
     for one in inside:
         if one.opcode == "dynamic-update-slice":
             whole, update = one.size, by_name[one.operands[1]].size if one.operands[1] in by_name else 0.0
@@ -59,12 +61,21 @@ def _fusion(operation: Operation, operands: list[float], result: float, inside: 
     return operands, result
 
 
+def _uses(name: str, users: dict[str, list[Operation]]) -> Iterator[tuple[str, Operation]]:
+    """What reads a value, and under which name: bitcasts give it another one."""
+    for use in users.get(name, []):
+        if use.opcode == "bitcast":
+            yield from _uses(use.name, users)
+        else:
+            yield name, use
+
+
 def _is_part(use: Operation, name: str) -> bool:
-    return use.opcode == "dynamic-slice" or (use.opcode == "dynamic-update-slice" and use.operands[0] == name)
+    return use.opcode in SLICES or (use.opcode == "dynamic-update-slice" and use.operands[0] == name)
 
 
 def _part(use: Operation, by_name: dict[str, Operation]) -> float:
-    if use.opcode == "dynamic-slice":
+    if use.opcode in SLICES:
         return use.size
     return 0.0  # of what is updated in place nothing is read
 
