@@ -145,7 +145,8 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
     ]
     for axis, name, size in split:
         if size % sizes[axis]:
-            yield f"mesh.{axis}={sizes[axis]} does not divide {name}={size}"
+            fitting = max(part for part in range(1, sizes[axis]) if size % part == 0)
+            yield f"mesh.{axis}={sizes[axis]} does not divide {name}={size}; {fitting} does"
     if VOCAB_PADDING % sizes["tensor"]:
         yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"
     yield from context_problems(settings, sizes)

@@ -25,6 +25,8 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
     if arguments.target and not arguments.compile_only:
         raise UserError("--target: only with --compile-only; a run takes the devices that are here")
     if arguments.compile_only:
+        if arguments.processes > 1:
+            raise UserError("--compile-only is done by one process; leave --processes away")
         from jaxlm.planning.compilation import compile_ahead
         from jaxlm.planning.targets import find_target
 
@@ -92,13 +94,17 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     """plan: memory, traffic and speed on devices that are not here, from their own compiler"""
-    from jaxlm.planning.describe import describe, draw
+    from jaxlm.planning.describe import check_picture, describe, draw
     from jaxlm.planning.targets import find_target
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns while it looks for a way to need less memory
     target = find_target(arguments.target)
     if arguments.picture and (arguments.explain or arguments.search):
         raise UserError("--picture draws one plan; leave --explain or --search away")
+    if arguments.explain and arguments.json:
+        raise UserError("--explain is for people; leave --json away")
+    if arguments.picture:
+        check_picture(arguments.picture)
     if arguments.explain:
         from jaxlm.planning.explain import explain
 
@@ -115,12 +121,13 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         from jaxlm.planning.compiled import compiled_plan
 
         made = compiled_plan(settings, target)
-    if arguments.picture:
-        draw(made, arguments.picture)
     if arguments.json:
         print(json.dumps(made.to_json()))
     else:
         _console().print(describe(made), highlight=False, soft_wrap=True)
+    if arguments.picture:
+        draw(made, arguments.picture)
+        print(f"drawn: {arguments.picture}", file=sys.stderr)
 
 
 def _search(settings: Settings, target: "Target", arguments: argparse.Namespace) -> None:
@@ -129,13 +136,12 @@ def _search(settings: Settings, target: "Target", arguments: argparse.Namespace)
     choices = search(settings, target, report=lambda line: print(line, file=sys.stderr, flush=True))
     best = choices[0].plan
     path = Path(f"{Path(arguments.config).stem}_{target.name.replace(':', '_')}.yaml")
-    if best.fits:
-        write_config(best, path)
+    write_config(best, path)
     if arguments.json:
         print(json.dumps([choice.plan.to_json() | {"note": choice.note} for choice in choices]))
     else:
         _console().print(ranking(choices), highlight=False, soft_wrap=True)
-    print(f"written to {path}" if best.fits else "nothing fits", file=sys.stderr)
+    print(f"written to {path}", file=sys.stderr)
 
 
 def report(run_dirs: Sequence[str]) -> None:
@@ -222,7 +228,7 @@ def _run(arguments: list[str]) -> int:
         report(parsed.runs)
         return 0
     settings = config.load(parsed.config, parsed.overrides)
-    if getattr(parsed, "processes", 1) > 1:
+    if getattr(parsed, "processes", 1) > 1 and not getattr(parsed, "compile_only", False):
         from jaxlm.parallel.distributed import run_local_processes
 
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.models.sizes import attention_kernel
+from jaxlm.models.sizes import attention_kernel, splash_block
 from jaxlm.parallel.dropout import attention_dropout
 from jaxlm.parallel.ring import NEGATIVE, Ring, Tokens, ring_attention, zigzag
 from jaxlm.parallel.sharding import axis_size, constrain, mesh_axes, per_device, platform
@@ -103,7 +103,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     length, num_heads, head_dim = query.shape[1:]
-    block = next(size for size in (512, 256, 128) if length % size == 0)
+    block = splash_block(length)
     block_sizes = kernel.BlockSizes(block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
                                     block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block)
     mask = masks.CausalMask((length, length)) if causal else masks.FullMask((length, length))

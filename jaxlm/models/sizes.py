@@ -50,6 +50,16 @@ def attention_kernel(platform: str, dtype: str, length: int, head_dim: int, fuse
     return "xla"
 
 
+def splash_block(length: int) -> int:
+    """Tokens in one block of splash attention's scores."""
+    return next(size for size in (512, 256, 128) if length % size == 0)
+
+
+def visible_blocks(model: ModelSettings, length: int) -> float:
+    """Share of splash attention's blocks that it computes: a causal mask hides almost half of them, and it skips those."""
+    return (1 + splash_block(length) / length) / 2 if model.family == "gpt" else 1.0
+
+
 def parameters(model: ModelSettings) -> dict[str, Shape]:
     """Every parameter by its dotted path in the model's tree, as the models (`gpt.py`, `bert.py`) make them."""
     width, rows = model.hidden_size, padded_vocab_size(model.vocab_size)

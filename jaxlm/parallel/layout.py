@@ -55,7 +55,7 @@ def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
     described = " * ".join(f"mesh.{axis}={size}" for axis, size in sizes.items()
                            if size != 1 and getattr(settings, axis) is not None) or "mesh.data=1"
     if num_devices % fixed or (-1 not in sizes.values() and fixed != num_devices):
-        raise UserError(f"{described} does not make {num_devices} device(s); change the mesh, or devices.count "
+        raise UserError(f"{described} does not make {num_devices} device(s); change the mesh, or devices.count or the target "
                         f"(or leave one axis at -1 and make the others divide {num_devices})")
     return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxlm.models.sizes import num_parameters, training_flops
+from jaxlm.models.sizes import num_parameters, training_flops, visible_blocks
 from jaxlm.planning import hlo
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.chips import CHIPS
@@ -37,7 +37,8 @@ def compiled_plan(settings: Settings, target: Target) -> Plan:
     seconds = time.monotonic() - started
     module = hlo.parse(program.as_text())
     found, traffic = collectives(module, mesh), memory_traffic(module)
-    executed = executed_flops(traced.jaxpr, mesh.size)
+    visible = visible_blocks(settings.model, settings.data.sequence_length) if target.platform == "tpu" else 1.0
+    executed = executed_flops(traced.jaxpr, mesh.size, visible)
     chip, peak = CHIPS.get(target.device_kind), peak_flops(target.device_kind)
     speed = roofline(executed, peak, traffic, found, chip, network_of_mesh(mesh, chip, island)) if peak and chip else None
     return Plan(settings, target, dict(mesh.shape), num_parameters(settings.model), state_sizes(trainer), memory_of(program),

@@ -6,12 +6,15 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from jaxlm.errors import UserError
 from jaxlm.planning.estimate import BOUNDS
 from jaxlm.planning.plan import WHAT_HELPS, Plan
 from jaxlm.reporting.plots import save
 from jaxlm.reporting.units import counted, format_count, format_duration, format_seconds, format_size
 
 GIB = 2**30
+PICTURES = (".png", ".svg", ".pdf")
+WRAPPED = ("shape", "axes", "cut over", "layout", "exchange, forward / backward", "why")  # where a terminal is narrow
 NUMBERS = ("", "share", "bytes", "not hidden", "times")
 
 
@@ -28,7 +31,8 @@ def _head(plan: Plan) -> Iterator[str]:
     yield (f"{counted(settings.data.global_batch_size, 'sequence')} of {settings.data.sequence_length:,} = "
            f"{format_count(plan.tokens_per_step)} tokens a step; {settings.train.precision}")
     if plan.compile_seconds is None:
-        yield "ESTIMATED, no compiler asked: " + ", ".join(f"{name} within {bound:.0%}" for name, bound in BOUNDS.items())
+        yield "ESTIMATED, no compiler asked; for the shipped configs " + ", ".join(
+            f"{name} within {bound:.0%}" for name, bound in BOUNDS.items())
     if plan.capacity is None:
         yield f"needs {format_size(plan.memory.total)} on each device"
     else:
@@ -48,13 +52,15 @@ def _memory(plan: Plan) -> Table:
     table.add_row(f"total ({source})", format_size(plan.memory.total), "")
     if plan.memory.host:
         table.add_row("in the host's memory", format_size(plan.memory.host), "")
-    for buffer in plan.largest:
+    for buffer in (one for one in plan.largest if one.size >= 2**20):
         table.add_row(f"  at the peak: {buffer.label}", format_size(buffer.size), "")
     return table
 
 
 def _exchanges(plan: Plan) -> Table:
     table = new_table("sent by a device in a step", "axis", "bytes", "not hidden", "times")
+    if not plan.collectives:
+        table.add_row("nothing")
     for one in plan.collectives:
         if one.bytes_per_device >= 1024:
             table.add_row(one.kind, " + ".join(one.axes), format_size(one.bytes_per_device), format_size(one.exposed_bytes),
@@ -84,8 +90,16 @@ def _speed(plan: Plan) -> Iterator[str]:
 def new_table(*columns: str) -> Table:
     table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=True)
+        table.add_column(column, justify="right" if column in NUMBERS else "left", no_wrap=column not in WRAPPED)
     return table
+
+
+def check_picture(path: Path) -> None:
+    """Refuses a picture that could not be written, before minutes are spent on what it shows. Raises UserError."""
+    if path.suffix not in PICTURES:
+        raise UserError(f"--picture {path}: expected a name that ends in one of {', '.join(PICTURES)}")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"--picture {path}: there is no folder {path.parent}")
 
 
 def draw(plan: Plan, path: Path) -> None:

@@ -29,6 +29,7 @@ from jaxlm.models.sizes import (
     padded_vocab_size,
     parameters,
     training_flops,
+    visible_blocks,
 )
 from jaxlm.parallel.layout import across, mesh_shape, parts
 from jaxlm.planning.chips import CHIPS
@@ -294,9 +295,11 @@ def executed_flops(settings: Settings, target: Target) -> float:
     if model.num_experts is not None:
         mlp *= model.experts_per_token * (model.capacity_factor or 1)
         router = 2 * length * model.hidden_size * model.num_experts
-    # products of scores, in forward passes: splash counts masked blocks, cuDNN and the ring leave out what causality hides
+    # products of scores, in forward passes; all but plain XLA leave out what causality hides
     forward, backward = {"xla": (1, 2), "splash": (1, 3.5), "cudnn": (1, 2.5), "ring": (1, 2.5)}[kernel]
     seen = 0.5 if kernel in ("cudnn", "ring") and model.family == "gpt" else 1.0
+    if kernel == "splash":
+        seen = visible_blocks(model, length)
     recomputed = recompute(settings)
     again = (recomputed["query_key_value"] * projections * (model.num_heads + 2 * kv_heads(model))
              + recomputed["attention_output"] * projections * model.num_heads) / (2 * model.num_heads + 2 * kv_heads(model))

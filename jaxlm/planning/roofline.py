@@ -6,7 +6,7 @@ with them; what it does not is added.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,20 +14,28 @@ from jaxlm.planning.chips import Chip
 from jaxlm.planning.plan import Collective, Roofline
 from jaxlm.planning.targets import TPUS, Target
 
-# For the axes of an exchange, which network it takes, "fast" or "slow", and a device's bytes/s one way on it.
-Network = Callable[[Sequence[str]], tuple[str, float]]
+
+class Speeds(NamedTuple):
+    """Bytes/s one way of a device in an exchange, inside its island and between islands; infinite where it sends nothing."""
+
+    fast: float
+    slow: float
+
+
+Network = Callable[[Sequence[str]], Speeds]  # of the exchanges along some mesh axes
 
 
 def roofline(flops: float, peak: float, traffic: float, found: Sequence[Collective], chip: Chip, network: Network) -> Roofline:
     """Of a step with `flops` on a device of `peak` FLOP/s that moves `traffic` bytes in its memory and sends `found`."""
-    seconds, exposed = {"fast": 0.0, "slow": 0.0}, 0.0
+    fast = slow = hidden = exposed = 0.0
     for one in found:
-        level, speed = network(one.axes)
-        seconds[level] += one.bytes_per_device / speed
-        exposed += one.exposed_bytes / speed
+        speeds = network(one.axes)
+        fast += one.bytes_per_device / speeds.fast
+        slow += one.bytes_per_device / speeds.slow
+        exposed += one.exposed_bytes / min(speeds)  # both networks at once
+        hidden += (one.bytes_per_device - one.exposed_bytes) / min(speeds)
     compute, memory = flops / peak, traffic / chip.bandwidth
-    hidden = seconds["fast"] + seconds["slow"] - exposed
-    return Roofline(compute, memory, seconds["fast"], seconds["slow"], exposed, max(compute, memory, hidden) + exposed)
+    return Roofline(compute, memory, fast, slow, exposed, max(compute, memory, hidden) + exposed)
 
 
 def network_of_mesh(mesh: Any, chip: Chip, island: Callable[[Any], int]) -> Network:
@@ -36,11 +44,11 @@ def network_of_mesh(mesh: Any, chip: Chip, island: Callable[[Any], int]) -> Netw
     Between islands a group uses the cards of all its devices of an island. On a torus it uses the links of every dimension that
     it spans, both ways where the dimension closes to a ring.
     """
-    def network(axes: Sequence[str]) -> tuple[str, float]:
+    def network(axes: Sequence[str]) -> Speeds:
         group = mesh.devices[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)].ravel()
         islands = len({island(device) for device in group})
         fast = chip.link if not chip.torus else chip.link * _links(group, mesh, chip, island)
-        return _slowest(fast, islands, len(group) // islands, chip)
+        return _speeds(fast, islands, len(group) // islands, chip)
 
     return network
 
@@ -62,12 +70,12 @@ def network_of_sizes(target: Target, sizes: Mapping[str, int], outer: Mapping[st
 
     `sizes` of the mesh's axes; `outer`: into how many parts each is cut between islands.
     """
-    def network(axes: Sequence[str]) -> tuple[str, float]:
+    def network(axes: Sequence[str]) -> Speeds:
         inside = math.prod(sizes[axis] // outer[axis] for axis in axes)
         fast = chip.link
         if target.kind in TPUS:
             fast *= _links_of_size(-(-inside // TPUS[target.kind].devices), target.shape, chip)
-        return _slowest(fast, math.prod(outer[axis] for axis in axes), inside, chip)
+        return _speeds(fast, math.prod(outer[axis] for axis in axes), inside, chip)
 
     return network
 
@@ -84,7 +92,5 @@ def _links_of_size(size: int, shape: Sequence[int], chip: Chip) -> int:
     return max(1, spanned)
 
 
-def _slowest(fast: float, islands: int, inside: int, chip: Chip) -> tuple[str, float]:
-    if islands == 1:
-        return "fast", fast
-    return "slow", min(fast, inside * chip.slow) if inside > 1 else chip.slow
+def _speeds(fast: float, islands: int, inside: int, chip: Chip) -> Speeds:
+    return Speeds(fast if inside > 1 else math.inf, inside * chip.slow if islands > 1 else math.inf)

@@ -18,7 +18,7 @@ from jaxlm.errors import UserError
 from jaxlm.models.sizes import attention_kernel, head_dim
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimate import estimated_plan
-from jaxlm.planning.plan import Plan
+from jaxlm.planning.plan import WHAT_HELPS, Plan
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.files import write_text
 from jaxlm.reporting.units import counted, format_seconds, format_size
@@ -59,13 +59,16 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     best: dict[tuple[int, ...], Plan] = {}
     for plan in fitting:
         best.setdefault(_mesh(plan.settings), plan)
+    own = estimated_plan(settings, target).settings  # the mesh said in full
     finalists = [plan.settings for plan in list(best.values())[:FINALISTS]]
-    return _compiled([settings, *finalists], target, report)
+    return _compiled([own, *(one for one in finalists if describe_choice(one) != describe_choice(own))], target, report)
 
 
 def _compiled(choices: list[Settings], target: Target, report: Callable[[str], None]) -> list[Choice]:
     from jaxlm.planning.compiled import compiled_plan
+    from jaxlm.planning.devices import devices_of
 
+    devices_of(target)  # without its compiler nothing is begun
     found, refused, started = [], [], time.monotonic()
     for number, settings in enumerate(choices, start=1):
         if found and time.monotonic() - started > MAX_SECONDS:
@@ -79,6 +82,9 @@ def _compiled(choices: list[Settings], target: Target, report: Callable[[str], N
             refused.append(Choice(estimated_plan(settings, target), str(error)))
             continue
         (found if plan.fits else refused).append(Choice(plan, "" if plan.fits else "does not fit, says the compiler"))
+    if not found:
+        raise UserError(f"target '{target.name}': nothing fits, says the compiler of the {counted(len(refused), 'layout')} that "
+                        f"looked best; what helps: {WHAT_HELPS}")
     found.sort(key=lambda choice: choice.plan.roofline.total)
     return [choice._replace(note=_reason(choice.plan, found[0].plan)) for choice in found] + refused
 

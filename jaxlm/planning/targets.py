@@ -56,6 +56,7 @@ KINDS = ("cpu", *TPUS, *GPUS)
 FORM = re.compile(r"(?:(?P<islands>\d+)x)?(?P<kind>[a-z]\w*):(?P<shape>\d+(?:x\d+)*)")
 CLOUD = re.compile(r"(?:(?P<islands>\d+)x)?(?P<kind>[a-z]\w*)-(?P<count>\d+)")
 LARGEST = {2: 16, 3: 28}  # chips along one dimension of a slice
+PER_NODE = 8  # GPUs on one NVLink switch, as in HGX boards
 
 
 class Target(NamedTuple):
@@ -92,6 +93,7 @@ def find_target(name: str) -> Target:
     Raises:
       UserError: there is no such target.
     """
+    name = name.strip().lower()
     if cloud := CLOUD.fullmatch(name):
         return _from_the_cloud(name, cloud)
     found = FORM.fullmatch(name)
@@ -108,11 +110,22 @@ def find_target(name: str) -> Target:
         if len(shape) != dimensions:
             example = suggestion(kind, math.prod(shape))
             raise UserError(f"target '{name}': a {kind} slice has {dimensions} dimensions, for example {kind}:{example}")
+        if any(not _is_side(side, dimensions) for side in shape):
+            raise UserError(f"target '{name}': the sides of a {kind} slice are 1, 2 or multiples of 4, at most "
+                            f"{LARGEST[dimensions]}; several slices are written 2x{kind}:...")
         return Target(name, kind, shape, islands)
     if found["islands"] or len(shape) > 2 or (kind == "cpu" and len(shape) > 1):
         form = "cpu:N" if kind == "cpu" else f"{kind}:GPUs of a node x nodes, for example {kind}:8x4"
         raise UserError(f"target '{name}': expected {form}")
+    if kind in GPUS and shape[0] > PER_NODE:
+        nodes = -(-math.prod(shape) // PER_NODE)
+        raise UserError(f"target '{name}': a node has at most {PER_NODE} GPUs; use {kind}:{PER_NODE}x{nodes}")
     return Target(name, kind, shape[:1], *shape[1:])
+
+
+def _is_side(size: int, dimensions: int) -> bool:
+    """Whether a slice can have so many chips along a dimension."""
+    return size <= LARGEST[dimensions] and (size in (1, 2) or size % 4 == 0)
 
 
 def _refuse_unknown(name: str, kind: str, kinds: tuple[str, ...]) -> None:
@@ -140,7 +153,7 @@ def topology(kind: str, chips: int) -> tuple[int, ...] | None:
     docs.cloud.google.com/tpu/docs lists them: sides of 1, 2 or multiples of 4.
     """
     dimensions = TPUS[kind].dimensions
-    sides = [side for side in range(1, LARGEST[dimensions] + 1) if (side in (1, 2) or side % 4 == 0) and chips % side == 0]
+    sides = [side for side in range(1, LARGEST[dimensions] + 1) if _is_side(side, dimensions) and chips % side == 0]
     shapes = [shape for shape in itertools.combinations_with_replacement(sides, dimensions) if math.prod(shape) == chips]
     if not shapes:
         return None

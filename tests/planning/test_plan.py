@@ -1,6 +1,7 @@
 """`jaxlm plan`, part by part against what can be counted by hand, and as a user calls it."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -109,10 +110,10 @@ def test_an_axis_gets_the_links_of_the_dimensions_that_it_spans():
     v5e, ring = CHIPS["TPU v5 lite"], [(x, y, 0) for x in range(16) for y in range(16)]
     island = lambda device: device.island  # noqa: E731
     whole = laid("TPU v5 lite", (16, 16), ring)
-    assert network_of_mesh(whole, v5e, island)(["fsdp"]) == ("fast", 2 * v5e.link)  # 16 close to a ring
-    assert network_of_mesh(whole, v5e, island)(["data", "fsdp"]) == ("fast", 4 * v5e.link)
+    assert network_of_mesh(whole, v5e, island)(["fsdp"]) == (2 * v5e.link, math.inf)  # 16 close to a ring
+    assert network_of_mesh(whole, v5e, island)(["data", "fsdp"]) == (4 * v5e.link, math.inf)
     open_line = laid("TPU v5 lite", (2, 4), [(x, y, 0) for x in range(2) for y in range(4)])
-    assert network_of_mesh(open_line, v5e, island)(["fsdp"]) == ("fast", v5e.link)
+    assert network_of_mesh(open_line, v5e, island)(["fsdp"]) == (v5e.link, math.inf)
 
 
 def test_between_nodes_a_group_uses_the_cards_of_all_its_devices():
@@ -121,9 +122,9 @@ def test_between_nodes_a_group_uses_the_cards_of_all_its_devices():
     across = laid("NVIDIA H100 80GB HBM3", (2, 8), places, islands=2)
     for network in (network_of_mesh(across, h100, island),
                     network_of_sizes(find_target("h100:8x2"), {"data": 2, "fsdp": 8}, {"data": 2, "fsdp": 1}, h100)):
-        assert network(["data"]) == ("slow", h100.slow)
-        assert network(["fsdp"]) == ("fast", h100.link)
-        assert network(["data", "fsdp"]) == ("slow", 8 * h100.slow)
+        assert network(["data"]) == (math.inf, h100.slow)
+        assert network(["fsdp"]) == (h100.link, math.inf)
+        assert network(["data", "fsdp"]) == (h100.link, 8 * h100.slow)
 
 
 @pytest.mark.parametrize(("axes", "links"), [
@@ -134,7 +135,7 @@ def test_between_nodes_a_group_uses_the_cards_of_all_its_devices():
 def test_without_devices_an_axis_lies_along_whole_dimensions(axes, links):
     v5p, sizes = CHIPS["TPU v5"], {"data": 2, "tensor": 4, "fsdp": 64}
     network = network_of_sizes(find_target("v5p:4x4x4"), sizes, dict.fromkeys(sizes, 1), v5p)
-    assert network(axes) == ("fast", links * v5p.link)
+    assert network(axes) == (links * v5p.link, math.inf)
 
 
 def test_what_is_hidden_overlaps_and_what_is_not_is_added():
@@ -200,5 +201,5 @@ def test_what_the_mesh_does_not_fit_is_said_in_one_line(config_file, capsys, eig
     overrides = ["mesh.fsdp=3", *SMALL, "model.hidden_size=96", "data.global_batch_size=9"]
     assert cli.main(["plan", config_file, "--target", "cpu:8", *overrides]) == 2
     assert capsys.readouterr().err == (
-        "jaxlm: mesh.fsdp=3 does not make 8 device(s); change the mesh, or devices.count (or leave one axis at -1 and make the "
-        "others divide 8)\n")
+        "jaxlm: mesh.fsdp=3 does not make 8 device(s); change the mesh, or devices.count or the target (or leave one axis at "
+        "-1 and make the others divide 8)\n")

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm import cli, config
 from jaxlm.errors import UserError
-from jaxlm.planning import compiled, search
+from jaxlm.planning import compiled, devices, search
 from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.targets import find_target
 from jaxlm.settings import AXES, DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
@@ -29,6 +29,7 @@ def by_arithmetic(monkeypatch):
         return estimated_plan(settings, target)._replace(compile_seconds=1.0)
 
     monkeypatch.setattr(compiled, "compiled_plan", plan)
+    monkeypatch.setattr(devices, "devices_of", lambda target: None)
     return asked
 
 
@@ -90,7 +91,7 @@ def test_the_command_writes_a_config_that_says_the_same(by_arithmetic, tmp_path,
 
 @pytest.mark.parametrize(("settings", "target", "message"), [
     (SETTINGS, "cpu:8", "speed is not published"),
-    (replace(SETTINGS, data=DataSettings(sequence_length=2048, global_batch_size=3)), "h100:64", "no mesh of 64 devices"),
+    (replace(SETTINGS, data=DataSettings(sequence_length=2048, global_batch_size=3)), "h100:8x8", "no mesh of 64 devices"),
     (replace(SETTINGS, model=replace(SETTINGS.model, num_layers=400, hidden_size=8192)), "v5e:2x2", "nothing fits, the least"),
 ])
 def test_where_nothing_is_to_be_found(settings, target, message):

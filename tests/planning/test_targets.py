@@ -49,6 +49,9 @@ def test_the_clouds_topologies(kind, sizes):
     ("v5q-128", r"unknown kind 'v5q', .*did you mean 'v5p'\?"),
     ("h100-8", r"unknown kind 'h100', expected one of v4"),
     ("", "expected KIND:SHAPE"),
+    ("v5e:3x5", "sides of a v5e slice are 1, 2 or multiples of 4, at most 16"),
+    ("v5e:16x32", "at most 16; several slices are written 2xv5e:"),
+    ("h100:64", "a node has at most 8 GPUs; use h100:8x8"),
 ])
 def test_targets_that_are_none(target, message):
     with pytest.raises(UserError, match=message):
