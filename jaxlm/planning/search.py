@@ -1,7 +1,7 @@
 """`jaxlm plan --search`: the mesh, micro-batches, rematerialization and attention that are predicted fastest and fit.
 
-Arithmetic (`estimate.py`) looks at every choice, the compiler (`compiled.py`) at the best of them, one of each mesh, and at what
-the config says.
+Arithmetic (`estimate.py`) looks at every choice, the compiler (`compiled.py`) at the best of them, one for each
+rematerialization, and at what the config says.
 """
 
 import itertools
@@ -56,9 +56,9 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
         least = min(estimates, key=lambda plan: plan.memory.total)
         raise UserError(f"target '{target.name}': nothing fits, the least needs {format_size(least.memory.total)} of "
                         f"{format_size(least.capacity)} on each device; use more devices, or a smaller model")
-    best: dict[tuple[int, ...], Plan] = {}
+    best: dict[str, Plan] = {}  # of each way to save memory: what a mesh sends the estimate knows well, what is kept less so
     for plan in fitting:
-        best.setdefault(_mesh(plan.settings), plan)
+        best.setdefault(str(plan.settings.train.remat), plan)
     own = estimated_plan(settings, target).settings  # the mesh said in full
     finalists = [plan.settings for plan in list(best.values())[:FINALISTS]]
     return _compiled([own, *(one for one in finalists if describe_choice(one) != describe_choice(own))], target, report)
@@ -138,10 +138,6 @@ def micro_batches(settings: Settings, mesh: MeshSettings) -> list[int]:
     rows = settings.data.global_batch_size // (mesh.data * mesh.fsdp * mesh.expert)
     counts = [mesh.stage * 2**power for power in range(rows.bit_length())]
     return [count for count in counts if count <= rows and rows % count == 0]
-
-
-def _mesh(settings: Settings) -> tuple[int, ...]:
-    return tuple(getattr(settings.mesh, axis) for axis in AXES)
 
 
 # ---- what is told ----------------------------------------------------------------------------------------------------
