@@ -65,3 +65,21 @@ def test_a_model_that_is_too_large_is_told_by_how_much_and_what_helps(config_fil
     assert "DOES NOT FIT, " in out and "what helps: more devices" in out
     assert cli.main(["plan", config_file, "--target", "h100:8", "--search", *TOO_LARGE]) == 2
     assert "nothing fits, the least needs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["train", "--target", "v5e:2x4"], "only with --compile-only"),
+    (["train", "--compile-only", "--processes", "2"], "leave --processes away"),
+    (["train", "--compile-only", "devices.compiled=null"], "needs a folder on this machine"),
+    (["plan", "--target", "h100:8", "--fast", "--picture", "plan.txt"], "expected a name that ends in one of .png, .svg, .pdf"),
+    (["plan", "--target", "h100:8", "--fast", "--picture", "/no/such/plan.png"], "there is no folder /no/such"),
+    (["plan", "--target", "h100:8", "--explain", "--picture", "plan.png"], "--picture draws one plan"),
+    (["plan", "--target", "h100:8", "--explain", "--json"], "leave --json away"),
+    (["plan", "--target", "h100:8", "--fast", "--search"], "not allowed with argument"),
+    (["plan", "--fast"], "--target"),
+])
+def test_options_that_do_not_go_together(arguments, words, config_file, capsys):
+    verb, *rest = arguments
+    assert cli.main([verb, config_file, *rest]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.count("\n") == 1 and words in err
