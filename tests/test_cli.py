@@ -50,10 +50,11 @@ def test_bench_prints_the_figures(folder, capsys):
     assert cli.main(["bench", "run.yaml", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert set(figures) == {
-        "median_step_ms", "tokens_per_second", "mfu", "peak_memory_bytes", "compile_seconds", "devices", "mesh"}
+        "median_step_ms", "tokens_per_second", "mfu", "peak_memory_bytes", "state_bytes", "compile_seconds", "devices", "mesh"}
     assert figures["tokens_per_second"] == pytest.approx(8 * 8 / figures["median_step_ms"] * 1000)
     assert figures["mfu"] is None and figures["devices"] == 1 and set(figures["mesh"].values()) == {1}
     assert figures["peak_memory_bytes"] > 3 * 4 * 16 * 128  # the vocabulary's table and its two moments
+    assert 3 * 4 * 16 * 128 < figures["state_bytes"] < figures["peak_memory_bytes"]
 
 
 def test_processes_leave_standard_output_to_the_figures(tmp_path):
