@@ -68,7 +68,8 @@ class Module(NamedTuple):
             return int(known[1])
         condition = self.computations.get(CONDITION.search(operation.rest)[1], [])
         condition = condition + [inner for one in condition for name in one.called for inner in self.computations.get(name, [])]
-        bounds = [int(found[1]) for one in condition if one.opcode == "constant" and (found := CONSTANT.match(one.rest))]
+        bounds = [int(found[1]) for one in condition
+                  if one.opcode == "constant" and one.type[0] in "su" and (found := CONSTANT.match(one.rest))]
         compares = any(one.opcode == "compare" and "direction=LT" in one.rest for one in condition)
         return bounds[-1] if bounds and compares else -1
 
