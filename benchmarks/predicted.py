@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-MODEL = ["model.num_layers=8", "model.num_heads=8", "model.hidden_size=512", "model.vocab_size=8192", "model.max_length=256",
-         "data.sequence_length=256", "data.global_batch_size=32", "bench.steps=5", "bench.warmup_steps=2"]
+MODEL = ["model.num_layers=4", "model.num_heads=8", "model.hidden_size=256", "model.vocab_size=4096", "model.max_length=128",
+         "data.sequence_length=128", "data.global_batch_size=16", "bench.steps=5", "bench.warmup_steps=2"]
 RUNS = {
     "cpu": {" ".join(mesh): ["configs/quickstart.yaml", *MODEL, "devices.count=8", "devices.platform=cpu", *mesh] for mesh in (
         ["mesh.data=8"], ["mesh.fsdp=8"], ["mesh.tensor=8"], ["mesh.data=2", "mesh.fsdp=4"], ["mesh.fsdp=4", "mesh.tensor=2"],
