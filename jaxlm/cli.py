@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
-from jaxlm.errors import UserError, nearest
+from jaxlm.errors import RunError, UserError, nearest
 from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -202,9 +202,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)
-    except UserError as error:
+    except (UserError, RunError) as error:
         print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, UserError) else 1
     except OSError as error:
         if error.filename is None:
             raise

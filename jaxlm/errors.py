@@ -1,4 +1,4 @@
-"""The one error that means "the input is wrong", as against "the program failed"."""
+"""Errors that are told in one line, without a traceback: wrong input, and what went wrong around a run that was right."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,6 +8,13 @@ class UserError(Exception):
     """Bad input. The message is one line: the file, line or key, what was expected, the nearest right thing.
 
     `jaxlm` prints it without a traceback and exits with code 2.
+    """
+
+
+class RunError(Exception):
+    """The run cannot go on, through no fault of its input: a full disk, a damaged file, a hung process, a broken device.
+
+    The message is one line: what happened, where, and what helps. `jaxlm` prints it without a traceback and exits with code 1.
     """
 
 
