@@ -240,6 +240,16 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What is watched while a run goes on. A step whose loss or gradient is not finite never reaches the parameters."""
+
+    spike_sigma: PositiveFloat | None = key(
+        None, "also skip a step whose loss or gradient norm lies so many standard deviations above its mean over the last 128 "
+              "good steps; null: off")
+    most_skipped: Positive = key(10, "steps skipped in a row after which the run ends with a diagnosis", "steps")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvalSettings:
     """Validation during training. The end of the run is always evaluated."""
 
@@ -291,6 +301,7 @@ class Settings:
     mesh: MeshSettings = key(MeshSettings(), "")
     devices: DevicesSettings = key(DevicesSettings(), "")
     checkpoint: CheckpointSettings = key(CheckpointSettings(), "")
+    guards: GuardSettings = key(GuardSettings(), "")
     eval: EvalSettings = key(EvalSettings(), "")
     logging: LoggingSettings = key(LoggingSettings(), "")
     generate: GenerateSettings = key(GenerateSettings(), "")
