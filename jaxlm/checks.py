@@ -40,6 +40,12 @@ def check_kernel(settings: Settings, platform: str) -> None:
                         "use model.attention=auto")
 
 
+def require_vocabulary(settings: Settings) -> None:
+    """For what works out a run's sizes without its corpus. Raises UserError: model.vocab_size is null."""
+    if settings.model.vocab_size is None:
+        raise UserError("model.vocab_size: missing; without a corpus it has to be said, for example model.vocab_size=32000")
+
+
 def refuse_first(problems: Iterator[str]) -> None:
     for problem in problems:
         raise UserError(problem)

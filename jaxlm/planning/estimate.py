@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxlm.checks import check_kernel, check_layout
+from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.data.masking import num_predictions
-from jaxlm.errors import UserError
 from jaxlm.models.sizes import (
     Shape,
     attention_flops,
@@ -103,10 +102,9 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     """The plan of a run on a target.
 
     Raises:
-      UserError: the run cannot be laid out on the devices.
+      UserError: model.vocab_size is not known, or the run cannot be laid out on the devices.
     """
-    if settings.model.vocab_size is None:
-        raise UserError("model.vocab_size: missing; without a corpus the size of the vocabulary has to be said")
+    require_vocabulary(settings)
     sizes = mesh_shape(settings.mesh, target.num_devices)
     settings = replace(settings, mesh=replace(settings.mesh, **sizes))
     outer = across(settings.mesh, sizes, target.islands)
