@@ -40,6 +40,11 @@ def is_gated(model: ModelSettings) -> bool:
     return model.activation in GATED
 
 
+def attention_dropout_rate(model: ModelSettings) -> float:
+    """What is dropped of the attention probabilities: model.attention_dropout, or model.dropout where that is null."""
+    return model.dropout if model.attention_dropout is None else model.attention_dropout
+
+
 def attention_kernel(platform: str, dtype: str, length: int, head_dim: int, fused: bool) -> str:
     """The fastest of a backend's kernels for sequences of this length: cudnn, splash or xla. `fused`: no dropout, no mask but
     causality and segments."""

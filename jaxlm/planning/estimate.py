@@ -16,6 +16,7 @@ from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.data.masking import num_predictions
 from jaxlm.models.sizes import (
     Shape,
+    attention_dropout_rate,
     attention_flops,
     attention_kernel,
     head_dim,
@@ -134,8 +135,8 @@ def kernel_of(settings: Settings, platform: str) -> str:
         return "ring"
     if model.attention != "auto":
         return model.attention
-    dropped = model.dropout if model.attention_dropout is None else model.attention_dropout
-    return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model), fused=not dropped)
+    return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model),
+                            fused=not attention_dropout_rate(model))
 
 
 def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:

@@ -15,7 +15,7 @@ import yaml
 from rich.table import Table
 
 from jaxlm.errors import UserError
-from jaxlm.models.sizes import attention_kernel, head_dim
+from jaxlm.models.sizes import attention_dropout_rate, attention_kernel, head_dim
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.plan import WHAT_HELPS, Plan
@@ -129,7 +129,7 @@ def attentions(settings: Settings, mesh: MeshSettings, target: Target) -> set[st
     kinds = {model.attention, "auto"}
     if mesh.context > 1:
         kinds.add(attention_kernel(target.platform, settings.train.precision, settings.data.sequence_length, head_dim(model),
-                                   fused=not (model.dropout if model.attention_dropout is None else model.attention_dropout)))
+                                   fused=not attention_dropout_rate(model)))
     return kinds - {"xla"}
 
 
