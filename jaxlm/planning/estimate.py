@@ -1,7 +1,7 @@
 """A plan by arithmetic alone, at once: no compiler, no JAX.
 
 Counted: parameters and optimizer by their shapes, matrix products, what the written-out products send, what `train.remat`
-keeps. Fitted to compiled programs (`benchmarks/estimate.py`, which also says how far off it is; docs/planning.md): how many
+keeps. Fitted to compiled programs (`benchmarks/plans.py`, which also says how far off it is; docs/planning.md): how many
 copies of its activations a layer's backward pass holds at once, what share of the exchanges is hidden, what elementwise work
 adds to the memory traffic.
 """
@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from jaxlm.checks import check_kernel, check_layout, require_vocabulary
-from jaxlm.data.masking import num_predictions
 from jaxlm.models.sizes import (
     Shape,
     attention_dropout_rate,
@@ -28,12 +27,11 @@ from jaxlm.models.sizes import (
     num_parameters,
     padded_vocab_size,
     parameters,
-    training_flops,
     visible_blocks,
 )
 from jaxlm.parallel.layout import across, mesh_shape, parts
 from jaxlm.planning.chips import CHIPS
-from jaxlm.planning.plan import Buffer, Collective, Plan
+from jaxlm.planning.plan import Buffer, Collective, Plan, model_flops, predictions
 from jaxlm.planning.roofline import network_of_sizes, roofline
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.hardware import peak_flops
@@ -115,15 +113,14 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     state = state_sizes(settings, sizes)
     found = exchanges(settings, sizes, share, EXPOSED.get(target.device_kind, {}))
     memory, largest = memory_of(settings, sizes, share, habits, state)
-    model_flops = data_flops(settings) / target.num_devices
-    executed = executed_flops(settings, target) / target.num_devices
+    wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, target)))
     traffic = memory_traffic(settings, sizes, share, habits, state)
     chip, peak = CHIPS.get(target.device_kind), peak_flops(target.device_kind)
     speed = None
     if chip and peak:
         speed = roofline(executed, peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
-    return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, model_flops, executed, traffic,
-                speed, largest, None)
+    return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, wanted, executed, traffic, speed,
+                largest, None)
 
 
 # ---- what a device has -----------------------------------------------------------------------------------------------
@@ -270,19 +267,7 @@ def _chunk(settings: Settings, sequences: int, rows: float) -> int:
     return most if 2 * equal < most else equal
 
 
-def predictions(settings: Settings) -> int:
-    """Positions of a sequence that reach the output head."""
-    length = settings.data.sequence_length
-    return length if settings.model.family == "gpt" else num_predictions(settings.data.masking, length)
-
-
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
-
-def data_flops(settings: Settings) -> float:
-    """The model's, of a whole step on all devices."""
-    length = settings.data.sequence_length
-    return settings.data.global_batch_size * training_flops(settings.model, length, predictions(settings))
-
 
 def executed_flops(settings: Settings, target: Target) -> float:
     """With what is computed again, of a whole step on all devices."""
