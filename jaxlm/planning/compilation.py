@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.checks import check_kernel, check_layout
+from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.errors import UserError
 from jaxlm.parallel import executables
 from jaxlm.parallel.compiler import programs_folder
@@ -38,8 +38,7 @@ def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Train
     Raises:
       UserError: model.vocab_size is not known.
     """
-    if settings.model.vocab_size is None:
-        raise UserError("model.vocab_size: missing; without a corpus the size of the vocabulary has to be said")
+    require_vocabulary(settings)
     with jax.set_mesh(mesh):
         trainer = start(settings, mesh).trainer
         batch = batch_shapes(settings)

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model, Params
+from jaxlm.models.sizes import attention_dropout_rate
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
 from jaxlm.training.guards import Recent, is_good, nothing_yet, remembered
@@ -94,7 +95,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
                 on_device: Any) -> Callable:
     """The step. `on_device`: where the optimizer's state lies while it is used."""
     clip_norm = settings.optimizer.clip_norm
-    has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
+    has_dropout = bool(settings.model.dropout or attention_dropout_rate(settings.model))
 
     travels_as = jnp.dtype(settings.train.gradient_precision)
 
