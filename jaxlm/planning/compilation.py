@@ -60,7 +60,7 @@ def compile_ahead(settings: Settings, target: Target | None) -> Path:
     folder = programs_folder(settings.devices)
     if folder is None:
         raise UserError(f"devices.compiled={settings.devices.compiled}: --compile-only needs a folder on this machine")
-    mesh = lay(settings, target)[0] if target else lay_mesh(settings)
+    settings, mesh = (settings, lay(settings, target)[0]) if target else lay_mesh(settings)
     if settings.model.vocab_size is None:
         settings = resolve(settings, open_corpora(settings)[0][0].tokenizer)
     lowered = lower(trace_step(settings, mesh)[0], mesh)

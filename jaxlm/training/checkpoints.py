@@ -7,15 +7,15 @@
 A step's folder without manifest.json is a save that was interrupted. It is never read, and removed by the next run.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 import math
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxlm.errors import RunError, UserError
+from jaxlm.errors import RunError, UserError, nearest
 from jaxlm.models.model import Params
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import abstract
@@ -32,18 +32,20 @@ from jaxlm.reporting.progress import print_line
 from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
 from jaxlm.training.guards import Recent
 from jaxlm.training.manifest import (
+    CHECKPOINTS,
     MANIFEST,
     Damaged,
     all_digests,
     commit,
     files_below,
     find_damage,
+    finished_steps,
     read_manifest,
     write_digests,
 )
 from jaxlm.training.step import Trainer, TrainState, reorder_layers
 
-FOLDER, STATE = "checkpoints", "state"
+STATE = "state"
 FORMAT = 1
 WRITERS = re.compile(r"(?:^|[./])process_(\d+)(?:/|$)")  # ocdbt.process_1/d/..., array_metadatas/process_1
 MESSAGE = 512  # bytes of what a process can tell the others
@@ -65,12 +67,14 @@ class Checkpoints:
     Every process of the run calls the same methods in the same order; each writes its own arrays and checks its share of files.
     """
 
-    def __init__(self, run_dir: str | Path, keep: CheckpointSettings | None = None):
-        """With `keep` None the folder is only read. Raises UserError when it does not exist then."""
-        self.directory = (Path(run_dir) / FOLDER).absolute()  # Orbax writes in the background: relative paths fail there
+    def __init__(self, run_dir: str | Path, keep: CheckpointSettings | None = None,
+                 phase: Callable[[str], AbstractContextManager] = nullcontext):
+        """With `keep` None the folder is only read; raises UserError when it does not exist then. `phase` is told what the
+        background is about to do (see `jaxlm.training.watch`)."""
+        self.directory = (Path(run_dir) / CHECKPOINTS).absolute()  # Orbax writes in the background: relative paths fail there
         if keep is None and not self.directory.is_dir():
-            raise UserError(f"{run_dir}: no {FOLDER} folder; expected the run directory of a `jaxlm train`")
-        self._keep = keep
+            raise UserError(f"{run_dir}: no {CHECKPOINTS} folder; expected the run directory of a `jaxlm train`")
+        self._keep, self._phase = keep, phase
         self._background = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future | None = None
         self._val_losses: dict[int, float | None] = {}  # of the complete ones, where something is to be kept or removed
@@ -91,7 +95,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending; an interrupted save is not among them."""
-        return sorted(int(path.parent.name) for path in self.directory.glob(f"*/{MANIFEST}") if path.parent.name.isdecimal())
+        return finished_steps(self.directory.parent)
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
@@ -129,7 +133,7 @@ class Checkpoints:
     def _finish(self, folder: Path, arrays: ocp.AsyncResponse, about: dict[str, Any]) -> None:
         """Every process vouches for the files it wrote; the first one makes the checkpoint whole and removes what is not kept."""
         process, processes = jax.process_index(), jax.process_count()
-        with self._one_clear_error(folder):
+        with self._phase(f"saving step {about['step']}"), self._one_clear_error(folder):
             arrays.result()
             own = [f"{STATE}/{name}" for name in files_below(folder / STATE) if _writer(name, processes) == process]
             write_digests(folder, process, own)
@@ -143,7 +147,7 @@ class Checkpoints:
                 del self._val_losses[step]
                 self._remove(self.directory / str(step))
 
-    @contextlib.contextmanager
+    @contextmanager
     def _one_clear_error(self, folder: Path) -> Iterator[None]:
         """Whatever stops a save ends the run with one line; the checkpoints before it stay as they are."""
         try:
@@ -297,10 +301,20 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
+def check_allowed(keys: list[str]) -> None:
+    """Refuses names in checkpoint.allow that allow nothing. Raises UserError."""
+    known = [*FIXED_KEYS, "data.corpus"]
+    for key in keys:
+        if key not in known:
+            raise UserError(f"checkpoint.allow: {key} is no key that a run may not change{nearest(key, known)}")
+
+
 def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason). Raises UserError."""
+    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for those in
+    checkpoint.allow. Raises UserError."""
     before, now = flatten(saved), flatten(wanted)
     for key, reason in keys.items():
-        if key in before and before[key] != now[key]:  # else the key is younger than the checkpoint
+        # a key that is not there is younger than the checkpoint
+        if key in before and before[key] != now[key] and key not in now["checkpoint.allow"]:
             raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; "
-                            "set it back, or choose another run_dir")
+                            f"set it back, choose another run_dir, or insist with checkpoint.allow=[{key}]")

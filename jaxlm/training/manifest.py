@@ -16,7 +16,7 @@ from typing import Any
 
 from jaxlm.reporting.files import write_atomically
 
-MANIFEST = "manifest.json"
+CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 THREADS = 8  # hashing lets go of the interpreter's lock
 
 Files = dict[str, list]  # path below the folder -> [bytes, SHA-256 in hex]
@@ -24,6 +24,12 @@ Files = dict[str, list]  # path below the folder -> [bytes, SHA-256 in hex]
 
 class Damaged(Exception):
     """A file is not what was written. The message: path, and what is wrong with it."""
+
+
+def finished_steps(run_dir: str | Path) -> list[int]:
+    """Steps of the complete checkpoints of a run, ascending."""
+    folders = (path.parent.name for path in (Path(run_dir) / CHECKPOINTS).glob(f"*/{MANIFEST}"))
+    return sorted(int(name) for name in folders if name.isdecimal())
 
 
 def digest_files(folder: Path, names: Iterable[str]) -> Files:
