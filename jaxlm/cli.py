@@ -209,7 +209,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _failed(str(error), error.exit_code)
     except Preempted as error:
-        print(f"jaxlm: {error}", file=sys.stderr)
+        if str(error):
+            print(f"jaxlm: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
         if error.filename is None:

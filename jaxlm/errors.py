@@ -24,7 +24,8 @@ class RunError(Exception):
 
 
 class Preempted(Exception):
-    """The run was told to stop, has saved, and can be gone on with; the message says how. `exit_code` as shells count signals."""
+    """The run was told to stop, has saved, and can be gone on with; the message, of one process, says how. `exit_code`: as shells
+    count signals."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)

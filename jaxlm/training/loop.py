@@ -55,16 +55,17 @@ def train(settings: Settings) -> dict[str, Any]:
     account = Account(_process_start())
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
-    with Watch(settings.run_dir) as watch:
+    guards = settings.guards
+    with Watch(settings.run_dir, (guards.start_seconds, guards.step_seconds, guards.save_seconds)) as watch:
         watch.one_of(*distributed.place())
-        with watch.phase("joining the other processes", settings.guards.start_seconds):
+        with watch.phase("joining the other processes", guards.start_seconds):
             laid, mesh = lay_mesh(settings)
         watch.one_of(jax.process_index(), jax.process_count())
         with watch.phase("opening the corpus"):
             corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
         run = start(resolve(laid, corpora[0][0].tokenizer), mesh)
         given = dataclasses.replace(run.settings, mesh=settings.mesh, train=settings.train)  # as before it followed the devices
-        saving = functools.partial(watch.phase, seconds=settings.guards.save_seconds)
+        saving = functools.partial(watch.phase, seconds=guards.save_seconds)
         with (_alone_in(Path(settings.run_dir)), jax.set_mesh(mesh), losing_others(),
               Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
             return _run(run, given, corpora, checkpoints, watch, account)
@@ -104,8 +105,11 @@ def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, 
 
 def _process_start() -> float:
     """When this process began, by `time.time()`: imports count. Where the system does not say, now."""
-    process = Path(f"/proc/{os.getpid()}")
-    return process.stat().st_ctime if process.exists() else time.time()
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.time()
+    since_boot = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # starttime, man 5 proc
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
 
 @contextmanager

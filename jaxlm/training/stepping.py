@@ -100,10 +100,10 @@ class Stepping:
                 self._evaluate(first, state.params)
                 self._end_if_told(first)
             for step in range(first + 1, total + 1):
-                with self.watch.phase(f"step {step}", self.guards.step_seconds):
+                with self.watch.phase(f"step {step}", self._deadline(step, first)):
                     batch = self._next(source, step)
-                    asked = self.preemption.ask(step)
                     with self.account.spending("steps"):
+                        asked = self.preemption.ask(step)
                         state, metrics = step_function(state, batch)
                         before, pending = pending, Pending(step, metrics, batch)
                         self._finish(before)
@@ -118,6 +118,11 @@ class Stepping:
                     self.clock.restart(step)
                 self._end_if_told(step)
         self._wait_for_save()
+
+    def _deadline(self, step: int, first: int) -> float | None:
+        """Seconds; the first two steps may wait for processes that are still compiling."""
+        limits = [self.guards.step_seconds, *([self.guards.compile_seconds] if step <= first + 2 else [])]
+        return None if None in limits else sum(limits)
 
     def _compile(self, state: TrainState) -> jax.stages.Compiled:
         """The step, from a program that `jaxlm train --compile-only` has left, if there is one."""
@@ -199,8 +204,8 @@ class Stepping:
     def _end_if_told(self, step: int) -> None:
         if self.preemption.agreed:
             self._wait_for_save()
-            raise Preempted(f"preempted after step {step}, which is saved; resume with `jaxlm train {self.settings.run_dir}`",
-                            self.preemption.exit_code)
+            message = f"preempted after step {step}, which is saved; resume with `jaxlm train {self.settings.run_dir}`"
+            raise Preempted(message if self.output.metrics else "", self.preemption.exit_code)
 
     def _wait_for_save(self) -> None:
         with self.account.spending("checkpoint"):

@@ -30,10 +30,11 @@ def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, 
             after = _newest(settings)
             fruitless = 0 if after > before else fruitless + 1
             what = "hung" if code == HUNG else "failed"
+            if not restarts:
+                return code
             if fruitless > restarts:
-                if restarts:
-                    print_line(f"{what} {fruitless} times in a row without a new checkpoint; giving up")
-                return code if code != HUNG else 1
+                print_line(f"{what} {fruitless} times in a row without a new checkpoint; giving up")
+                return code
             if after > before:
                 processes = num_processes
             elif settings.mesh.elastic and fruitless % SHRINK_AFTER == 0 and processes > 1:

@@ -25,8 +25,8 @@ from jaxlm.reporting.progress import print_line
 from jaxlm.reporting.units import format_duration
 
 TICK = 0.2  # seconds between looks at the clock
-BEAT = 2.0  # seconds between signs of life
-STALE = 4  # beats without one
+BEAT = 5.0  # seconds between signs of life, or a tenth of the shortest deadline
+STALE = 3  # beats without one
 GRACE = 1.5  # seconds for the other processes, whose deadlines pass at the same time, to write their stacks
 Item = TypeVar("Item")
 
@@ -46,7 +46,9 @@ class Phase:
 class Watch:
     """Watches phases of any thread while it is entered. One of several processes also shows the others that it is alive."""
 
-    def __init__(self, run_dir: str | Path):
+    def __init__(self, run_dir: str | Path, deadlines: Iterable[float | None] = ()):
+        """`deadlines`: those that phases will have, in seconds."""
+        self.beat = min([BEAT, *(seconds / 10 for seconds in deadlines if seconds is not None)])
         self.run_dir, self.process, self.num_processes = Path(run_dir), 0, 1
         self._phases: list[Phase] = []
         self._over = threading.Event()
@@ -114,7 +116,7 @@ class Watch:
 
     def _live(self) -> None:
         self._beat()
-        while not self._over.wait(BEAT):
+        while not self._over.wait(self.beat):
             self._beat()
 
     def _beat(self) -> None:
@@ -133,7 +135,7 @@ class Watch:
                 missing.append(f"process {process} has not come, or has ended")
                 continue
             who = f"process {process} ({sign['host']}, pid {sign['pid']})"
-            if age > STALE * BEAT:
+            if age > STALE * self.beat:
                 silent.append(f"{who} has given no sign of life for {format_duration(age)}; it was at '{sign['doing']}'")
             else:
                 busy.append(f"{who} is at '{sign['doing']}'")
