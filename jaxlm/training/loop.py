@@ -66,7 +66,7 @@ def train(settings: Settings) -> dict[str, Any]:
         run = start(resolve(laid, corpora[0][0].tokenizer), mesh)
         given = dataclasses.replace(run.settings, mesh=settings.mesh, train=settings.train)  # as before it followed the devices
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
-        with (_alone_in(Path(settings.run_dir)), jax.set_mesh(mesh), losing_others(),
+        with (_alone_in(Path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
               Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
             return _run(run, given, corpora, checkpoints, watch, account)
 
@@ -113,10 +113,12 @@ def _process_start() -> float:
 
 
 @contextmanager
-def losing_others() -> Iterator[None]:
-    """What JAX raises when another process has gone, in one line."""
+def _in_one_line(run_dir: str) -> Iterator[None]:
+    """What is raised when a disk is full or gone, or another process, as a RunError."""
     try:
         yield
+    except OSError as error:
+        raise RunError(f"{error.filename or run_dir}: {error.strerror or error}; what has been saved stays") from error
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise

@@ -1,0 +1,139 @@
+"""Breaks a jaxlm process from outside: put this folder on PYTHONPATH and say what to break in JAXLM_TEST_FAULTS (JSON).
+
+    {"record": FOLDER}              every row that goes to the devices is written down
+    {"nan": "loss", "steps": [7]}   the loss, the "gradient", or the "tokens" (out of the vocabulary) of these steps are bad
+    {"spike": 50, "steps": [70]}    the loss of these steps is 50 times as large
+    {"transient": true}             the batch of the diagnosis is good again
+    {"slow": 0.2, "process": 1}     a process takes so many seconds longer for every batch
+    {"corrupt": 2, "steps": [9]}    one bit of the parameters on device 2 is turned after these steps
+"""
+
+import importlib.abc
+import importlib.util
+import json
+import os
+import sys
+import time
+
+FAULTS = json.loads(os.environ.get("JAXLM_TEST_FAULTS", "{}"))
+
+
+class Patched(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Loads jaxlm.training.stepping as it is, then changes it."""
+
+    NAME = "jaxlm.training.stepping"
+
+    def find_spec(self, name, path, target=None):
+        if name != self.NAME:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        self.loader, spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module):
+        self.loader.exec_module(module)
+        break_it(module)
+
+
+def break_it(stepping):
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from jaxlm.models.model import Model
+
+    plain_next, plain_shapes, plain_bind = stepping.Stepping._next, stepping.batch_shapes, Model.bind
+    steps = set(FAULTS.get("steps", ()))
+
+    def factor(batch, value):
+        rows = batch["tokens"]
+        return jax.make_array_from_callback((rows.shape[0],), rows.sharding, lambda index: np.full(
+            len(range(*index[0].indices(rows.shape[0]))), value, np.float32))
+
+    def next_batch(self, source, step):
+        if "slow" in FAULTS and jax.process_index() == FAULTS.get("process", 0):
+            time.sleep(FAULTS["slow"])
+        batch = plain_next(self, source, step)
+        if "record" in FAULTS:
+            record(step, batch)
+        if FAULTS.get("nan") == "tokens" and step in steps:
+            batch = batch | {"tokens": batch["tokens"] + 10**6}
+        if FAULTS.get("nan") in ("loss", "gradient"):
+            batch = batch | {"factor": factor(batch, np.nan if step in steps else 1.0)}
+        if "spike" in FAULTS:
+            batch = batch | {"factor": factor(batch, FAULTS["spike"] if step in steps else 1.0)}
+        return batch
+
+    def record(step, batch):
+        tokens = batch["tokens"]
+        with open(os.path.join(FAULTS["record"], f"{os.getpid()}.jsonl"), "a") as file:
+            for shard in tokens.addressable_shards:
+                first = shard.index[0].indices(tokens.shape[0])[0]
+                for row, line in enumerate(np.asarray(shard.data)):
+                    file.write(json.dumps([step, first + row, line.tobytes().hex()[:4096]]) + "\n")
+
+    def shapes(settings):
+        found = plain_shapes(settings)
+        if FAULTS.get("nan") in ("loss", "gradient") or "spike" in FAULTS:
+            found |= {"factor": jax.ShapeDtypeStruct(found["tokens"].shape[:1], np.float32)}
+        return found
+
+    @jax.custom_vjp
+    def only_backward(loss, value):
+        return loss
+
+    only_backward.defvjp(lambda loss, value: (loss, value), lambda value, slope: (slope * value, None))
+
+    class Broken:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def counts(self, batch):
+            return self.inner.counts({name: array for name, array in batch.items() if name != "factor"})
+
+        def losses(self, batch, keys=None):
+            sums = self.inner.losses({name: array for name, array in batch.items() if name != "factor"}, keys)
+            if "factor" not in batch:
+                return sums
+            value = jnp.mean(batch["factor"])
+            change = (lambda loss: only_backward(loss, value)) if FAULTS.get("nan") == "gradient" else (lambda loss: loss * value)
+            return {name: term._replace(loss=change(term.loss)) for name, term in sums.items()}
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+    def diagnose(self, step_function, state, last):
+        batch = last.batch | {"factor": factor(last.batch, 1.0)} if FAULTS.get("transient") else last.batch
+        return plain_diagnose(self, step_function, state, last._replace(batch=batch))
+
+    plain_diagnose, plain_pause = stepping.Stepping._diagnose, stepping.Stepping._pause
+
+    def pause(self, step, state):
+        if "corrupt" in FAULTS and step in steps:
+            state = state._replace(params=jax.tree.map_with_path(turned, state.params))
+        return plain_pause(self, step, state)
+
+    def turned(path, leaf):
+        if path[0].key != "token_embedding":
+            return leaf
+        pieces = []
+        for shard in leaf.addressable_shards:
+            data = np.array(shard.data)
+            if shard.device.id == FAULTS["corrupt"]:
+                data.view(np.uint32).reshape(-1)[5] ^= 1 << 20
+            pieces.append(jax.device_put(data, shard.device))
+        return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
+
+    stepping.Stepping._next, stepping.batch_shapes = next_batch, shapes
+    stepping.Stepping._diagnose, stepping.Stepping._pause = diagnose, pause
+    if FAULTS.get("nan") in ("loss", "gradient") or "spike" in FAULTS:
+        Model.bind = lambda self, params: Broken(plain_bind(self, params))
+
+
+if FAULTS:
+    sys.meta_path.insert(0, Patched())
