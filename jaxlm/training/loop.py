@@ -32,6 +32,7 @@ from jaxlm.training.evaluation import evaluate
 from jaxlm.training.setup import (
     Corpora,
     Run,
+    SkippedRows,
     check_corpora,
     lay_mesh,
     make_training_batches,
@@ -135,6 +136,7 @@ def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints
     batches, validation = make_training_batches(settings, corpora), make_validation_batches(settings, corpora)
     metadata = _metadata(run, corpora)
     clock = _Clock(run, first, batches)
+    skipped = SkippedRows(batches, run.mesh, checkpoints.metadata(first).get("skipped_rows", 0) if first else 0)
     val_row = _last_evaluation(settings.run_dir, first)
 
     with on_devices(batches, first, total, run.mesh, settings.data.prefetch) as source:
@@ -152,21 +154,21 @@ def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints
             state, metrics = step_function(state, batch)
             clock.data_wait += waited
             if pending:
-                _log(pending, clock, settings, output)
+                _log(pending, clock, skipped, settings, output)
             pending = (step, metrics)
             evaluating = step % settings.eval.every_steps == 0 or step == total
             saving = step % settings.checkpoint.every_steps == 0 or step == total
             if evaluating or saving:
-                _log(pending, clock, settings, output)
+                _log(pending, clock, skipped, settings, output)
                 pending = None
                 if evaluating and validation:
                     val_row = evaluate_run(run, state.params, validation, corpora, whole=step == total)
                     output.row(step, val_row)
                 if saving:
-                    so_far = metadata | {"wall_seconds": time.monotonic() - started}
+                    so_far = metadata | {"wall_seconds": time.monotonic() - started} | skipped.column(step)
                     checkpoints.save(state, step, so_far, val_row.get("val_loss") if evaluating else None)
                 clock.restart(step)
-    return {"val_loss": val_row.get("val_loss"), "clock": clock}
+    return {"val_loss": val_row.get("val_loss"), "skipped_rows": skipped.count(total), "clock": clock}
 
 
 def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array], output: Output) -> jax.stages.Compiled:
@@ -178,13 +180,15 @@ def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array], output: O
     return ready or lowered.compile()
 
 
-def _log(pending: tuple[int, dict[str, jax.Array]], clock: "_Clock", settings: Settings, output: Output) -> None:
-    """Waits for a step; writes its row when one is due. The loss is that step's own, the times are means since the last row."""
+def _log(pending: tuple[int, dict[str, jax.Array]], clock: "_Clock", skipped: SkippedRows, settings: Settings,
+         output: Output) -> None:
+    """Waits for a step; writes its row when one is due. The loss is that step's own, the times are means since the last row, and
+    the rows skipped those of all steps."""
     step, metrics = pending
     jax.block_until_ready(metrics)
     if step % settings.logging.every_steps == 0 or step in (1, settings.train.steps):
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        output.row(step, values | clock.speed(step))
+        output.row(step, values | clock.speed(step) | skipped.column(step))
 
 
 def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora, whole: bool) -> dict[str, float]:
@@ -192,7 +196,8 @@ def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora
     steps = len(validation) if whole else min(len(validation), run.settings.eval.steps or len(validation))
     bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
     with on_devices(validation, 0, steps, run.mesh, run.settings.data.prefetch) as source:
-        return evaluate(run.trainer, params, source, bytes_per_token)
+        row = evaluate(run.trainer, params, source, bytes_per_token)
+    return row | SkippedRows(validation, run.mesh).column(steps, "val_skipped_rows")
 
 
 class _Clock:
@@ -274,6 +279,7 @@ def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str
     steps = settings.train.steps
     return {
         "steps": steps, "tokens": steps * clock.tokens, "val_loss": plain(results["val_loss"]),
+        "skipped_rows": results["skipped_rows"],
         "tokens_per_second": seconds and clock.tokens / seconds, "mfu": seconds and clock.mfu(seconds),
         "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
         "parameters": num_parameters(run.settings.model), "wall_seconds": wall_seconds, "compile_seconds": clock.compile_seconds,
