@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from jaxlm.errors import UserError
-from jaxlm.models.sizes import VOCAB_PADDING, head_dim, intermediate_size, kv_heads
+from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, intermediate_size, kv_heads
 from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings, TrainSettings
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # fused attention kernels, and where they run
@@ -40,6 +40,12 @@ def check_kernel(settings: Settings, platform: str) -> None:
                         "use model.attention=auto")
 
 
+def require_vocabulary(settings: Settings) -> None:
+    """For what works out a run's sizes without its corpus. Raises UserError: model.vocab_size is null."""
+    if settings.model.vocab_size is None:
+        raise UserError("model.vocab_size: missing; without a corpus it has to be said, for example model.vocab_size=32000")
+
+
 def refuse_first(problems: Iterator[str]) -> None:
     for problem in problems:
         raise UserError(problem)
@@ -66,7 +72,7 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
         yield "model.next_sentence=true needs model.family=bert"
     if model.next_sentence and model.type_vocab_size < 2:
         yield f"model.type_vocab_size={model.type_vocab_size}: model.next_sentence=true needs at least 2"
-    if model.attention in KERNELS and (model.dropout if model.attention_dropout is None else model.attention_dropout):
+    if model.attention in KERNELS and attention_dropout_rate(model):
         yield f"model.attention={model.attention} has no attention dropout; set model.attention_dropout=0 or model.attention=xla"
     if model.capacity_factor is not None and model.num_experts is None:
         yield f"model.capacity_factor={model.capacity_factor} needs experts; set model.num_experts, or leave it null"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
-from jaxlm.errors import RunError, UserError, nearest
+from jaxlm.errors import Preempted, RunError, UserError, nearest
 from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -194,28 +194,45 @@ VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
     "plan": plan}
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
+EXIT_CODES = ("0 done, 1 failed, 2 bad input, 3 failed and would fail again, 75 hung, 130 or 143 stopped by Ctrl-C or SIGTERM "
+              "(a run that trains has saved)")
 ALL_VERBS = (*VERBS, "report")
 RESUMED = ("train", "prepare")
 LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `jaxlm ARGUMENTS`. Exit codes: 0 done, 1 failed while running, 2 bad input, 130 interrupted."""
+    """Runs `jaxlm ARGUMENTS`. Exit codes: see EXIT_CODES."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _run(arguments)
-    except (UserError, RunError) as error:
-        print(f"jaxlm: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    except UserError as error:
+        return _failed(str(error), 2)
+    except RunError as error:
+        return _failed(str(error), error.exit_code)
+    except Preempted as error:
+        if str(error):
+            print(f"jaxlm: {error}", file=sys.stderr)
+        return error.exit_code
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"jaxlm: {error.filename}: {error.strerror}", file=sys.stderr)
-        return 1
+        return _failed(f"{error.filename}: {error.strerror}", 1)
     except KeyboardInterrupt:
         hint = "; the same command goes on where it was stopped" if arguments[0] in RESUMED else ""
         print(f"jaxlm: interrupted{hint}", file=sys.stderr)
         return 130
+
+
+def _failed(message: str, code: int) -> int:
+    """Says why, and leaves: at once where other processes wait for this one, which would wait for them."""
+    print(f"jaxlm: {' '.join(message.split())}", file=sys.stderr)
+    distributed = sys.modules.get("jaxlm.parallel.distributed")
+    if distributed and distributed.has_joined():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _run(arguments: list[str]) -> int:
@@ -230,11 +247,12 @@ def _run(arguments: list[str]) -> int:
         report(parsed.runs)
         return 0
     settings = config.load(parsed.config, parsed.overrides)
-    if getattr(parsed, "processes", 1) > 1 and not getattr(parsed, "compile_only", False):
-        from jaxlm.parallel.distributed import run_local_processes
+    processes, restarts = getattr(parsed, "processes", 1), getattr(parsed, "restart", None)
+    if (processes > 1 or restarts is not None) and not getattr(parsed, "compile_only", False):
+        from jaxlm.training.supervisor import supervise
 
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
-        return run_local_processes(arguments, parsed.processes)
+        return supervise(arguments, settings, processes, restarts or 0)
     VERBS[verb](settings, parsed)
     return 0
 
@@ -268,6 +286,9 @@ def _parser(verb: str) -> argparse.ArgumentParser:
         parser.set_defaults(json=False)
     if verb == "train":
         parser.add_argument("--compile-only", action="store_true", help="compile the step, leave it in devices.compiled, and end")
+        parser.add_argument("--restart", type=_positive, metavar="N",
+                            help="start again after a crash, a kill or a hang, from the newest checkpoint; give up after N "
+                            "restarts in a row without a new one")
         parser.add_argument("--target", help="with --compile-only: for devices that are not here, as in `jaxlm plan`")
     if verb in LOCAL_PROCESSES:
         parser.add_argument("--processes", type=_positive, default=1, metavar="N",
@@ -302,7 +323,7 @@ def _summary_of(function: Callable) -> str:
 def _overview() -> str:
     lines = ["usage: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
     lines += [f"  {name:10} {_summary_of(function)}" for name, function in (*VERBS.items(), ("report", report))]
-    lines += ["", "jaxlm VERB --help lists every key. Exit codes: 0 done, 1 failed, 2 bad input, 130 interrupted."]
+    lines += ["", "jaxlm VERB --help lists every key. Exit codes:", f"  {EXIT_CODES}"]
     return "\n".join(lines)
 
 

@@ -14,8 +14,22 @@ class UserError(Exception):
 class RunError(Exception):
     """The run cannot go on, through no fault of its input: a full disk, a damaged file, a hung process, a broken device.
 
-    The message is one line: what happened, where, and what helps. `jaxlm` prints it without a traceback and exits with code 1.
+    The message is one line: what happened, where, and what helps. `jaxlm` prints it without a traceback and exits with
+    `exit_code`: 1, or 3 where starting again would only repeat it.
     """
+
+    def __init__(self, message: str, exit_code: int = 1):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Preempted(Exception):
+    """The run was told to stop, has saved, and can be gone on with; the message, of one process, says how. `exit_code`: as shells
+    count signals."""
+
+    def __init__(self, message: str, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

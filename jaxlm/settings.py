@@ -217,6 +217,8 @@ class MeshSettings:
     across: dict[Literal[AXES], Positive] | None = key(
         None, "TPU slices or GPU nodes: into how many parts an axis is cut by the slow network between them, e.g. {data: 4}; "
               "null: data as far as it goes, then stage, fsdp, expert, context, tensor")
+    elastic: bool = key(False, "with fewer devices than these sizes make, shrink data, then fsdp, and cut the batch into as many "
+                               "more micro-batches, instead of refusing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +239,30 @@ class CheckpointSettings:
 
     every_steps: Positive = key(1000, "save interval", "steps")
     keep_last: Positive = key(2, "newest checkpoints kept")
-    keep_every_steps: Positive | None = key(None, "also keep every checkpoint at a multiple of this; null: none", "steps")
+    keep_every_steps: Positive | None = key(None, "also save at multiples of this, and keep those for ever; null: none", "steps")
     keep_best: NotNegative = key(1, "also keep those with the lowest validation loss")
     step: Positive | None = key(None, "evaluate, generate: the checkpoint to use; null: the newest", "steps")
+    allow: list[str] = key([], "keys that may differ from what the checkpoints were made with, though the run is then "
+                               "another one, e.g. [seed, data.corpus]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardSettings:
+    """What is watched while a run goes on. A step whose loss or gradient is not finite never reaches the parameters."""
+
+    spike_sigma: PositiveFloat | None = key(
+        None, "also skip a step whose loss or gradient norm lies so many standard deviations above its mean over the last 128 "
+              "good steps; null: off")
+    most_skipped: Positive = key(10, "steps skipped in a row after which the run ends with a diagnosis", "steps")
+    compare_every_steps: Positive | None = key(
+        None, "compare the copies of the parameters on different devices, to find one that computes wrongly; null: off", "steps")
+    start_seconds: PositiveFloat | None = key(
+        300.0, "deadline for all processes to join; what takes longer than its deadline ends the run, with the stacks of all "
+               "threads in RUN_DIR/hangs; null: none, as for all deadlines", "seconds")
+    compile_seconds: PositiveFloat | None = key(3600.0, "deadline for compiling the step", "seconds")
+    step_seconds: PositiveFloat | None = key(900.0, "deadline for a step with its batch, or a batch of an evaluation", "seconds")
+    save_seconds: PositiveFloat | None = key(3600.0, "deadline for a checkpoint to be on disk", "seconds")
+    restore_seconds: PositiveFloat | None = key(3600.0, "deadline for a checkpoint to be checked and read", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -294,6 +317,7 @@ class Settings:
     mesh: MeshSettings = key(MeshSettings(), "")
     devices: DevicesSettings = key(DevicesSettings(), "")
     checkpoint: CheckpointSettings = key(CheckpointSettings(), "")
+    guards: GuardSettings = key(GuardSettings(), "")
     eval: EvalSettings = key(EvalSettings(), "")
     logging: LoggingSettings = key(LoggingSettings(), "")
     generate: GenerateSettings = key(GenerateSettings(), "")

@@ -17,12 +17,12 @@ class DamagedData(RunError):
     """
 
     def __init__(self, path: Path, problem: str, block: int | None = None):
-        super().__init__(path, problem, block)
+        super().__init__(f"{path}: {problem}; restore the file or prepare the corpus again, or train without what is damaged "
+                         "(data.damaged=skip)")
         self.path, self.problem, self.block = path, problem, block
 
-    def __str__(self) -> str:
-        return (f"{self.path}: {self.problem}; restore the file or prepare the corpus again, "
-                "or train without what is damaged (data.damaged=skip)")
+    def __reduce__(self) -> tuple:
+        return DamagedData, (self.path, self.problem, self.block)
 
 
 class Damage:

@@ -32,7 +32,8 @@ def generate_from_run(settings: Settings) -> list[Sample]:
     """Continues `generate.prompts` with a checkpoint of `run_dir`. Raises UserError."""
     if settings.model.family != "gpt":
         raise UserError(f"model.family={settings.model.family}: only gpt models continue text")
-    mesh = _for_decoding(lay_mesh(settings))
+    settings, mesh = lay_mesh(settings)
+    mesh = _for_decoding(mesh)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.attention import attention
-from jaxlm.models.sizes import GATED, head_dim, intermediate_size, kv_heads
+from jaxlm.models.sizes import GATED, attention_dropout_rate, head_dim, intermediate_size, kv_heads
 from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
 from jaxlm.parallel.experts import RouterSums, Routing, mixture
@@ -144,8 +144,7 @@ class Attention(nnx.Module):
         self.query_norm = head_norm() if settings.qk_norm else None
         self.key_norm = head_norm() if settings.qk_norm else None
         self.settings, self.causal = settings, causal
-        rate = settings.attention_dropout
-        self.dropout_rate = settings.dropout if rate is None else rate
+        self.dropout_rate = attention_dropout_rate(settings)
 
     @jax.named_scope("attention")
     def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:

@@ -129,8 +129,8 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
         grad_table = grad_table + jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
         return (sums, grad_table, grad_bias), jnp.einsum("btv,vd->btd", grad, table, preferred_element_type=jnp.float32)
 
-    most = head.chunk or loss_chunk(x.shape[0], *table.shape)
-    chunks = [_chunks(array, max(1, most)) for array in (x, targets, mask)]
+    size = loss_chunk(x.shape[1], x.shape[0], *table.shape, most=head.chunk)
+    chunks = [_chunks(array, size) for array in (x, targets, mask)]
     zeros = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
     empty = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)
     carry = (zeros, *empty)
@@ -153,12 +153,9 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
     return sums, (grad_x, grad_table, sum_over(grad_bias, cuts.tokens))
 
 
-def _chunks(array, most):
-    """[B, T, ...] to [N, B, S, ...]: N equal pieces of S <= `most` positions; where no S divides well, zeros fill up the last."""
+def _chunks(array, size):
+    """[B, T, ...] to [N, B, size, ...]; zeros fill up the last."""
     rows, length, *rest = array.shape
-    size = max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
-    if 2 * size < min(most, length):  # a prime length, say: its largest divisor would be 1
-        size = -(-length // -(-length // most))
     padding = -length % size
     padded = jnp.pad(array, [(0, 0), (0, padding), *[(0, 0)] * len(rest)])
     return jnp.moveaxis(padded.reshape(rows, -1, size, *rest), 1, 0)

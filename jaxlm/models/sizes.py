@@ -40,6 +40,11 @@ def is_gated(model: ModelSettings) -> bool:
     return model.activation in GATED
 
 
+def attention_dropout_rate(model: ModelSettings) -> float:
+    """What is dropped of the attention probabilities: model.attention_dropout, or model.dropout where that is null."""
+    return model.dropout if model.attention_dropout is None else model.attention_dropout
+
+
 def attention_kernel(platform: str, dtype: str, length: int, head_dim: int, fused: bool) -> str:
     """The fastest of a backend's kernels for sequences of this length: cudnn, splash or xla. `fused`: no dropout, no mask but
     causality and segments."""
@@ -143,13 +148,19 @@ def attention_flops(model: ModelSettings, sequence_length: int) -> tuple[float, 
     return 2 * sequence_length * projections, 2 * sequence_length * 2 * sequence_length * width
 
 
-def loss_chunk(rows: int, vocab_size: int, width: int) -> int:
-    """Positions of `rows` sequences whose logits the loss forms at a time, for a table of this size on one device.
+def loss_chunk(length: int, rows: int, vocab_size: int, width: int, most: int | None = None) -> int:
+    """Positions of each of `rows` sequences whose logits the loss forms at a time, for a table of this size on one device.
 
-    Their float32 logits take 64 MiB, or a quarter of the table's gradient where that is more: the gradient goes through memory
-    with every chunk.
+    At most `most`. None: their float32 logits take 64 MiB, or a quarter of the table's gradient where that is more, since the
+    gradient goes through memory with every chunk. Chunks are equal: they divide `length`, or where no number near `most` does,
+    the last one is filled up.
     """
-    return max(2**26, vocab_size * width) // (4 * rows * vocab_size)
+    most = most or max(2**26, vocab_size * width) // (4 * rows * vocab_size)
+    most = max(1, min(most, length))
+    size = next(size for size in range(most, 0, -1) if length % size == 0)
+    if 2 * size < most:  # a prime length, say: its largest divisor would be 1
+        size = -(-length // -(-length // most))
+    return size
 
 
 def head_flops(model: ModelSettings, predictions: int) -> float:

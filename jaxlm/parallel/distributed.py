@@ -1,22 +1,17 @@
-"""Processes: joining the others of this run, and starting several on this machine."""
+"""Processes: joining the others of this run."""
 
 import os
-import socket
-import subprocess
+import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
 
 import jax
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.compiler import prepare_compiler
+from jaxlm.parallel.launcher import COORDINATOR, LAUNCHER, NUM_PROCESSES, PROCESS_ID
 from jaxlm.settings import DevicesSettings
-
-# JAX's own names, so that any launcher that sets them for JAX serves jaxlm.
-COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-LAUNCHER = "JAXLM_LAUNCHER"  # id of the process that --processes belongs to; none of its processes outlives it
 
 
 def initialize(settings: DevicesSettings) -> list[jax.Device]:
@@ -30,6 +25,8 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
     """
     prepare_compiler(settings)
     several = COORDINATOR in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or settings.platform == "tpu"
+    if LAUNCHER in os.environ:
+        threading.Thread(target=_end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
     if settings.platform != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(settings.platform, settings.platform))
     if settings.platform in ("auto", "cpu"):
@@ -38,9 +35,8 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
         if several:
             jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if several and not jax.distributed.is_initialized():
-        if LAUNCHER in os.environ:
-            threading.Thread(target=_end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
         _join()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would only note it; before there is something to save, it ends us
     try:
         local = jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # an assertion of JAX fails where the platform's plugin is not installed
@@ -70,7 +66,23 @@ def _join() -> None:
     missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if not os.environ.get(name, "").isdigit()]
     if missing:
         raise UserError(f"{COORDINATOR} is set, so {missing[0]} must be a number, found '{os.environ.get(missing[0], '')}'")
-    jax.distributed.initialize(os.environ[COORDINATOR], int(os.environ[NUM_PROCESSES]), int(os.environ[PROCESS_ID]))
+    address = os.environ[COORDINATOR]
+    only_here = address if address.startswith(("127.0.0.1:", "localhost:")) else None  # else JAX listens on all interfaces
+    jax.distributed.initialize(address, int(os.environ[NUM_PROCESSES]), int(os.environ[PROCESS_ID]),
+                               coordinator_bind_address=only_here)
+
+
+def place() -> tuple[int, int]:
+    """This process's number and how many there are, as far as that is known before they have joined."""
+    for number, count in ((PROCESS_ID, NUM_PROCESSES), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+        if os.environ.get(number, "").isdigit() and os.environ.get(count, "").isdigit():
+            return int(os.environ[number]), int(os.environ[count])
+    return 0, 1
+
+
+def has_joined() -> bool:
+    """Whether this is one of several processes that wait for each other."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_main() -> bool:
@@ -78,41 +90,7 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
-def run_local_processes(arguments: Sequence[str], num_processes: int) -> int:
-    """Runs `jaxlm ARGUMENTS` in `num_processes` processes on this machine, joined over localhost.
-
-    Returns the exit code: 0 when all ended well, else that of the first that failed; the others are then ended.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for process_id in range(num_processes):
-        environment = os.environ | {COORDINATOR: f"127.0.0.1:{port}", NUM_PROCESSES: str(num_processes),
-                                    PROCESS_ID: str(process_id), LAUNCHER: str(os.getpid())}
-        processes.append(subprocess.Popen([sys.executable, "-m", "jaxlm", *arguments], env=environment))
-    try:
-        while any(process.poll() is None for process in processes) and not any(process.poll() for process in processes):
-            time.sleep(0.1)
-        return _first_failure(processes)
-    finally:
-        for process in processes:
-            process.kill()  # after jax.distributed.initialize SIGTERM ends nothing; what is being written is whole or not there
-            process.wait()
-
-
 def _end_with(launcher: int) -> None:
     while os.getppid() == launcher:
         time.sleep(0.5)
     os._exit(1)
-
-
-def _first_failure(processes: Sequence[subprocess.Popen]) -> int:
-    """The exit code to report; processes that hit the same bad input get a moment to say so with code 2."""
-    deadline = time.monotonic() + 2
-    while any(process.poll() is None for process in processes) and any(process.poll() for process in processes):
-        if time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    codes = [process.poll() for process in processes if process.poll()]
-    return 0 if not codes else min(codes) if min(codes) > 0 else 1

@@ -1,7 +1,8 @@
 """Compiled programs on disk: `jaxlm train --compile-only` writes one, for these devices or for others; the run loads it.
 
 They stand in `devices.compiled` beside JAX's own cache, and are trusted like it: both hold machine code. A program is found by
-what it was made of (its text before compilation, the devices, versions and flags), so a changed setting never finds an old one.
+what it was made of (its text before compilation, the devices, the number of processes, versions and flags), so a changed setting
+never finds an old one.
 """
 
 import hashlib
@@ -42,7 +43,8 @@ def load(lowered: jax.stages.Lowered, mesh: Mesh, folder: Path) -> jax.stages.Co
 
 def _path(lowered: jax.stages.Lowered, mesh: Mesh, folder: Path) -> Path:
     device = mesh.devices.flat[0]
-    made_of = [lowered.as_text(), device.device_kind, str(mesh.devices.shape), *map(_version, COMPILERS),
+    processes = len({each.process_index for each in mesh.devices.flat})  # that have a part of the program
+    made_of = [lowered.as_text(), device.device_kind, str(mesh.devices.shape), str(processes), *map(_version, COMPILERS),
                os.environ.get(BACKENDS[device.platform].variable, "") if device.platform in BACKENDS else ""]
     digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
     return folder / f"step-{digest[:32]}.executable"

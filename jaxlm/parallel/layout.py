@@ -6,6 +6,7 @@ names to the axes of the mesh.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from jaxlm.errors import UserError
 from jaxlm.settings import AXES, MeshSettings
@@ -58,6 +59,28 @@ def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
         raise UserError(f"{described} does not make {num_devices} device(s); change the mesh, or devices.count or the target "
                         f"(or leave one axis at -1 and make the others divide {num_devices})")
     return {axis: num_devices // fixed if size == -1 else size for axis, size in sizes.items()}
+
+
+def shrunk(settings: MeshSettings, num_devices: int) -> tuple[MeshSettings, int]:
+    """The mesh on fewer devices than its sizes make, and in how many times as many micro-batches the batch must then be cut for a
+    device to have no more of it at a time: fsdp as large as it was if it can be, data as what is left. The mesh itself and 1 when
+    it has a free axis, or the devices suffice.
+
+    Raises:
+      UserError: the other axes take more devices than there are, or do not divide them.
+    """
+    sizes = {axis: getattr(settings, axis) or 1 for axis in AXES}
+    wanted = math.prod(sizes.values())
+    if settings.data is None or -1 in sizes.values() or num_devices >= wanted:
+        return settings, 1
+    others = wanted // (sizes["data"] * sizes["fsdp"])
+    fitting = [fsdp for fsdp in range(1, sizes["fsdp"] + 1) if sizes["fsdp"] % fsdp == 0
+               and num_devices % (others * fsdp) == 0 and sizes["data"] % (num_devices // (others * fsdp)) == 0]
+    if not fitting:
+        raise UserError(f"mesh.elastic: mesh.data={sizes['data']} and mesh.fsdp={sizes['fsdp']} cannot shrink to {num_devices} "
+                        f"devices, with {others} along the other axes; use a divisor of {wanted} that is a multiple of {others}")
+    fsdp = max(fitting)
+    return replace(settings, data=num_devices // (others * fsdp), fsdp=fsdp), wanted // num_devices
 
 
 def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[str, int]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from jaxlm.checks import check_kernel, check_layout
+from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.errors import UserError
 from jaxlm.parallel import executables
 from jaxlm.parallel.compiler import programs_folder
@@ -38,8 +38,7 @@ def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Train
     Raises:
       UserError: model.vocab_size is not known.
     """
-    if settings.model.vocab_size is None:
-        raise UserError("model.vocab_size: missing; without a corpus the size of the vocabulary has to be said")
+    require_vocabulary(settings)
     with jax.set_mesh(mesh):
         trainer = start(settings, mesh).trainer
         batch = batch_shapes(settings)
@@ -61,7 +60,7 @@ def compile_ahead(settings: Settings, target: Target | None) -> Path:
     folder = programs_folder(settings.devices)
     if folder is None:
         raise UserError(f"devices.compiled={settings.devices.compiled}: --compile-only needs a folder on this machine")
-    mesh = lay(settings, target)[0] if target else lay_mesh(settings)
+    settings, mesh = (settings, lay(settings, target)[0]) if target else lay_mesh(settings)
     if settings.model.vocab_size is None:
         settings = resolve(settings, open_corpora(settings)[0][0].tokenizer)
     lowered = lower(trace_step(settings, mesh)[0], mesh)

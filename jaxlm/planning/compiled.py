@@ -6,21 +6,20 @@ from typing import Any
 
 import jax
 
-from jaxlm.models.sizes import num_parameters, training_flops, visible_blocks
+from jaxlm.models.sizes import num_parameters, visible_blocks
 from jaxlm.planning import hlo
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.collectives import collectives
 from jaxlm.planning.compilation import compiled, lay, lower, trace_step
 from jaxlm.planning.flops import executed_flops
-from jaxlm.planning.plan import Plan
+from jaxlm.planning.plan import Plan, model_flops
 from jaxlm.planning.roofline import network_of_mesh, roofline
 from jaxlm.planning.targets import Target
 from jaxlm.planning.traffic import memory_traffic
 from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import Settings
-from jaxlm.training.setup import batch_shapes
 from jaxlm.training.step import Trainer
 
 
@@ -55,10 +54,3 @@ def state_sizes(trainer: Trainer) -> dict[str, float]:
     shapes, layout = trainer.state_shapes, trainer.state_shardings
     parameters = held(shapes.params, layout.params)
     return {"parameters": parameters, "optimizer": held(shapes.optimizer, layout.optimizer), "gradients": parameters}
-
-
-def model_flops(settings: Settings) -> float:
-    """Of the whole step on all devices (`jaxlm.models.sizes.training_flops`)."""
-    batch = batch_shapes(settings)
-    predictions = batch.get("masked_positions", batch["tokens"]).shape[1]
-    return settings.data.global_batch_size * training_flops(settings.model, settings.data.sequence_length, predictions)

@@ -1,7 +1,7 @@
 """A plan by arithmetic alone, at once: no compiler, no JAX.
 
 Counted: parameters and optimizer by their shapes, matrix products, what the written-out products send, what `train.remat`
-keeps. Fitted to compiled programs (`benchmarks/estimate.py`, which also says how far off it is; docs/planning.md): how many
+keeps. Fitted to compiled programs (`benchmarks/plans.py`, which also says how far off it is; docs/planning.md): how many
 copies of its activations a layer's backward pass holds at once, what share of the exchanges is hidden, what elementwise work
 adds to the memory traffic.
 """
@@ -12,11 +12,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxlm.checks import check_kernel, check_layout
-from jaxlm.data.masking import num_predictions
-from jaxlm.errors import UserError
+from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.models.sizes import (
     Shape,
+    attention_dropout_rate,
     attention_flops,
     attention_kernel,
     head_dim,
@@ -28,12 +27,11 @@ from jaxlm.models.sizes import (
     num_parameters,
     padded_vocab_size,
     parameters,
-    training_flops,
     visible_blocks,
 )
 from jaxlm.parallel.layout import across, mesh_shape, parts
 from jaxlm.planning.chips import CHIPS
-from jaxlm.planning.plan import Buffer, Collective, Plan
+from jaxlm.planning.plan import Buffer, Collective, Plan, model_flops, predictions
 from jaxlm.planning.roofline import network_of_sizes, roofline
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.hardware import peak_flops
@@ -75,6 +73,15 @@ MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "sgd": 1, "rmsprop": 2} 
 FACTORED = 128  # Adafactor keeps a row and a column of what is at least this wide
 
 
+class Head(NamedTuple):
+    """What one device has of the output head, in one micro-batch."""
+
+    rows: int  # of the table
+    positions: float  # that are predicted
+    chunk: int  # of them, whose logits are there at once
+    chunks: int
+
+
 class Share(NamedTuple):
     """What one device has of one micro-batch, in bytes of the compute type unless said, and how often it runs one."""
 
@@ -90,6 +97,7 @@ class Share(NamedTuple):
     kernels: float  # a layer's, whole but for what tensor and expert cut
     layers: int  # that follow each other in one go
     runs: int  # goes in a step
+    head: Head
 
     @property
     def block(self) -> dict[str, float]:
@@ -103,10 +111,9 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     """The plan of a run on a target.
 
     Raises:
-      UserError: the run cannot be laid out on the devices.
+      UserError: model.vocab_size is not known, or the run cannot be laid out on the devices.
     """
-    if settings.model.vocab_size is None:
-        raise UserError("model.vocab_size: missing; without a corpus the size of the vocabulary has to be said")
+    require_vocabulary(settings)
     sizes = mesh_shape(settings.mesh, target.num_devices)
     settings = replace(settings, mesh=replace(settings.mesh, **sizes))
     outer = across(settings.mesh, sizes, target.islands)
@@ -116,15 +123,14 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     state = state_sizes(settings, sizes)
     found = exchanges(settings, sizes, share, EXPOSED.get(target.device_kind, {}))
     memory, largest = memory_of(settings, sizes, share, habits, state)
-    model_flops = data_flops(settings) / target.num_devices
-    executed = executed_flops(settings, target) / target.num_devices
+    wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, target)))
     traffic = memory_traffic(settings, sizes, share, habits, state)
     chip, peak = CHIPS.get(target.device_kind), peak_flops(target.device_kind)
     speed = None
     if chip and peak:
         speed = roofline(executed, peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
-    return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, model_flops, executed, traffic,
-                speed, largest, None)
+    return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, wanted, executed, traffic, speed,
+                largest, None)
 
 
 # ---- what a device has -----------------------------------------------------------------------------------------------
@@ -136,8 +142,8 @@ def kernel_of(settings: Settings, platform: str) -> str:
         return "ring"
     if model.attention != "auto":
         return model.attention
-    dropped = model.dropout if model.attention_dropout is None else model.attention_dropout
-    return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model), fused=not dropped)
+    return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model),
+                            fused=not attention_dropout_rate(model))
 
 
 def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:
@@ -160,7 +166,17 @@ def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:
         padding=math.ceil(head_dim(model) / LANES) * LANES / head_dim(model) if kernel == "splash" else 1.0,
         mlp=element * routed * intermediate_size(model) / tensor, scores=scores, mask=mask, kernels=element * kernels,
         layers=model.num_layers // (sizes["stage"] * train.stage_repeats),
-        runs=ticks if sizes["stage"] > 1 else train.gradient_accumulation)
+        runs=ticks if sizes["stage"] > 1 else train.gradient_accumulation, head=_head_of(settings, sizes, tokens))
+
+
+def _head_of(settings: Settings, sizes: Sizes, tokens: float) -> Head:
+    """The head of so many tokens; in chunks as `jaxlm.models.loss` takes them."""
+    model, length = settings.model, settings.data.sequence_length
+    rows, positions = padded_vocab_size(model.vocab_size) // sizes["tensor"], tokens * predictions(settings) / length
+    sequences = max(1, round(tokens * sizes["context"] / length))
+    each = max(1, round(positions / sequences))
+    chunk = loss_chunk(each, sequences, rows, model.hidden_size, settings.train.loss_chunk)
+    return Head(rows, positions, sequences * chunk, math.ceil(each / chunk))
 
 
 def _element(settings: Settings) -> int:
@@ -218,7 +234,7 @@ def memory_of(settings: Settings, sizes: Sizes, share: Share, habits: Habits, st
     copies = gradients if _gradient_element(settings) < FLOAT32 else 0.0  # kernels cast for their gradients' sake
     if train.gradient_accumulation > 1 and sizes["stage"] == 1:
         gradients += state["gradients"]
-    head = {"head: table, its gradient, logits": _head_memory(settings, sizes, share)}
+    head = {"head: table, its gradient, logits": _head_memory(settings, share.head)}
     layer = {
         "mlp, backward": (habits.gated_mlp if is_gated(settings.model) else habits.mlp) * share.mlp,
         "attention, backward": habits.heads * share.block["query_key_value"] + habits.scores * share.scores + share.mask,
@@ -253,37 +269,13 @@ def kept_of_a_layer(settings: Settings, share: Share) -> float:
     return sum(size for name, size in block.items() if choices[name] == "keep")
 
 
-def _head_memory(settings: Settings, sizes: Sizes, share: Share) -> float:
-    model, element = settings.model, _element(settings)
-    rows = padded_vocab_size(model.vocab_size) / sizes["tensor"]
-    table, positions = rows * model.hidden_size, share.tokens * predictions(settings) / settings.data.sequence_length
-    sequences = max(1, round(share.tokens * sizes["context"] / settings.data.sequence_length))
-    chunk = FLOAT32 * sequences * rows * _chunk(settings, sequences, rows)
-    states = (2 * element + FLOAT32) * positions * model.hidden_size
-    return (element + FLOAT32) * table + 1.5 * min(chunk, FLOAT32 * positions * rows) + states
-
-
-def _chunk(settings: Settings, sequences: int, rows: float) -> int:
-    """Positions of a sequence that the loss takes at a time, for a table of so many rows (`jaxlm.models.loss`)."""
-    length = predictions(settings)
-    most = min(length, settings.train.loss_chunk or max(1, loss_chunk(sequences, round(rows), settings.model.hidden_size)))
-    equal = max(size for size in range(1, most + 1) if length % size == 0)
-    return most if 2 * equal < most else equal
-
-
-def predictions(settings: Settings) -> int:
-    """Positions of a sequence that reach the output head."""
-    length = settings.data.sequence_length
-    return length if settings.model.family == "gpt" else num_predictions(settings.data.masking, length)
+def _head_memory(settings: Settings, head: Head) -> float:
+    element, width = _element(settings), settings.model.hidden_size
+    logits, states = FLOAT32 * head.chunk * head.rows, (2 * element + FLOAT32) * head.positions * width
+    return (element + FLOAT32) * head.rows * width + 1.5 * logits + states
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
-
-def data_flops(settings: Settings) -> float:
-    """The model's, of a whole step on all devices."""
-    length = settings.data.sequence_length
-    return settings.data.global_batch_size * training_flops(settings.model, length, predictions(settings))
-
 
 def executed_flops(settings: Settings, target: Target) -> float:
     """With what is computed again, of a whole step on all devices."""
@@ -333,12 +325,8 @@ def memory_traffic(settings: Settings, sizes: Sizes, share: Share, habits: Habit
     layers = share.runs * share.layers * (habits.elementwise * passes * forward + SCORE_PASSES * share.scores + kernels
                                           + (KEPT_PASSES if any(again.values()) else 3 * KEPT_PASSES)
                                           * kept_of_a_layer(settings, share))
-    rows = padded_vocab_size(model.vocab_size) / sizes["tensor"]
-    positions = share.tokens * predictions(settings) / settings.data.sequence_length
-    sequences = max(1, round(share.tokens * sizes["context"] / settings.data.sequence_length))
-    chunks = math.ceil(positions / sequences / _chunk(settings, sequences, rows))
-    table = rows * model.hidden_size
-    head = share.runs * (chunks * table * (2 * element + 2 * FLOAT32) + 5 * FLOAT32 * positions * rows)
+    rows, positions, _, chunks = share.head
+    head = share.runs * (chunks * rows * model.hidden_size * (2 * element + 2 * FLOAT32) + 5 * FLOAT32 * positions * rows)
     micro_batches = settings.train.gradient_accumulation if sizes["stage"] == 1 else 1
     added_up = 3 * state["gradients"] * micro_batches if micro_batches > 1 else 0.0
     return layers + head + added_up + 7 * state["parameters"]

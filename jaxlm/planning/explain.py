@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from jaxlm.checks import check_layout
+from jaxlm.checks import check_layout, require_vocabulary
 from jaxlm.models.sizes import Shape, head_dim, intermediate_size, kv_heads, parameters
 from jaxlm.parallel.layout import cutting, mesh_shape, parts
 from jaxlm.planning.describe import new_table
@@ -16,7 +16,12 @@ from jaxlm.settings import Settings
 
 
 def explain(settings: Settings, target: Target) -> RenderableType:
-    """Three tables. Raises UserError."""
+    """Three tables.
+
+    Raises:
+      UserError: model.vocab_size is not known, or the run cannot be laid out on the devices.
+    """
+    require_vocabulary(settings)
     sizes = mesh_shape(settings.mesh, target.num_devices)
     check_layout(settings, sizes)
     return Group(

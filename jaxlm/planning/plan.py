@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+from jaxlm.data.masking import num_predictions
+from jaxlm.models.sizes import training_flops
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.hardware import peak_flops
@@ -107,3 +109,14 @@ class Plan(NamedTuple):
             "step_seconds": step, "mfu": self.mfu, "tokens_per_second": step and self.tokens_per_step / step, "days": days,
             "device_hours": days and days * 24 * self.target.num_devices, "compile_seconds": self.compile_seconds,
         }
+
+
+def model_flops(settings: Settings) -> float:
+    """What the model asks for in a whole step on all devices (`jaxlm.models.sizes.training_flops`)."""
+    return settings.data.global_batch_size * training_flops(settings.model, settings.data.sequence_length, predictions(settings))
+
+
+def predictions(settings: Settings) -> int:
+    """Positions of a sequence that reach the output head."""
+    length = settings.data.sequence_length
+    return length if settings.model.family == "gpt" else num_predictions(settings.data.masking, length)

@@ -1,7 +1,7 @@
 """`jaxlm plan --search`: the mesh, micro-batches, rematerialization and attention that are predicted fastest and fit.
 
 Arithmetic (`estimate.py`) looks at every choice, the compiler (`compiled.py`) at the best of them, one for each
-rematerialization, and at what the config says.
+rematerialization, and at what the config says where the target can hold that.
 """
 
 import itertools
@@ -14,13 +14,16 @@ from typing import Any, NamedTuple
 import yaml
 from rich.table import Table
 
+from jaxlm.checks import require_vocabulary
 from jaxlm.errors import UserError
-from jaxlm.models.sizes import attention_kernel, head_dim
+from jaxlm.models.sizes import attention_dropout_rate, attention_kernel, head_dim
+from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.plan import WHAT_HELPS, Plan
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.files import write_text
+from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.units import counted, format_seconds, format_size
 from jaxlm.settings import AXES, MeshSettings, Settings, changed
 
@@ -41,9 +44,11 @@ class Choice(NamedTuple):
 def search(settings: Settings, target: Target, report: Callable[[str], None]) -> list[Choice]:
     """The compiled choices that fit, fastest first, then those that do not.
 
-    `report` is told what is being done. Raises UserError: nothing fits by the estimate, or the target's speed is not known.
+    `report` is told what is being done. Raises UserError: model.vocab_size or the target's speed is not known, no mesh divides
+    the run, or nothing fits.
     """
-    if estimated_plan(replace(settings, mesh=MeshSettings(fsdp=1)), target._replace(shape=(1,), islands=1)).roofline is None:
+    require_vocabulary(settings)
+    if target.device_kind not in CHIPS or peak_flops(target.device_kind) is None:
         raise UserError(f"target '{target.name}': its speed is not published, so nothing can be ranked; use a TPU or a GPU")
     estimates = list(estimated(settings, target))
     fitting = [plan for plan in estimates if plan.memory.total <= MARGIN * plan.capacity]
@@ -59,9 +64,19 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     best: dict[str, Plan] = {}  # of each way to save memory: what a mesh sends the estimate knows well, what is kept less so
     for plan in fitting:
         best.setdefault(str(plan.settings.train.remat), plan)
-    own = estimated_plan(settings, target).settings  # the mesh said in full
+    own = _as_it_is(settings, target, report)
+    seen = [describe_choice(one) for one in own]
     finalists = [plan.settings for plan in list(best.values())[:FINALISTS]]
-    return _compiled([own, *(one for one in finalists if describe_choice(one) != describe_choice(own))], target, report)
+    return _compiled([*own, *(one for one in finalists if describe_choice(one) not in seen)], target, report)
+
+
+def _as_it_is(settings: Settings, target: Target, report: Callable[[str], None]) -> list[Settings]:
+    """The config's own layout, its mesh said in full; none where the target cannot hold it."""
+    try:
+        return [estimated_plan(settings, target).settings]
+    except UserError as error:
+        report(f"the config's own layout is left out: {error}")
+        return []
 
 
 def _compiled(choices: list[Settings], target: Target, report: Callable[[str], None]) -> list[Choice]:
@@ -129,7 +144,7 @@ def attentions(settings: Settings, mesh: MeshSettings, target: Target) -> set[st
     kinds = {model.attention, "auto"}
     if mesh.context > 1:
         kinds.add(attention_kernel(target.platform, settings.train.precision, settings.data.sequence_length, head_dim(model),
-                                   fused=not (model.dropout if model.attention_dropout is None else model.attention_dropout)))
+                                   fused=not attention_dropout_rate(model)))
     return kinds - {"xla"}
 
 

@@ -20,7 +20,8 @@ def bench(settings: Settings) -> dict[str, Any]:
     """Times `bench.steps` training steps, each waited for. Needs no corpus. Raises UserError without model.vocab_size."""
     if settings.model.vocab_size is None:
         raise UserError("model.vocab_size: missing; bench makes up its tokens and has to know how many there are")
-    run = start(settings, lay_mesh(settings))
+    settings, mesh = lay_mesh(settings)
+    run = start(settings, mesh)
     with jax.set_mesh(run.mesh):
         state = run.trainer.init(settings.seed)
         batch = random_batch(settings, run.mesh)

@@ -1,23 +1,54 @@
-"""RUN_DIR/checkpoints: asynchronous, sharded, atomic (Orbax); what is kept, and what a checkpoint says of itself."""
+"""RUN_DIR/checkpoints: what a run can go on from. Asynchronous, sharded, atomic, verified.
+
+    120/state/...            the arrays, each process's own part of them (Orbax)
+    120/manifest.json        settings, corpora, versions, mesh, validation loss, and the digest of every file; written last
+    100.damaged/...          set aside: a file of it was not what had been written
+
+A step's folder without manifest.json is a save that was interrupted. It is never read, and removed by the next run.
+"""
 
 import dataclasses
 import importlib.metadata
 import math
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxlm.errors import UserError
+from jaxlm.errors import RunError, UserError, nearest
 from jaxlm.models.model import Params
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import abstract
+from jaxlm.reporting.progress import print_line
 from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
+from jaxlm.training.guards import Recent
+from jaxlm.training.manifest import (
+    CHECKPOINTS,
+    MANIFEST,
+    Damaged,
+    all_digests,
+    commit,
+    files_below,
+    find_damage,
+    finished_steps,
+    read_manifest,
+    write_digests,
+)
 from jaxlm.training.step import Trainer, TrainState, reorder_layers
 
-FOLDER = "checkpoints"
+STATE = "state"
+FORMAT = 1
+WRITERS = re.compile(r"(?:^|[./])process_(\d+)(?:/|$)")  # ocdbt.process_1/d/..., array_metadatas/process_1
+MESSAGE = 512  # bytes of what a process can tell the others
 
 # What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
 FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention")
@@ -31,58 +62,186 @@ FIXED_KEYS = MODEL_KEYS | {
 
 
 class Checkpoints:
-    """The checkpoints of one run. Each holds `params`, `optimizer`, `clock` (step and random key) and `metadata`.
+    """The checkpoints of one run. A context manager: leaving waits for the last save.
 
-    `metadata` is plain JSON: the step, the seconds so far, the run's settings, the tokenizer itself, the corpus digests, the
-    mesh, and the versions that wrote it. Use as a context manager: leaving waits for the last save.
+    Every process of the run calls the same methods in the same order; each writes its own arrays and checks its share of files.
     """
 
-    def __init__(self, run_dir: str | Path, keep: CheckpointSettings | None = None):
-        """With `keep` None the folder is only read. Raises UserError when it does not exist then."""
-        self.directory = (Path(run_dir) / FOLDER).absolute()  # Orbax writes in the background: relative paths fail there
+    def __init__(self, run_dir: str | Path, keep: CheckpointSettings | None = None,
+                 phase: Callable[[str], AbstractContextManager] = nullcontext):
+        """With `keep` None the folder is only read; raises UserError when it does not exist then. `phase` is told what the
+        background is about to do (see `jaxlm.training.watch`)."""
+        self.directory = (Path(run_dir) / CHECKPOINTS).absolute()  # Orbax writes in the background: relative paths fail there
         if keep is None and not self.directory.is_dir():
-            raise UserError(f"{run_dir}: no {FOLDER} folder; expected the run directory of a `jaxlm train`")
-        self._checkpointer = ocp.training.Checkpointer(
-            self.directory, save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=_preservation(keep) if keep else None, cleanup_tmp_directories=keep is not None)
+            raise UserError(f"{run_dir}: no {CHECKPOINTS} folder; expected the run directory of a `jaxlm train`")
+        self._keep, self._phase = keep, phase
+        self._background = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._saving: Future | None = None
+        self._val_losses: dict[int, float | None] = {}  # of the complete ones, where something is to be kept or removed
+        if keep and jax.process_index() == 0:
+            self._remove_unfinished()
+            self._val_losses = {step: self._val_loss(step) for step in self.steps}
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._checkpointer.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:  # after an error what is being written still gets its chance, unless it needs processes that may have failed
+            self._background.shutdown(wait=kind is None or jax.process_count() == 1)
 
     @property
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints, ascending; an interrupted save is not among them."""
-        return sorted(checkpoint.step for checkpoint in self._checkpointer.checkpoints)
+        return finished_steps(self.directory.parent)
 
-    def choose(self, step: int | None) -> int:
-        """`step`, or the newest. Raises UserError when it is not there."""
-        if not self.steps:
-            raise UserError(f"{self.directory}: no complete checkpoint yet; train longer, or lower checkpoint.every_steps")
-        if step is not None and step not in self.steps:
-            raise UserError(f"checkpoint.step={step}: not in {self.directory}; there are {', '.join(map(str, self.steps))}")
-        return self.steps[-1] if step is None else step
+    # ---- saving ------------------------------------------------------------------------------------------------------
 
     def save(self, state: TrainState, step: int, metadata: dict[str, Any], val_loss: float | None) -> None:
-        """Copies the state off the devices and returns; the files are written in the background."""
-        contents = {"params": state.params, "optimizer": state.optimizer, "clock": {"step": state.step, "key": state.key},
-                    "metadata": metadata | {"step": step}}
+        """Copies the state off the devices and returns; the files are written in the background.
+
+        `metadata` is plain JSON: the run's settings, the tokenizer itself, the corpus digests, the mesh, versions.
+
+        Raises:
+          RunError: the save before this one has failed.
+        """
+        self.wait()
+        folder = self.directory / str(step)
+        contents = {"params": state.params, "optimizer": state.optimizer,
+                    "clock": {"step": state.step, "key": state.key, "recent": state.recent._asdict()}}
         # NaN would pass for the best, since nothing compares below it
-        metrics = {"val_loss": val_loss} if val_loss is not None and math.isfinite(val_loss) else None
-        self._checkpointer.save_checkpointables_async(step, contents, metrics=metrics)
+        val_loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+        with self._one_clear_error(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            arrays = ocp.save_checkpointables_async(folder / STATE, contents)
+        about = {"format": FORMAT, "step": step, "val_loss": val_loss, "metadata": metadata}
+        self._saving = self._background.submit(self._finish, folder, arrays, about)
+
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises RunError when it has failed."""
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()
+
+    def check(self) -> None:
+        """Raises RunError when the save in the background has failed; does not wait."""
+        if self._saving and self._saving.done():
+            self.wait()
+
+    def _finish(self, folder: Path, arrays: ocp.AsyncResponse, about: dict[str, Any]) -> None:
+        """Every process vouches for the files it wrote; the first one makes the checkpoint whole and removes what is not kept."""
+        process, processes = jax.process_index(), jax.process_count()
+        with self._phase(f"saving step {about['step']}"), self._one_clear_error(folder):
+            arrays.result()
+            own = [f"{STATE}/{name}" for name in files_below(folder / STATE) if _writer(name, processes) == process]
+            write_digests(folder, process, own)
+            if process > 0:
+                return
+            while (files := all_digests(folder, processes)) is None:
+                time.sleep(0.05)
+            commit(folder, about, files, processes)
+            self._val_losses[about["step"]] = about["val_loss"]
+            for step in _not_kept(self._val_losses, self._keep):
+                del self._val_losses[step]
+                self._remove(self.directory / str(step))
+
+    @contextmanager
+    def _one_clear_error(self, folder: Path) -> Iterator[None]:
+        """Whatever stops a save ends the run with one line; the checkpoints before it stay as they are."""
+        try:
+            yield
+        except Exception as error:
+            last = f"; step {self.steps[-1]} is the last that is saved" if self.steps else ""
+            raise RunError(f"{folder}: cannot be saved ({_reason(error)}){last}") from error
+
+    def _val_loss(self, step: int) -> float | None:
+        try:
+            return read_manifest(self.directory / str(step))["val_loss"]
+        except Damaged:  # `choose` tells it, where it matters
+            return None
+
+    def _remove_unfinished(self) -> None:
+        for folder in self.directory.glob("*"):
+            if folder.name.isdecimal() and folder.is_dir() and not (folder / MANIFEST).exists():
+                shutil.rmtree(folder)
+
+    def _remove(self, folder: Path) -> None:
+        (folder / MANIFEST).unlink()  # first: a removal that is interrupted leaves nothing that looks whole
+        shutil.rmtree(folder)
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def choose(self, step: int | None) -> int:
+        """`step`, or the newest, all of its files as they were written.
+
+        A newest one that is damaged is passed over, with a warning, and set aside when this is the run that writes here.
+
+        Raises:
+          UserError: it is not there, or damaged, or no good one is left.
+        """
+        steps = self.steps
+        if not steps:
+            raise UserError(f"{self.directory}: no complete checkpoint yet; train longer, or lower checkpoint.every_steps")
+        if step is not None and step not in steps:
+            raise UserError(f"checkpoint.step={step}: not in {self.directory}; there are {', '.join(map(str, steps))}")
+        found: dict[int, str] = {}
+        for candidate in reversed(steps) if step is None else [step]:
+            problem = self._damage(candidate)
+            if problem is None:
+                self._set_aside(found, candidate)
+                return candidate
+            found[candidate] = problem
+        others = "; put it back from a copy, or " + ("delete the folder to start from the beginning" if step is None else
+                                                     "choose another checkpoint.step")
+        raise UserError(f"{next(iter(found.values()))}{', and no other checkpoint is good' if len(found) > 1 else ''}{others}")
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a checkpoint's files, the same on every process; None: nothing."""
+        folder = self.directory / str(step)
+        try:
+            files, problem = read_manifest(folder)["files"], None
+        except Damaged as error:
+            files, problem = {}, str(error)
+        problem = problem or find_damage(folder, files, jax.process_index(), jax.process_count())
+        if jax.process_count() == 1:
+            return problem
+        text = np.zeros(MESSAGE, np.uint8)
+        encoded = (problem or "").encode()[:MESSAGE]
+        text[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+        messages = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(text)]
+        return next(filter(None, messages), None)
+
+    def _set_aside(self, damaged: dict[int, str], good: int) -> None:
+        if jax.process_index() > 0:
+            return
+        for step, problem in damaged.items():
+            folder = self.directory / str(step)
+            if self._keep:
+                self._val_losses.pop(step, None)
+                shutil.rmtree(aside := folder.with_name(f"{step}.damaged"), ignore_errors=True)
+                folder.rename(aside)
+            print_line(f"WARNING: {problem}; going back to step {good}" + (f", step {step} is set aside" if self._keep else ""))
 
     def metadata(self, step: int) -> dict[str, Any]:
-        """What the checkpoint says of itself."""
-        return self._load(step, {"metadata": None})["metadata"]
+        """What the checkpoint says of itself. Raises UserError."""
+        return self._manifest(step)["metadata"]
+
+    def _manifest(self, step: int) -> dict[str, Any]:
+        try:
+            return read_manifest(self.directory / str(step))
+        except Damaged as error:
+            raise UserError(str(error)) from None
 
     def restore(self, step: int, trainer: Trainer) -> TrainState:
         """The whole state, laid out for `trainer`'s mesh, whatever mesh it was saved from."""
         wanted = abstract(trainer.state_shapes, trainer.state_shardings)
         loaded = self._load(step, {
-            "params": wanted.params, "optimizer": wanted.optimizer, "clock": {"step": wanted.step, "key": wanted.key}})
-        state = TrainState(loaded["clock"]["step"], loaded["clock"]["key"], loaded["params"], loaded["optimizer"])
+            "params": wanted.params, "optimizer": wanted.optimizer,
+            "clock": {"step": wanted.step, "key": wanted.key, "recent": wanted.recent._asdict()}})
+        clock = loaded["clock"]
+        state = TrainState(clock["step"], clock["key"], loaded["params"], loaded["optimizer"], Recent(**clock["recent"]))
         return self._in_order(step, state, trainer, trainer.state_axes, trainer.state_shardings)
 
     def restore_params(self, step: int, trainer: Trainer) -> Params:
@@ -108,15 +267,32 @@ class Checkpoints:
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
-            return self._checkpointer.load_checkpointables(step, wanted)
+            return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
         except (KeyError, ValueError, OSError) as error:
-            raise UserError(f"{self.directory / str(step)}: damaged, or not a checkpoint of this model ({_first_line(error)}); "
+            raise UserError(f"{self.directory / str(step)}: not a checkpoint of this model ({_reason(error)}); "
                             "delete it to go on from the one before") from error
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The system's own words where there are some, else the first line."""
     lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    return getattr(error, "strerror", None) or (lines[0][:200] if lines else type(error).__name__)
+
+
+def _writer(name: str, num_processes: int) -> int:
+    """Which process wrote a file: Orbax keeps each one's arrays in folders of its own; the rest is the first one's."""
+    found = WRITERS.search(name)
+    return int(found[1]) if found and int(found[1]) < num_processes else 0
+
+
+def _not_kept(val_losses: dict[int, float | None], keep: CheckpointSettings) -> list[int]:
+    """Which of the checkpoints (step -> validation loss) are neither among the newest, nor permanent, nor among the best."""
+    steps = sorted(val_losses)
+    kept = set(steps[-keep.keep_last :])
+    kept |= {step for step in steps if keep.keep_every_steps and step % keep.keep_every_steps == 0}
+    measured = [step for step in steps if val_losses[step] is not None]
+    kept |= set(sorted(measured, key=val_losses.get)[: keep.keep_best])
+    return [step for step in steps if step not in kept]
 
 
 def versions() -> dict[str, str]:
@@ -125,22 +301,20 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in packages}
 
 
+def check_allowed(keys: list[str]) -> None:
+    """Refuses names in checkpoint.allow that allow nothing. Raises UserError."""
+    known = [*FIXED_KEYS, "data.corpus"]
+    for key in keys:
+        if key not in known:
+            raise UserError(f"checkpoint.allow: {key} is no key that a run may not change{nearest(key, known)}")
+
+
 def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
-    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason). Raises UserError."""
+    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for those in
+    checkpoint.allow. Raises UserError."""
     before, now = flatten(saved), flatten(wanted)
     for key, reason in keys.items():
-        if key in before and before[key] != now[key]:  # else the key is younger than the checkpoint
+        # a key that is not there is younger than the checkpoint
+        if key in before and before[key] != now[key] and key not in now["checkpoint.allow"]:
             raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; "
-                            "set it back, or choose another run_dir")
-
-
-def _preservation(keep: CheckpointSettings) -> Any:
-    policies = ocp.training.preservation_policies
-    kept = [policies.LatestN(keep.keep_last)]
-    if keep.keep_every_steps:
-        kept.append(policies.EveryNSteps(keep.keep_every_steps))
-    if keep.keep_best:
-        # reverse: the lowest; without metrics a checkpoint must not count as best, or all would stay
-        kept.append(policies.BestN(get_metric_fn=lambda metrics: metrics["val_loss"], reverse=True, n=keep.keep_best,
-                                   keep_checkpoints_without_metrics=False))
-    return policies.AnyPreservationPolicy(kept)
+                            f"set it back, choose another run_dir, or insist with checkpoint.allow=[{key}]")

@@ -1,101 +1,127 @@
 """`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
 
+import dataclasses
 import fcntl
 import functools
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from jaxlm.data.loading import Batches
-from jaxlm.errors import UserError
-from jaxlm.models.model import Params
-from jaxlm.models.sizes import num_parameters, training_flops
-from jaxlm.parallel import distributed, executables
-from jaxlm.parallel.compiler import programs_folder
+from jaxlm.errors import RunError, UserError
+from jaxlm.models.sizes import num_parameters
+from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import crossings
 from jaxlm.reporting.files import check_folder, write_json, write_text
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.goodput import Account, goodput
 from jaxlm.reporting.metrics import MetricsWriter, plain, read_metrics
 from jaxlm.reporting.plots import plot_loss
 from jaxlm.reporting.progress import TrainingProgress, print_line
 from jaxlm.reporting.runs import read_summary
 from jaxlm.reporting.units import counted, format_count
 from jaxlm.settings import Settings, dump, to_dict
-from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes, versions
-from jaxlm.training.evaluation import evaluate
+from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, check_allowed, refuse_changes, versions
+from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.setup import (
     Corpora,
     Run,
-    SkippedRows,
     check_corpora,
     lay_mesh,
-    make_training_batches,
     make_validation_batches,
     micro_batch_size,
-    on_devices,
     open_corpora,
     resolve,
     start,
 )
 from jaxlm.training.step import TrainState
-
-
-class Output(NamedTuple):
-    """Where a run's figures go; on process 0 only, elsewhere both do nothing."""
-
-    progress: TrainingProgress
-    metrics: MetricsWriter | None
-
-    def row(self, step: int, row: dict[str, Any]) -> None:
-        self.progress.update(step, row)
-        if self.metrics:
-            self.metrics.write({"step": step} | row)
+from jaxlm.training.stepping import Output, Stepping
+from jaxlm.training.watch import Watch
 
 
 def train(settings: Settings) -> dict[str, Any]:
-    """Trains to `train.steps`, from the newest checkpoint when there is one. Returns the summary (see summary.json).
+    """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see summary.json).
 
     Raises:
       UserError: the input is wrong; nothing has been written then.
+      RunError: it cannot go on, for a reason outside the input.
+      Preempted: it was told to stop, and has saved.
     """
-    started = time.monotonic()
+    account = Account(_process_start())
     check_folder(settings.run_dir, "run_dir")
-    mesh = lay_mesh(settings)
-    corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))
-    settings = resolve(settings, corpora[0][0].tokenizer)
-    run = start(settings, mesh)
-    run_dir, total, main = Path(settings.run_dir), settings.train.steps, distributed.is_main()
-    with _alone_in(run_dir), jax.set_mesh(mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
-        state, first, earlier = _start_or_resume(run, checkpoints, corpora)
-        started -= earlier
-        summary = _finished_summary(run_dir, total) if first == total else None
-        if summary:
-            if main:
-                print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on")
-            return summary
+    check_allowed(settings.checkpoint.allow)
+    guards = settings.guards
+    with Watch(settings.run_dir, (guards.start_seconds, guards.step_seconds, guards.save_seconds)) as watch:
+        watch.one_of(*distributed.place())
+        with watch.phase("joining the other processes", guards.start_seconds):
+            laid, mesh = lay_mesh(settings)
+        watch.one_of(jax.process_index(), jax.process_count())
+        with watch.phase("opening the corpus"):
+            corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
+        run = start(resolve(laid, corpora[0][0].tokenizer), mesh)
+        given = dataclasses.replace(run.settings, mesh=settings.mesh, train=settings.train)  # as before it followed the devices
+        saving = functools.partial(watch.phase, seconds=guards.save_seconds)
+        with (_alone_in(Path(settings.run_dir)), jax.set_mesh(mesh), losing_others(),
+              Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
+            return _run(run, given, corpora, checkpoints, watch, account)
+
+
+def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account) -> dict[str, Any]:
+    run_dir, total, main = Path(run.settings.run_dir), run.settings.train.steps, distributed.is_main()
+    metadata = _metadata(run, corpora)
+    with watch.phase("reading the checkpoint", run.settings.guards.restore_seconds):
+        state, first, saved = _start_or_resume(run, checkpoints, metadata)
+    account.earlier = saved.get("wall_seconds", 0.0)
+    summary = _finished_summary(run_dir, total) if first == total else None
+    if summary:
         if main:
-            write_text(run_dir / "config.yaml", dump(settings))
-        writer = MetricsWriter(run_dir, tensorboard=settings.logging.tensorboard, resume_step=first) if main else None
-        try:
-            with TrainingProgress(total, first, enabled=main) as progress:
-                output = Output(progress, writer)
-                for line in _describe(run, corpora, first):
-                    progress.print(line)
-                results = _loop(run, corpora, state, first, checkpoints, output, started)
-        finally:
-            if writer:
-                writer.close()
-    summary = _summary(run, results, time.monotonic() - started)
+            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on")
+        return summary
+    if main:
+        write_text(run_dir / "config.yaml", dump(given))
+        account.begin(run_dir, first)
+    writer = MetricsWriter(run_dir, tensorboard=run.settings.logging.tensorboard, resume_step=first) if main else None
+    try:
+        with TrainingProgress(total, first, enabled=main) as progress:
+            stepping = Stepping(run, corpora, checkpoints, Output(progress, writer, account), watch)
+            for line in _describe(run, corpora, first):
+                progress.print(line)
+            stepping.go(state, first, metadata, _last_evaluation(run_dir, first), saved)
+    finally:
+        if writer:
+            writer.close()
+        account.close()
+    summary = _summary(run, stepping)
     if main:
         write_json(run_dir / "summary.json", summary)
         plot_loss(run_dir)
     return summary
+
+
+def _process_start() -> float:
+    """When this process began, by `time.time()`: imports count. Where the system does not say, now."""
+    stat = Path("/proc/self/stat")
+    if not stat.exists():
+        return time.time()
+    since_boot = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # starttime, man 5 proc
+    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+
+
+@contextmanager
+def losing_others() -> Iterator[None]:
+    """What JAX raises when another process has gone, in one line."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise RunError(f"process {jax.process_index()}: an exchange with another process failed, which has most likely ended "
+                       f"({str(error).splitlines()[0][:160]})") from error
 
 
 @contextmanager
@@ -114,120 +140,20 @@ def _alone_in(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def _start_or_resume(run: Run, checkpoints: Checkpoints, corpora: Corpora) -> tuple[TrainState, int, float]:
-    """The newest checkpoint's state, or a fresh one; the number of steps already done, and the seconds they took."""
+def _start_or_resume(run: Run, checkpoints: Checkpoints, own: dict[str, Any]) -> tuple[TrainState, int, dict[str, Any]]:
+    """The newest good checkpoint's state, or a fresh one; the steps already done; what the checkpoint says of itself."""
     if not checkpoints.steps:
-        return run.trainer.init(run.settings.seed), 0, 0.0
+        return run.trainer.init(run.settings.seed), 0, {}
     step = checkpoints.choose(None)
-    saved, own = checkpoints.metadata(step), _metadata(run, corpora)
+    saved = checkpoints.metadata(step)
     refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
-    if saved["corpora"] != own["corpora"]:
+    if saved["corpora"] != own["corpora"] and "data.corpus" not in run.settings.checkpoint.allow:
         raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
-                        "trained on; set it back, or choose another run_dir")
+                        "trained on; set it back, choose another run_dir, or insist with checkpoint.allow=[data.corpus]")
     if step > run.settings.train.steps:
         raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps "
                         "already; expected at least as many, or choose another run_dir")
-    return checkpoints.restore(step, run.trainer), step, saved.get("wall_seconds", 0.0)
-
-
-def _loop(run: Run, corpora: Corpora, state: TrainState, first: int, checkpoints: Checkpoints, output: Output,
-          started: float) -> dict[str, Any]:
-    settings, total = run.settings, run.settings.train.steps
-    batches, validation = make_training_batches(settings, corpora), make_validation_batches(settings, corpora)
-    metadata = _metadata(run, corpora)
-    clock = _Clock(run, first, batches)
-    skipped = SkippedRows(batches, run.mesh, checkpoints.metadata(first).get("skipped_rows", 0) if first else 0)
-    val_row = _last_evaluation(settings.run_dir, first)
-
-    with on_devices(batches, first, total, run.mesh, settings.data.prefetch) as source:
-        source, step_function = iter(source), None
-        pending = None  # (step, metrics) of the step before: read one step late, so that the device never waits for the host
-        for step in range(first + 1, total + 1):
-            asked = time.monotonic()
-            batch = next(source)
-            waited = time.monotonic() - asked
-            if step_function is None:
-                asked = time.monotonic()
-                step_function = _compile(run, state, batch, output)
-                clock.compile_seconds = time.monotonic() - asked
-                clock.restart(step - 1)
-            state, metrics = step_function(state, batch)
-            clock.data_wait += waited
-            if pending:
-                _log(pending, clock, skipped, settings, output)
-            pending = (step, metrics)
-            evaluating = step % settings.eval.every_steps == 0 or step == total
-            saving = step % settings.checkpoint.every_steps == 0 or step == total
-            if evaluating or saving:
-                _log(pending, clock, skipped, settings, output)
-                pending = None
-                if evaluating and validation:
-                    val_row = evaluate_run(run, state.params, validation, corpora, whole=step == total)
-                    output.row(step, val_row)
-                if saving:
-                    so_far = metadata | {"wall_seconds": time.monotonic() - started} | skipped.column(step)
-                    checkpoints.save(state, step, so_far, val_row.get("val_loss") if evaluating else None)
-                clock.restart(step)
-    return {"val_loss": val_row.get("val_loss"), "skipped_rows": skipped.count(total), "clock": clock}
-
-
-def _compile(run: Run, state: TrainState, batch: dict[str, jax.Array], output: Output) -> jax.stages.Compiled:
-    """The step, from a program that `jaxlm train --compile-only` has left, if there is one."""
-    lowered, folder = run.trainer.step.lower(state, batch), programs_folder(run.settings.devices)
-    ready = folder and executables.load(lowered, run.mesh, folder)
-    if ready:
-        output.progress.print(f"step: compiled before, taken from {folder}")
-    return ready or lowered.compile()
-
-
-def _log(pending: tuple[int, dict[str, jax.Array]], clock: "_Clock", skipped: SkippedRows, settings: Settings,
-         output: Output) -> None:
-    """Waits for a step; writes its row when one is due. The loss is that step's own, the times are means since the last row, and
-    the rows skipped those of all steps."""
-    step, metrics = pending
-    jax.block_until_ready(metrics)
-    if step % settings.logging.every_steps == 0 or step in (1, settings.train.steps):
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        output.row(step, values | clock.speed(step) | skipped.column(step))
-
-
-def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora, whole: bool) -> dict[str, float]:
-    """Metrics over the whole validation set, or over eval.steps batches of it."""
-    steps = len(validation) if whole else min(len(validation), run.settings.eval.steps or len(validation))
-    bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
-    with on_devices(validation, 0, steps, run.mesh, run.settings.data.prefetch) as source:
-        row = evaluate(run.trainer, params, source, bytes_per_token)
-    return row | SkippedRows(validation, run.mesh).column(steps, "val_skipped_rows")
-
-
-class _Clock:
-    """Step times between rows; evaluation, saving and compiling do not count."""
-
-    def __init__(self, run: Run, first: int, batches: Batches):
-        length, devices = run.settings.data.sequence_length, run.mesh.devices.flatten()
-        predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
-        self.tokens = batches.global_batch_size * length
-        self.flops = batches.global_batch_size * training_flops(run.settings.model, length, predictions)
-        peak = peak_flops(devices[0].device_kind)
-        self.peak = peak and peak * len(devices)
-        self.compile_seconds = 0.0
-        self.restart(first)
-
-    def restart(self, step: int) -> None:
-        self.since, self.step, self.data_wait = time.monotonic(), step, 0.0
-
-    def speed(self, step: int) -> dict[str, float | None]:
-        """Columns of a row at `step`, and a new interval."""
-        steps = max(1, step - self.step)
-        seconds = (time.monotonic() - self.since) / steps
-        wait = self.data_wait / steps
-        self.restart(step)
-        return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds,
-                "data_wait_seconds": wait}
-
-    def mfu(self, seconds: float) -> float | None:
-        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B); None where the device's peak is not published."""
-        return self.flops / seconds / self.peak if self.peak else None
+    return checkpoints.restore(step, run.trainer), step, saved
 
 
 def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
@@ -272,23 +198,24 @@ def _finished_summary(run_dir: Path, steps: int) -> dict[str, Any] | None:
     return summary if summary and summary.get("steps") == steps else None
 
 
-def _summary(run: Run, results: dict[str, Any], wall_seconds: float) -> dict[str, Any]:
-    settings, clock = run.settings, results["clock"]
+def _summary(run: Run, stepping: Stepping) -> dict[str, Any]:
+    settings, clock = run.settings, stepping.clock
     times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
     seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
     steps = settings.train.steps
     return {
-        "steps": steps, "tokens": steps * clock.tokens, "val_loss": plain(results["val_loss"]),
-        "skipped_rows": results["skipped_rows"],
+        "steps": steps, "tokens": steps * clock.tokens, "val_loss": plain(stepping.val_row.get("val_loss")),
+        "skipped_rows": stepping.skipped_rows.count(steps),
         "tokens_per_second": seconds and clock.tokens / seconds, "mfu": seconds and clock.mfu(seconds),
         "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
-        "parameters": num_parameters(run.settings.model), "wall_seconds": wall_seconds, "compile_seconds": clock.compile_seconds,
+        "parameters": num_parameters(run.settings.model), "wall_seconds": stepping.account.wall_seconds,
+        "compile_seconds": stepping.account.parts["compile"], "goodput": goodput(settings.run_dir),
     }
 
 
 def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
     """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
-    mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
         corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))

@@ -37,31 +37,33 @@ def make_schedule(settings: ScheduleSettings, peak: float, total_steps: int) -> 
     return optax.join_schedules([rise, after], [warmup]) if warmup else after
 
 
-def make_optimizer(settings: OptimizerSettings, schedule: optax.Schedule, axes: Any) -> optax.GradientTransformation:
-    """The update rule. `axes` is the parameters' tree of `Axes`. Clipping happens in the step, where the norm is known."""
+def make_optimizer(settings: OptimizerSettings, axes: Any) -> optax.GradientTransformation:
+    """The direction of an update, which the step multiplies by minus the learning rate: the schedule goes by the run's own clock,
+    also past steps that were skipped. `axes` is the parameters' tree of `Axes`. Clipping happens in the step, where the norm is
+    known.
+    """
     decay = optax.add_decayed_weights(settings.weight_decay, mask=decayed) if settings.weight_decay else optax.identity()
-    rate = optax.scale_by_learning_rate(schedule)
     b1, b2, epsilon = settings.b1, settings.b2, settings.epsilon
     momentum = optax.trace(b1) if b1 else optax.identity()
     match settings.name:
         case "adamw":
-            return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, rate)
+            return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay)
         case "adam":
-            return optax.chain(decay, optax.scale_by_adam(b1, b2, epsilon), rate)
+            return optax.chain(decay, optax.scale_by_adam(b1, b2, epsilon))
         case "sgd":
-            return optax.chain(decay, momentum, rate)
+            return optax.chain(decay, momentum)
         case "rmsprop":
-            return optax.chain(decay, optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False), momentum, rate)
+            return optax.chain(decay, optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False), momentum)
         case "lion":
-            return optax.chain(optax.scale_by_lion(b1, b2), decay, rate)
+            return optax.chain(optax.scale_by_lion(b1, b2), decay)
         case "lamb":
-            return per_layer(optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio(), rate))
+            return per_layer(optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio()))
         case "adafactor":
-            # Optax's own weight decay and sign come after the learning rate; here both go through it like everybody's.
+            # Optax's own weight decay comes after the learning rate, and its sign is turned; here both are as everybody's.
             factored = optax.chain(optax.adafactor(learning_rate=None, decay_rate=0.8), optax.scale(-1.0))
-            return per_layer(optax.chain(factored, decay, rate))
+            return per_layer(optax.chain(factored, decay))
         case "muon":
-            return optax.chain(_muon_or_adam(settings, axes), decay, rate)
+            return optax.chain(_muon_or_adam(settings, axes), decay)
     raise ValueError(settings.name)
 
 

@@ -22,7 +22,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel import distributed
-from jaxlm.parallel.layout import cutting
+from jaxlm.parallel.layout import cutting, shrunk
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.settings import Settings
@@ -39,12 +39,20 @@ class Run(NamedTuple):
     trainer: Trainer
 
 
-def lay_mesh(settings: Settings) -> Mesh:
-    """Joins the other processes of this run and lays the mesh over the devices of all. Raises UserError for what does not fit."""
-    mesh = make_mesh(settings.mesh, distributed.initialize(settings.devices))
+def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
+    """Joins the other processes of this run and lays the mesh over the devices of all.
+
+    Returns the settings, too: with mesh.elastic they follow the devices that are there. Raises UserError for what does not fit.
+    """
+    devices = distributed.initialize(settings.devices)
+    if settings.mesh.elastic:
+        smaller, times = shrunk(settings.mesh, len(devices))
+        train = dataclasses.replace(settings.train, gradient_accumulation=times * settings.train.gradient_accumulation)
+        settings = dataclasses.replace(settings, mesh=smaller, train=train)
+    mesh = make_mesh(settings.mesh, devices)
     check_layout(settings, mesh.shape)
     check_kernel(settings, mesh.devices.flat[0].platform)
-    return mesh
+    return settings, mesh
 
 
 def start(settings: Settings, mesh: Mesh) -> Run:

@@ -12,8 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model, Params
+from jaxlm.models.sizes import attention_dropout_rate
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
+from jaxlm.training.guards import Recent, is_good, nothing_yet, remembered
 from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
 
 Batch = dict[str, jax.Array]
@@ -22,10 +24,11 @@ Batch = dict[str, jax.Array]
 class TrainState(NamedTuple):
     """Everything that a run's future depends on, beside its settings and its corpus."""
 
-    step: jax.Array  # int32 []: optimizer updates done
+    step: jax.Array  # int32 []: steps done; the only clock: data, dropout and schedule go by it
     key: jax.Array  # uint32 [2]: key data of the run's random key; every use folds in the step
     params: Params
     optimizer: Any
+    recent: Recent  # what the guards remember
 
 
 class Trainer(NamedTuple):
@@ -48,14 +51,15 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
     Call the results under `jax.set_mesh(mesh)`.
     """
     schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
-    optimizer = make_optimizer(settings.optimizer, schedule, model.axes)
+    optimizer = make_optimizer(settings.optimizer, model.axes)
     order = layer_order(settings.model.num_layers, mesh.shape["stage"], settings.train.stage_repeats)
-    axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes))
+    axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes),
+                      jax.tree.map(lambda leaf: Axes((None,) * leaf.ndim), jax.eval_shape(nothing_yet)))
 
     def init(seed: int) -> TrainState:
         key = jax.random.key(seed)
         params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
-        return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params))
+        return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params), nothing_yet())
 
     layout = on_device = shardings(mesh, axes)
     shapes = jax.eval_shape(init, 0)
@@ -91,7 +95,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
                 on_device: Any) -> Callable:
     """The step. `on_device`: where the optimizer's state lies while it is used."""
     clip_norm = settings.optimizer.clip_norm
-    has_dropout = bool(settings.model.dropout or settings.model.attention_dropout)
+    has_dropout = bool(settings.model.dropout or attention_dropout_rate(settings.model))
 
     travels_as = jnp.dtype(settings.train.gradient_precision)
 
@@ -122,10 +126,15 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
                 scale = jnp.minimum(1.0, clip_norm / jnp.maximum(norm, 1e-12))
                 grads = jax.tree.map(lambda grad: grad * scale, grads)
             before = jax.device_put(state.optimizer, on_device) if settings.optimizer.offload else state.optimizer
-            updates, optimizer_state = optimizer.update(grads, before, state.params)
-            params = optax.apply_updates(state.params, updates)
-        metrics = training_metrics(sums) | {"learning_rate": jnp.asarray(schedule(state.step), jnp.float32), "grad_norm": norm}
-        return TrainState(state.step + 1, state.key, params, optimizer_state), metrics
+            direction, after = optimizer.update(grads, before, state.params)
+            rate = jnp.asarray(schedule(state.step), jnp.float32)
+            params = jax.tree.map(lambda param, update: param - rate * update, state.params, direction)
+        metrics = training_metrics(sums) | {"learning_rate": rate, "grad_norm": norm}
+        good = is_good(state.recent, metrics["loss"], norm, settings.guards.spike_sigma)
+        params, after = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, after), (state.params, before))
+        recent = remembered(state.recent, metrics["loss"], norm, good)
+        metrics |= {"skipped_steps": recent.skipped, "skipped_in_a_row": recent.in_a_row}
+        return TrainState(state.step + 1, state.key, params, after, recent), metrics
 
     return train_step
 

@@ -9,7 +9,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.models.model import Model
-from jaxlm.models.sizes import num_parameters, parameters
+from jaxlm.models.sizes import loss_chunk, num_parameters, parameters
 from jaxlm.settings import ModelSettings, TrainSettings
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -36,3 +36,11 @@ def test_published_numbers_of_parameters():
     assert num_parameters(gpt2) == 124_439_808
     assert num_parameters(replace(gpt2, num_layers=48, num_heads=25, hidden_size=1600)) == 1_557_611_200
     assert num_parameters(SETTINGS["llama_8b"]) == 8_030_261_248
+
+
+def test_a_chunk_of_the_loss_is_what_is_allowed_or_at_least_half_of_it():
+    for length in range(1, 80):
+        for most in range(1, 90):
+            size = loss_chunk(length, rows=8, vocab_size=1000, width=64, most=most)
+            assert min(most, length) <= 2 * size and size <= min(most, length)
+    assert loss_chunk(97, rows=8, vocab_size=1000, width=64, most=10) == 10  # nine chunks and seven positions: 97 is prime

@@ -1,5 +1,7 @@
 """Programs that were compiled before: found by what they were made of, refused when damaged."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,3 +41,18 @@ def test_another_program_another_mesh_and_a_damaged_file_are_not_taken(program, 
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert load(lowered(2.0), mesh, tmp_path) is None
+
+
+def test_a_run_of_several_processes_does_not_take_the_program_of_one(program, tmp_path):
+    mesh, _, lowered = program
+
+    def of_processes(count):
+        devices = [SimpleNamespace(device_kind=device.device_kind, platform=device.platform, process_index=place * count // 8)
+                   for place, device in enumerate(mesh.devices.flat)]
+        return SimpleNamespace(devices=np.array(devices).reshape(mesh.devices.shape))
+
+    compiled = lowered(2.0).compile()
+    alone = save(compiled, lowered(2.0), mesh, tmp_path)
+    assert load(lowered(2.0), of_processes(2), tmp_path) is None
+    paths = [save(compiled, lowered(2.0), of_processes(count), tmp_path) for count in (1, 2, 4)]
+    assert paths[0] == alone and len(set(paths)) == 3

@@ -36,7 +36,6 @@ BAD = [  # target, keys, what the line says
     ("h100:8", ["data.sequence_length=2048"], "is longer than model.max_length=1024"),
     ("h100:8", ["model.attention=splash"], "runs on TPUs, and these devices are gpu; use model.attention=auto"),
     ("v5e:2x4", ["model.attention=cudnn"], "model.attention=cudnn runs on GPUs, and these devices are tpu"),
-    ("h100:8", ["model.vocab_size=null"], "model.vocab_size: missing"),
     ("h100:8", ["train.gradient_precision=bfloat16"], "coarser than train.precision=float32; set both, or neither"),
     ("h100:8", ["train.remat=ful"], "train.remat"),
 ]
@@ -57,6 +56,13 @@ def test_one_line_says_what_to_change(target, keys, words, config_file, capsys):
     out, err = capsys.readouterr()
     assert not out and err.startswith("jaxlm: ") and err.count("\n") == 1
     assert words in err
+
+
+@pytest.mark.parametrize("way", ["--fast", "--explain", "--search"])
+def test_a_vocabulary_that_nobody_has_said_is_asked_for(way, config_file, capsys):
+    assert cli.main(["plan", config_file, "--target", "h100:8", way]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("jaxlm: model.vocab_size: missing; ") and err.endswith(" model.vocab_size=32000\n")
 
 
 def test_a_model_that_is_too_large_is_told_by_how_much_and_what_helps(config_file, capsys):

@@ -13,10 +13,9 @@ from jaxlm import cli
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.compilation import trace_step
-from jaxlm.planning.compiled import model_flops
 from jaxlm.planning.flops import executed_flops
 from jaxlm.planning.hlo import parse
-from jaxlm.planning.plan import Collective
+from jaxlm.planning.plan import Collective, model_flops
 from jaxlm.planning.roofline import network_of_mesh, network_of_sizes, roofline
 from jaxlm.planning.targets import find_target
 from jaxlm.planning.traffic import memory_traffic

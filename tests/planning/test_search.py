@@ -57,6 +57,16 @@ def test_the_best_is_at_least_as_fast_as_what_the_config_says_and_fits(by_arithm
         by_arithmetic[1:], key=lambda settings: estimated_plan(settings, NODE).roofline.total)
 
 
+def test_a_mesh_that_the_target_cannot_hold_is_left_out(by_arithmetic):
+    lines = []
+    choices = search.search(replace(SETTINGS, mesh=MeshSettings(fsdp=64)), NODE, report=lines.append)
+    assert any("own layout is left out: mesh.fsdp=64 does not make 8 device(s)" in line for line in lines)
+    without = list(by_arithmetic)
+    assert choices[0].note.startswith("fastest") and len(choices) == len(without) > 1
+    search.search(replace(SETTINGS, mesh=MeshSettings(tensor=8)), NODE, report=lines.append)
+    assert by_arithmetic[len(without) + 1 :] == without  # beside the config's own layout, the same are looked at
+
+
 def test_what_the_compiler_refuses_comes_last(monkeypatch, by_arithmetic):
     plan = compiled.compiled_plan
 

@@ -47,13 +47,12 @@ def wait_for(condition, process) -> None:
 
 
 def complete(run_dir: Path) -> list[int]:
-    """Steps that have a finished checkpoint, from the names of the folders alone."""
-    folders = run_dir.glob("checkpoints/*")
-    return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
+    """Steps that have a finished checkpoint, from the names of the files alone."""
+    return sorted(int(path.parent.name) for path in run_dir.glob("checkpoints/*/manifest.json"))
 
 
 def half_written(run_dir: Path) -> list[Path]:
-    return [path for path in run_dir.glob("checkpoints/*") if not path.name.isdigit() and path.is_dir()]
+    return [path for path in run_dir.glob("checkpoints/*") if not (path / "manifest.json").exists()]
 
 
 @pytest.fixture

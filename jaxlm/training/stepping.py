@@ -1,0 +1,283 @@
+"""The loop over steps: batch, step, log, evaluate, save; and what watches over them.
+
+The host runs one step ahead of the devices: it reads a step's numbers while the next one is under way.
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxlm.data.loading import Batches
+from jaxlm.errors import Preempted, RunError
+from jaxlm.models.model import Params
+from jaxlm.models.sizes import training_flops
+from jaxlm.parallel import executables
+from jaxlm.parallel.compiler import programs_folder
+from jaxlm.parallel.sharding import abstract
+from jaxlm.reporting.files import write_text
+from jaxlm.reporting.goodput import Account
+from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.metrics import MetricsWriter
+from jaxlm.reporting.progress import TrainingProgress
+from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.copies import find_differences, has_copies, make_digests
+from jaxlm.training.evaluation import evaluate_run
+from jaxlm.training.preemption import Preemption
+from jaxlm.training.setup import (
+    Corpora,
+    Run,
+    SkippedRows,
+    batch_shapes,
+    make_training_batches,
+    make_validation_batches,
+    on_devices,
+)
+from jaxlm.training.step import Batch, TrainState, batch_sharding
+from jaxlm.training.watch import Watch
+
+SHOWN_EXAMPLES = 4
+
+
+class Output(NamedTuple):
+    """Where a run's figures go; on process 0 only, elsewhere all of it does nothing."""
+
+    progress: TrainingProgress
+    metrics: MetricsWriter | None
+    account: Account
+
+    def row(self, step: int, row: dict[str, Any]) -> None:
+        self.progress.update(step, row)
+        if self.metrics:
+            self.metrics.write({"step": step} | row)
+
+
+class Pending(NamedTuple):
+    """A step that is under way."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    batch: Batch
+
+
+class Stepping:
+    """One start of a run, from the state it begins with to its last step."""
+
+    def __init__(self, run: Run, corpora: Corpora, checkpoints: Checkpoints, output: Output, watch: Watch):
+        self.run, self.corpora, self.checkpoints, self.output, self.watch = run, corpora, checkpoints, output, watch
+        self.settings, self.guards, self.account = run.settings, run.settings.guards, output.account
+        self.batches = make_training_batches(run.settings, corpora)
+        self.validation = make_validation_batches(run.settings, corpora)
+        self.preemption = Preemption(run.mesh)
+        self.clock = Clock(run, self.batches)
+        self.compare = None
+        if self.guards.compare_every_steps:
+            if has_copies(run.trainer.state_shardings.params, run.trainer.state_shapes.params):
+                self.compare = make_digests(run.mesh, run.trainer.state_shardings.params)
+            else:
+                output.progress.print("WARNING: guards.compare_every_steps: no parameter is on two devices; nothing is compared")
+
+    def go(self, state: TrainState, first: int, metadata: dict[str, Any], last_evaluation: dict[str, Any], saved: dict[str, Any]
+           ) -> None:
+        """Steps `first` + 1 to the last. `metadata`: of every checkpoint; `last_evaluation`: the row of the one before; `saved`:
+        what the checkpoint that it begins with says of itself.
+
+        Raises:
+          Preempted: it was told to stop, and has saved.
+          RunError: it cannot go on.
+        """
+        total, self.metadata, self.val_row = self.settings.train.steps, metadata, last_evaluation
+        self.already_skipped = int(state.recent.skipped)
+        self.skipped_rows = SkippedRows(self.batches, self.run.mesh, saved.get("skipped_rows", 0))
+        with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
+            step_function = self._compile(state)
+        self.clock.restart(first)
+        with self.preemption, on_devices(self.batches, first, total, self.run.mesh, self.settings.data.prefetch) as source:
+            source, pending = iter(source), None
+            if saved.get("evaluation_due"):
+                self._evaluate(first, state.params)
+                self._end_if_told(first)
+            for step in range(first + 1, total + 1):
+                with self.watch.phase(f"step {step}", self._deadline(step, first)):
+                    batch = self._next(source, step)
+                    with self.account.spending("steps"):
+                        asked = self.preemption.ask(step)
+                        state, metrics = step_function(state, batch)
+                        before, pending = pending, Pending(step, metrics, batch)
+                        self._finish(before)
+                        self.preemption.answer(asked)
+                if self._skipped_too_many(before):
+                    self._diagnose(step_function, state, pending)
+                if self._pauses_after(step):
+                    with self.watch.phase(f"step {step}", self.guards.step_seconds), self.account.spending("steps"):
+                        self._finish(pending)
+                    pending = None
+                    self._pause(step, state)
+                    self.clock.restart(step)
+                self._end_if_told(step)
+        self._wait_for_save()
+
+    def _deadline(self, step: int, first: int) -> float | None:
+        """Seconds; the first two steps may wait for processes that are still compiling."""
+        limits = [self.guards.step_seconds, *([self.guards.compile_seconds] if step <= first + 2 else [])]
+        return None if None in limits else sum(limits)
+
+    def _compile(self, state: TrainState) -> jax.stages.Compiled:
+        """The step, from a program that `jaxlm train --compile-only` has left, if there is one."""
+        shapes = batch_shapes(self.settings)
+        batch = abstract(shapes, dict.fromkeys(shapes, batch_sharding(self.run.mesh)))
+        lowered, folder = self.run.trainer.step.lower(state, batch), programs_folder(self.settings.devices)
+        ready = folder and executables.load(lowered, self.run.mesh, folder)
+        if ready:
+            self.output.progress.print(f"step: compiled before, taken from {folder}")
+        return ready or lowered.compile()
+
+    def _next(self, source: Iterator[Batch], step: int) -> Batch:
+        asked = time.monotonic()
+        with self.account.spending("data_wait"), self.watch.phase(f"waiting for batch {step}"):
+            batch = next(source)
+        self.clock.data_wait += time.monotonic() - asked
+        return batch
+
+    def _finish(self, pending: Pending | None) -> None:
+        """Waits for a step; writes its row when one is due. The loss is that step's own, times are means since the last row."""
+        if pending is None:
+            return
+        with self.watch.phase(f"waiting for step {pending.step}"):
+            jax.block_until_ready(pending.metrics)
+        self.checkpoints.check()
+        step = pending.step
+        if step % self.settings.logging.every_steps == 0 or step in (1, self.settings.train.steps):
+            values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+            skipped = int(values.pop("skipped_steps"))
+            del values["skipped_in_a_row"]
+            values |= ({"skipped_steps": skipped} if skipped else {}) | self.skipped_rows.column(step)
+            self.output.row(step, values | self.clock.speed(step))
+            self.account.reached(step, skipped - self.already_skipped)
+
+    # ---- between steps -----------------------------------------------------------------------------------------------
+
+    def _due(self, step: int, interval: int | None) -> bool:
+        return bool(interval) and step % interval == 0
+
+    def _saves_at(self, step: int) -> bool:
+        keep = self.settings.checkpoint
+        return self._due(step, keep.every_steps) or self._due(step, keep.keep_every_steps) or step == self.settings.train.steps
+
+    def _evaluates_at(self, step: int) -> bool:
+        return self.validation is not None and (self._due(step, self.settings.eval.every_steps) or
+                                                step == self.settings.train.steps)
+
+    def _pauses_after(self, step: int) -> bool:
+        return (self._saves_at(step) or self._evaluates_at(step) or self._due(step, self.guards.compare_every_steps)
+                or self.preemption.agreed)
+
+    def _pause(self, step: int, state: TrainState) -> None:
+        """Compares, evaluates and saves, as far as each is due. A run that was told to stop saves at once."""
+        if self.compare and self._due(step, self.guards.compare_every_steps):
+            self._compare_copies(step, state.params)
+        val_loss = None
+        if self._evaluates_at(step) and not self.preemption.agreed:
+            val_loss = self._evaluate(step, state.params)
+        if self._saves_at(step) or self.preemption.agreed:
+            cut_short = self._evaluates_at(step) and self.preemption.agreed
+            with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
+                about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
+                about |= self.skipped_rows.column(step)
+                self.checkpoints.save(state, step, about, val_loss)
+            self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
+            self.account.close()
+
+    def _evaluate(self, step: int, params: Params) -> float | None:
+        """Writes a row and returns its validation loss; None when it was told to stop meanwhile."""
+        with self.account.spending("evaluation"):
+            row = evaluate_run(
+                self.run, params, self.validation, self.corpora, whole=step == self.settings.train.steps,
+                through=lambda source: self.watch.each(
+                    self.preemption.until_agreed(source, step), f"evaluation after step {step}: batch", self.guards.step_seconds))
+        if self.preemption.agreed:
+            return None
+        self.val_row = row
+        self.output.row(step, row)
+        return row["val_loss"]
+
+    def _end_if_told(self, step: int) -> None:
+        if self.preemption.agreed:
+            self._wait_for_save()
+            message = f"preempted after step {step}, which is saved; resume with `jaxlm train {self.settings.run_dir}`"
+            raise Preempted(message if self.output.metrics else "", self.preemption.exit_code)
+
+    def _wait_for_save(self) -> None:
+        with self.account.spending("checkpoint"):
+            self.checkpoints.wait()
+
+    # ---- what went wrong ---------------------------------------------------------------------------------------------
+
+    def _compare_copies(self, step: int, params: Params) -> None:
+        with self.watch.phase(f"comparing copies after step {step}", self.guards.step_seconds):
+            digests = np.asarray(self.compare(params))
+        different = find_differences(digests, self.run.mesh, self.run.trainer.state_shardings.params,
+                                     self.run.trainer.state_shapes.params)
+        if different:
+            raise RunError(f"step {step}: copies of the parameters differ, so a device computes or stores wrongly: "
+                           f"{'; '.join(different)}; take it out, and go on from a checkpoint before the fault")
+
+    def _skipped_too_many(self, finished: Pending | None) -> bool:
+        return finished is not None and int(finished.metrics["skipped_in_a_row"]) > self.guards.most_skipped
+
+    def _diagnose(self, step_function: jax.stages.Compiled, state: TrainState, last: Pending) -> None:
+        """Runs the newest step once more, if it was skipped too: nothing has changed since, so it must come to the same numbers.
+
+        Raises:
+          RunError: what it is, and which examples the step had.
+        """
+        in_a_row = int(last.metrics["skipped_in_a_row"])
+        if in_a_row == 0:
+            return
+        loss, norm = float(last.metrics["loss"]), float(last.metrics["grad_norm"])
+        _, again = step_function(state._replace(step=state.step - 1), last.batch)
+        found = (f"step {last.step}: {in_a_row} steps in a row were skipped, the last for its loss of {loss:.4g} and gradient "
+                 f"norm of {norm:.4g}")
+        if int(again["skipped_in_a_row"]) == 0:
+            raise RunError(f"{found}; run once more it came to {float(again['loss']):.4g} and {float(again['grad_norm']):.4g}: a "
+                           "transient fault, most likely of the hardware")
+        examples = self.batches.examples(last.step - 1)
+        path = Path(self.settings.run_dir) / f"diagnosis-{last.step}.json"
+        if self.output.metrics:
+            write_text(path, "".join(json.dumps(example._asdict()) + "\n" for example in examples))
+        shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))
+        raise RunError(f"{found}; the same when run once more: bad data, or a model that has diverged; its {len(examples)} "
+                       f"examples are in {path}, the first: {shown}", exit_code=3)
+
+
+class Clock:
+    """Step times between rows; evaluation, saving and compiling do not count."""
+
+    def __init__(self, run: Run, batches: Batches):
+        length, devices = run.settings.data.sequence_length, run.mesh.devices.flatten()
+        predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
+        self.tokens = batches.global_batch_size * length
+        self.flops = batches.global_batch_size * training_flops(run.settings.model, length, predictions)
+        peak = peak_flops(devices[0].device_kind)
+        self.peak = peak and peak * len(devices)
+        self.restart(0)
+
+    def restart(self, step: int) -> None:
+        self.since, self.step, self.data_wait = time.monotonic(), step, 0.0
+
+    def speed(self, step: int) -> dict[str, float | None]:
+        """Columns of a row at `step`, and a new interval."""
+        steps = max(1, step - self.step)
+        seconds = (time.monotonic() - self.since) / steps
+        wait = self.data_wait / steps
+        self.restart(step)
+        return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds,
+                "data_wait_seconds": wait}
+
+    def mfu(self, seconds: float) -> float | None:
+        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B); None where the device's peak is not published."""
+        return self.flops / seconds / self.peak if self.peak else None

@@ -1,0 +1,56 @@
+"""`jaxlm train --restart N`: whatever ends a run before its end, it is started again, from its newest checkpoint. No JAX here."""
+
+import time
+from collections.abc import Sequence
+
+from jaxlm.parallel.launcher import HUNG, STOPPED, Launcher
+from jaxlm.reporting.progress import print_line
+from jaxlm.reporting.units import counted, format_duration
+from jaxlm.settings import Settings
+from jaxlm.training.manifest import finished_steps
+
+LONGEST_PAUSE = 60.0  # seconds
+SHRINK_AFTER = 2  # restarts without progress
+
+
+def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, restarts: int) -> int:
+    """Runs `jaxlm ARGUMENTS` to its end, in `num_processes` processes; returns the exit code.
+
+    It is started again after a crash, a kill or a hang, but not after bad input, an error that would only come again, or when it
+    was told to stop; with pauses that grow, and at most `restarts` times in a row without a new checkpoint. With mesh.elastic,
+    after two of those half the processes go on, and all of them are tried again once there is progress.
+    """
+    fruitless, processes = 0, num_processes
+    with Launcher() as launcher:
+        while True:
+            before = _newest(settings)
+            code = launcher.run(arguments, processes)
+            if code in (0, 2, 3, *STOPPED) or launcher.stopped is not None:
+                return code
+            after = _newest(settings)
+            fruitless = 0 if after > before else fruitless + 1
+            what = "hung" if code == HUNG else "failed"
+            if not restarts:
+                return code
+            if fruitless > restarts:
+                print_line(f"{what} {fruitless} times in a row without a new checkpoint; giving up")
+                return code
+            if after > before:
+                processes = num_processes
+            elif settings.mesh.elastic and fruitless % SHRINK_AFTER == 0 and processes > 1:
+                processes //= 2
+            pause = min(LONGEST_PAUSE, 2.0**fruitless - 1)
+            print_line(f"{what}; starting again from {f'step {after}' if after else 'the beginning'} in {format_duration(pause)}"
+                       + (f", with {counted(processes, 'process')}" if processes < num_processes else "")
+                       + (f" (restart {fruitless} of {restarts} without a new checkpoint)" if fruitless else ""))
+            _sleep(pause, launcher)
+
+
+def _newest(settings: Settings) -> int:
+    return max(finished_steps(settings.run_dir), default=0)
+
+
+def _sleep(seconds: float, launcher: Launcher) -> None:
+    end = time.monotonic() + seconds
+    while launcher.stopped is None and time.monotonic() < end:
+        time.sleep(0.05)
