@@ -178,6 +178,8 @@ def _in_short(summary: dict[str, Any]) -> str:
         figures.append(f"{format_count(summary['tokens_per_second'])} tokens/s")
     if summary["val_loss"] is not None:
         figures.append(f"validation loss {summary['val_loss']:.4f}")
+    if summary.get("skipped_rows"):
+        figures.append(f"{summary['skipped_rows']:,} rows skipped")
     return ", ".join(figures)
 
 

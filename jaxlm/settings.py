@@ -152,6 +152,9 @@ class DataSettings:
                        "documents: whole documents packed together, attention never crosses from one to the next")
     masking: MaskingSettings = key(MaskingSettings(), "")
     prefetch: Positive = key(4, "batches made ahead of the step", "batches")
+    damaged: Literal["stop", "skip"] = key(
+        "stop", "text of the corpus that cannot be read or differs from its checksum: stop the run, or skip the sequences that "
+                "need it (their rows become padding; they are named on stderr and counted as skipped_rows)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,11 +1,12 @@
-"""A prepared corpus on disk, memory-mapped: token streams of a train and a validation split, and their documents' offsets.
+"""A prepared corpus on disk: token streams of a train and a validation split, and their documents' offsets.
 
     manifest.json               format, tokenizer, settings, sources, and per split the counts, files and digests
     report.json                 documents in, dropped by reason, repaired, out
     tokenizer/                  see jaxlm.data.tokenizers
     train-00000.tokens.npy      uint16 (uint32 for a vocabulary above 65,536), shard after shard one stream
+    train-00000.crc32.npy       uint32: the checksum of every block of 4,096 tokens of that shard (older corpora have none)
     train.offsets.npy           int64 [documents + 1]: document d is the stream's tokens offsets[d] .. offsets[d + 1]
-    validation-00000.tokens.npy, validation.offsets.npy
+    validation-00000.tokens.npy, validation-00000.crc32.npy, validation.offsets.npy
 
 Every shard but the last holds the same number of tokens, so the shard of a position is one division; documents may cross shards.
 A document ends with the tokenizer's eos where it has one.
@@ -13,12 +14,16 @@ A document ends with the tokenizer's eos where it has one.
 
 import hashlib
 import json
-from functools import cached_property
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from jaxlm.data.damage import DamagedData
+from jaxlm.data.shards import CHECKSUM, Shard, check_array, load_array, num_blocks, open_shard
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.reporting.units import counted, format_count
@@ -26,10 +31,15 @@ from jaxlm.reporting.units import counted, format_count
 FORMAT = 1
 MANIFEST, REPORT, TOKENIZER = "manifest.json", "report.json", "tokenizer"
 SPLITS = ("train", "validation")
+OPEN_SHARDS = 128  # of a split at a time: some systems let a process open no more than 256 files
 
 
 def shard_file(split: str, number: int) -> str:
     return f"{split}-{number:05d}.tokens.npy"
+
+
+def checksum_file(split: str, number: int) -> str:
+    return f"{split}-{number:05d}.crc32.npy"
 
 
 def offsets_file(split: str) -> str:
@@ -42,7 +52,7 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 class Documents:
-    """One split: a stream of tokens and where its documents begin. Opened anew when sent to another process."""
+    """One split: a stream of tokens and where its documents begin. For any thread; opened anew when sent to another process."""
 
     def __init__(self, directory: Path, split: str, manifest: dict[str, Any]):
         self.directory = directory
@@ -53,53 +63,72 @@ class Documents:
         self.num_documents: int = self.entry["documents"]
         self.num_tokens: int = self.entry["tokens"]
         self.num_bytes: int = self.entry["bytes"]  # of the text, in UTF-8
+        vocab_size = manifest["tokenizer"]["vocab_size"]
+        self.opened = lru_cache(OPEN_SHARDS)(partial(open_shard, directory, self.entry["shards"], self.dtype, vocab_size))
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """int64 [num_documents + 1], memory-mapped."""
-        return np.load(self.directory / offsets_file(self.split), mmap_mode="r")
-
-    @cached_property
-    def shards(self) -> list[np.ndarray]:
-        return [np.load(self.directory / shard["file"], mmap_mode="r") for shard in self.entry["shards"]]
+        """int64 [num_documents + 1], read-only; compared with its digest when first asked for. UserError where it differs."""
+        with refusing_damage():
+            return load_array(self.directory / offsets_file(self.split), self.num_documents + 1, np.dtype("<i8"),
+                              self.entry["offsets"]["sha256"])
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """int32 [stop - start]: tokens start .. stop of the split's stream; IndexError outside of it."""
+        """int32 [stop - start]: tokens start .. stop of the split's stream.
+
+        IndexError outside of it. DamagedData when a file is gone or too short, the checksum of a block that holds one of these
+        tokens differs, or a token is not in the vocabulary.
+        """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a stream of {self.num_tokens}")
         tokens = np.empty(stop - start, np.int32)
         position = start
         while position < stop:
             number, inside = divmod(position, self.shard_tokens)
-            piece = self.shards[number][inside:inside + stop - position]
+            piece = self.shard(number).read(inside, min(inside + stop - position, self.shard_tokens))
             tokens[position - start:position - start + len(piece)] = piece
             position += len(piece)
         return tokens
 
+    def shard(self, number: int) -> Shard:
+        """An open shard; opened anew if its file was removed, replaced or cut, so that all processes see the same."""
+        shard = self.opened(number)
+        if not shard.is_current():
+            self.opened.cache_clear()
+            shard = self.opened(number)
+        return shard
+
     def check(self) -> None:
         """UserError when a file is missing or not as long as the manifest says. Reads headers only."""
-        for shard in self.entry["shards"]:
-            check_array(self.directory / shard["file"], shard["tokens"], self.dtype)
-        check_array(self.directory / offsets_file(self.split), self.num_documents + 1, np.dtype("<i8"))
+        with refusing_damage():
+            for shard in self.entry["shards"]:
+                check_array(self.directory / shard["file"], shard["tokens"], self.dtype)
+                if "checksums" in shard:
+                    check_array(self.directory / shard["checksums"]["file"], num_blocks(shard["tokens"]), CHECKSUM)
+            check_array(self.directory / offsets_file(self.split), self.num_documents + 1, np.dtype("<i8"))
 
     def __reduce__(self) -> tuple:
         return open_split, (self.directory, self.split)
 
 
 def open_split(directory: Path, split: str) -> Documents:
-    return getattr(Corpus(directory), split)
+    return getattr(Corpus(directory, whole=False), split)
 
 
 class Corpus:
-    """A finished corpus. UserError when the folder is none, or lacks a part."""
+    """A finished corpus. UserError when the folder is none, or lacks a part.
 
-    def __init__(self, directory: str | Path):
-        self.directory = Path(directory).absolute()
+    whole=False: files of tokens may be missing or too short; DamagedData comes when they are read.
+    """
+
+    def __init__(self, directory: str | Path, whole: bool = True):
+        self.directory, self.whole = Path(directory).absolute(), whole
         self.manifest = read_manifest(self.directory)
         self.train = Documents(self.directory, "train", self.manifest)
         self.validation = Documents(self.directory, "validation", self.manifest)
-        self.train.check()
-        self.validation.check()
+        if whole:
+            self.train.check()
+            self.validation.check()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -134,7 +163,7 @@ class Corpus:
         return [*lines, f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, digest {tokenizer['digest'][:12]}"]
 
     def __reduce__(self) -> tuple:
-        return Corpus, (self.directory,)
+        return Corpus, (self.directory, self.whole)
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -160,18 +189,10 @@ def read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
 
 
-def check_array(path: Path, length: int, dtype: np.dtype) -> None:
-    """UserError unless the file is a whole one-dimensional .npy of this length and type."""
+@contextmanager
+def refusing_damage() -> Iterator[None]:
+    """What is damaged when a corpus is opened is bad input."""
     try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, found = np.lib.format.read_array_header_1_0(file)
-            size = file.tell() + length * dtype.itemsize
-        if (shape, found, path.stat().st_size) == ((length,), dtype, size):
-            return
-        problem = f"{path.stat().st_size:,} bytes, expected {size:,} ({length:,} of {dtype})"
-    except FileNotFoundError:
-        problem = "missing"
-    except ValueError:
-        problem = "not a .npy file"
-    raise UserError(f"{path}: {problem}; the corpus is damaged, prepare it again")
+        yield
+    except DamagedData as damage:
+        raise UserError(f"{damage.path}: {damage.problem}; the corpus is damaged, prepare it again") from None

@@ -9,16 +9,21 @@ Arrays, int32 unless said (B rows, T = data.sequence_length, P predictions):
   token_types [B, T], next_sentence [B] (0: B follows A) and next_sentence_mask bool [B].
 - segment_ids (1, 2, ... for the documents of a row, 0: padding) and positions [B, T] where a row can hold several documents
   (packing=documents) or, for bert, padding (next_sentence, validation).
+
+A row whose text is damaged ends the run, or (data.damaged=skip) is padding with masks that are all False; the others stay as they
+are.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.corpus import Corpus
+from jaxlm.data.corpus import MANIFEST, Corpus
+from jaxlm.data.damage import Damage, DamagedData
 from jaxlm.data.masking import Masker, num_predictions
 from jaxlm.data.randomness import make_keys, shuffled
 from jaxlm.data.sequences import (
@@ -44,24 +49,52 @@ MAX_READ_THREADS = 4
 MASKED = ("masked_positions", "masked_targets", "masked_mask")
 
 
+class Example(NamedTuple):
+    """What a row of a batch is made of."""
+
+    corpus: str  # its folder
+    split: str
+    epoch: int
+    sequence: int  # its number in the split
+    spans: list[tuple[int, int]]  # of the split's stream: first token and end, as `Documents.read` takes them
+
+
 @dataclass(frozen=True)
 class Source:
     """The sequences of one split of one corpus."""
 
+    corpus: str  # its folder
     sequences: Sequences
     number: int  # among the sources
     seed: int
     training: bool  # shuffled, epoch after epoch; else in order, once
 
-    def rows(self, numbers: np.ndarray) -> tuple[Rows, np.ndarray]:
-        """The samples `numbers` (int64 [n]) of this source and their keys (uint64 [n])."""
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """For each of its samples (int64 [n]): the epoch, and the sequence of the split (int64 [n])."""
+        if not self.training:
+            return np.zeros_like(numbers), numbers
+        epochs, places = np.divmod(numbers, self.sequences.count)
+        return epochs, shuffled(places, self.sequences.count, make_keys(self.seed, ORDER, self.number, epochs))
+
+    def keys(self, numbers: np.ndarray, epochs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The keys of the samples' epochs and of the samples themselves (uint64 [n])."""
         if not self.training:
             keys = make_keys(VALIDATION_SEED, VALIDATION, self.number, numbers)
-            return self.sequences.rows(numbers, keys, keys), keys
-        epochs, places = np.divmod(numbers, self.sequences.count)
-        indices = shuffled(places, self.sequences.count, make_keys(self.seed, ORDER, self.number, epochs))
-        keys = make_keys(self.seed, SAMPLE, self.number, numbers)
-        return self.sequences.rows(indices, make_keys(self.seed, OFFSET, self.number, epochs), keys), keys
+            return keys, keys
+        return make_keys(self.seed, OFFSET, self.number, epochs), make_keys(self.seed, SAMPLE, self.number, numbers)
+
+    def rows(self, numbers: np.ndarray) -> tuple[Rows, np.ndarray]:
+        """The samples `numbers` (int64 [n]) of this source and their keys (uint64 [n]). Raises DamagedData."""
+        epochs, indices = self.places(numbers)
+        epoch_keys, keys = self.keys(numbers, epochs)
+        return self.sequences.rows(indices, epoch_keys, keys), keys
+
+    def examples(self, numbers: np.ndarray) -> list[Example]:
+        """What the samples `numbers` (int64 [n]) of this source are made of; reads no text."""
+        epochs, indices = self.places(numbers)
+        spans = self.sequences.spans(indices, *self.keys(numbers, epochs))
+        split = "train" if self.training else "validation"
+        return [Example(self.corpus, split, *row) for row in zip(epochs.tolist(), indices.tolist(), spans, strict=True)]
 
 
 class Mixture:
@@ -99,11 +132,15 @@ class Succession:
 
 
 class Batches:
-    """`batch(step)` for the steps 0 .. len(self). Made by `training_batches` and `validation_batches`."""
+    """`batch(step)` for the steps 0 .. len(self). Made by `training_batches` and `validation_batches`.
+
+    damage: what was skipped so far; None where damaged text is not to be skipped, but raises DamagedData.
+    """
 
     def __init__(self, sources: list[Source], order: Mixture | Succession, shares: Sequence[float], global_batch_size: int,
-                 masker: Masker | None, pad: int):
+                 masker: Masker | None, pad: int, skip_damaged: bool):
         self.sources, self.order, self.masker, self.pad = sources, order, masker, pad
+        self.damage = Damage() if skip_damaged else None
         self.global_batch_size = global_batch_size
         self.sequences_per_epoch = sum(source.sequences.count for source in sources)  # with several corpora: of all together
         self.padding_share = float(np.average([source.sequences.padding_share for source in sources], weights=shares))
@@ -117,10 +154,13 @@ class Batches:
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> Rows:
         """The rows (numbers below global_batch_size; None: all) of the batch of a step; IndexError outside of 0 .. len(self)."""
+        return self.samples(self.numbers(step, rows))
+
+    def numbers(self, step: int, rows: np.ndarray | None) -> np.ndarray:
+        """Sample numbers, int64 [n], of the rows of a step; as in `batch`."""
         if not 0 <= step < len(self):
             raise IndexError(f"batch {step} of {len(self)}")
-        rows = np.arange(self.global_batch_size) if rows is None else np.asarray(rows)
-        return self.samples(step * self.global_batch_size + rows)
+        return step * self.global_batch_size + (np.arange(self.global_batch_size) if rows is None else np.asarray(rows))
 
     def sample(self, number: int) -> Rows:
         """One row, without the leading axis: number = step * global_batch_size + row."""
@@ -131,16 +171,42 @@ class Batches:
         chosen, own_numbers = self.order.pick(numbers)
         batch = empty_rows(self.spec, len(numbers), self.pad)
         keys = np.zeros(len(numbers), np.uint64)
+        filled = np.zeros((len(numbers), 1), bool)
+
+        def fill(source: Source, places: np.ndarray) -> None:
+            try:
+                part, keys[places] = source.rows(own_numbers[places])
+            except DamagedData as error:
+                if self.damage is None or not (error.path.parent / MANIFEST).exists():  # nobody wants to do without all of it
+                    raise
+                if len(places) > 1:
+                    for half in np.array_split(places, 2):
+                        fill(source, half)
+                else:
+                    self.damage.add(error, int(numbers[places[0]]))
+                return
+            filled[places] = True
+            for name, array in part.items():
+                batch[name][places] = array
+
         for source in self.sources:
             places = np.flatnonzero(chosen == source.number)
             if len(places):
-                part, keys[places] = source.rows(own_numbers[places])
-                for name, array in part.items():
-                    batch[name][places] = array
+                fill(source, places)
         if self.masker:
-            real = batch["segment_ids"] > 0 if "segment_ids" in batch else np.ones(batch["tokens"].shape, bool)
+            real = batch["segment_ids"] > 0 if "segment_ids" in batch else np.broadcast_to(filled, batch["tokens"].shape)
             batch |= self.masker(batch["tokens"], real, make_keys(MASK, keys))
         return batch
+
+    def examples(self, step: int, rows: np.ndarray | None = None) -> list[Example | None]:
+        """What the rows of a step (as in `batch`) are made of, damaged or not; None for those after the end of a split."""
+        chosen, own_numbers = self.order.pick(self.numbers(step, rows))
+        found: list[Example | None] = [None] * len(chosen)
+        for source in self.sources:
+            places = np.flatnonzero(chosen == source.number)
+            for place, example in zip(places.tolist(), source.examples(own_numbers[places]), strict=True):
+                found[place] = example
+        return found
 
 
 def training_batches(corpora: Mapping[Corpus, float] | Sequence[tuple[Corpus, float]], data: DataSettings, *, family: str,
@@ -151,7 +217,8 @@ def training_batches(corpora: Mapping[Corpus, float] | Sequence[tuple[Corpus, fl
     """
     corpora, weights = zip(*(corpora.items() if isinstance(corpora, Mapping) else corpora), strict=True)
     sources = make_sources(corpora, data, family, next_sentence, seed, training=True)
-    return Batches(sources, Mixture(weights), weights, data.global_batch_size, *masker_and_pad(corpora[0], data, family))
+    masker, pad = masker_and_pad(corpora[0], data, family)
+    return Batches(sources, Mixture(weights), weights, data.global_batch_size, masker, pad, data.damaged == "skip")
 
 
 def validation_batches(corpora: Corpus | Sequence[Corpus], data: DataSettings, *, family: str, next_sentence: bool = False,
@@ -160,7 +227,8 @@ def validation_batches(corpora: Corpus | Sequence[Corpus], data: DataSettings, *
     corpora = corpora if isinstance(corpora, Sequence) else [corpora]
     sources = make_sources(corpora, data, family, next_sentence, VALIDATION_SEED, training=False)
     counts = [source.sequences.count for source in sources]
-    return Batches(sources, Succession(counts), counts, batch_size, *masker_and_pad(corpora[0], data, family))
+    masker, pad = masker_and_pad(corpora[0], data, family)
+    return Batches(sources, Succession(counts), counts, batch_size, masker, pad, data.damaged == "skip")
 
 
 def masker_and_pad(corpus: Corpus, data: DataSettings, family: str) -> tuple[Masker | None, int]:
@@ -181,7 +249,7 @@ def make_sources(corpora: Sequence[Corpus], data: DataSettings, family: str, nex
         least = 5 if next_sentence else 3
         if data.sequence_length < least:
             raise UserError(f"data.sequence_length: {data.sequence_length} is too short for bert, expected at least {least}")
-    return [Source(cut(corpus, data, family, next_sentence, training), number, seed, training)
+    return [Source(str(corpus.directory), cut(corpus, data, family, next_sentence, training), number, seed, training)
             for number, corpus in enumerate(corpora)]
 
 

@@ -61,7 +61,6 @@ def cut_documents(offsets: np.ndarray, longest: int, dropped_at_end: int) -> Pie
 
     offsets: int64 [documents + 1]. dropped_at_end: tokens at the end of each document that belong to no piece.
     """
-    offsets = np.asarray(offsets)  # in memory, if it was a file
     begins, ends = offsets[:-1], offsets[1:] - dropped_at_end
     counts = -(-np.maximum(ends - begins, 0) // longest)
     documents = np.repeat(np.arange(len(counts)), counts)

@@ -20,7 +20,18 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data import cleaning, sources, stages
-from jaxlm.data.corpus import FORMAT, MANIFEST, REPORT, SPLITS, TOKENIZER, Corpus, offsets_file, shard_file, token_type
+from jaxlm.data.corpus import (
+    FORMAT,
+    MANIFEST,
+    REPORT,
+    SPLITS,
+    TOKENIZER,
+    Corpus,
+    checksum_file,
+    offsets_file,
+    shard_file,
+    token_type,
+)
 from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
 from jaxlm.data.work import Result, Workers, exclusive
@@ -56,7 +67,7 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
     directory = Path(directory).absolute()
     settings = shaping_settings(data, vocab_size)
     if (directory / MANIFEST).exists():
-        corpus = open_prepared(directory, settings if data.raw is not None else {})
+        corpus = open_prepared(directory, settings if data.raw is not None else {}, data)
         accept(corpus)
         return corpus
     plan = make_plan(data, directory, settings, vocab_size)
@@ -76,12 +87,12 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
                 for folder in created:
                     folder.rmdir()
             raise
-    return open_prepared(directory, settings)
+    return open_prepared(directory, settings, data)
 
 
-def open_prepared(directory: Path, settings: dict[str, Any]) -> Corpus:
+def open_prepared(directory: Path, settings: dict[str, Any], data: DataSettings) -> Corpus:
     """The finished corpus; UserError where it was made with another value of one of these settings."""
-    corpus = Corpus(directory)
+    corpus = Corpus(directory, whole=data.damaged == "stop")
     for key, value in settings.items():
         made_with = corpus.manifest["settings"].get(key)
         if value != made_with and not (key == "model.vocab_size" and value is None):
@@ -188,7 +199,8 @@ def write_split(split: str, workers: Workers, counts: list[Result], corpus: Path
     """Shards and offsets of one split, and its entry in the manifest."""
     stems = [workers.stem("tokenize", number) for number in range(len(counts))]
     spans = stages.shard_spans(stems, [count[split]["tokens"] for count in counts], split, shard_tokens)
-    tasks = [stages.ShardTask(shard, corpus / shard_file(split, number), dtype) for number, shard in enumerate(spans)]
+    tasks = [stages.ShardTask(shard, corpus / shard_file(split, number), corpus / checksum_file(split, number), dtype)
+             for number, shard in enumerate(spans)]
     shards = workers.run(f"write {split}", stages.write_shard, tasks, [task.tokens for task in tasks], "tokens")
     path = corpus / offsets_file(split)
     write_atomically(path, lambda temporary: np.save(temporary, stages.document_offsets(stems, split)))

@@ -2,7 +2,8 @@
 
 Each class below is one way to cut a split into sequences. It has `count` (sequences in an epoch), `padding_share`,
 `spec` {name: (row shape, dtype)} and `rows(indices, epoch_keys, sample_keys)`, which returns those arrays for several sequences:
-indices int64 [n]; epoch_keys and sample_keys uint64 [n] are all the randomness there is (see jaxlm.data.randomness).
+indices int64 [n]; epoch_keys and sample_keys uint64 [n] are all the randomness there is (see jaxlm.data.randomness). `spans`, of
+the same arguments, says of which stretches (start, stop) of the stream each one is made. Only `rows` reads them: DamagedData.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from jaxlm.data.tokenizers import SpecialTokens
 
 Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
 Rows = dict[str, np.ndarray]
+Spans = list[tuple[int, int]]
 
 
 class GptWindows:
@@ -31,9 +33,13 @@ class GptWindows:
         self.padding_share = share_padded(max(0, documents.num_tokens - 1), self.count * sequence_length, training)
         self.spec = row_spec(sequence_length, self.ARRAYS)
 
+    def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
+        offsets = epoch_offsets(epoch_keys, self.windows.num_offsets)
+        return [[span] for span in self.windows.spans(indices, offsets)]
+
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.pad)
-        for row, (start, stop) in enumerate(self.windows.spans(indices, epoch_offsets(epoch_keys, self.windows.num_offsets))):
+        for row, [(start, stop)] in enumerate(self.spans(indices, epoch_keys, sample_keys)):
             window = self.documents.read(start, stop)
             batch["tokens"][row, :len(window) - 1] = window[:-1]
             batch["targets"][row, :len(window) - 1] = window[1:]
@@ -53,20 +59,23 @@ class GptDocuments:
         self.padding_share = share_padded(int(self.plan.pieces.lengths.sum()), self.count * sequence_length)
         self.spec = row_spec(sequence_length, self.ARRAYS)
 
+    def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
+        return [self.plan.spans(index) for index in indices.tolist()]
+
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.pad)
         row_of_piece, pieces = self.plan.pieces_of(indices)
-        stops = pieces.starts + pieces.lengths
-        tokens = read_spans(self.documents, pieces.starts, stops)
-        targets = np.roll(tokens, -1)
-        has_target = np.ones(len(tokens), bool)
-        last = np.cumsum(pieces.lengths) - 1
-        has_target[last] = pieces.continues
-        targets[last] = 0
-        targets[last[pieces.continues]] = read_spans(self.documents, stops[pieces.continues], stops[pieces.continues] + 1)
+        lengths = pieces.lengths + pieces.continues  # where the document goes on, with the last token's target
+        stream = read_spans(self.documents, pieces.starts, pieces.starts + lengths)
+        is_token = np.ones(len(stream), bool)
+        is_token[np.cumsum(lengths)[pieces.continues] - 1] = False
+        targets = np.roll(stream, -1)[is_token]
+        has_target = np.ones(len(targets), bool)
+        has_target[np.cumsum(pieces.lengths)[~pieces.continues] - 1] = False
+        targets[~has_target] = 0
 
         filled = place_pieces(batch, row_of_piece, pieces.lengths)
-        batch["tokens"][filled] = tokens
+        batch["tokens"][filled] = stream[is_token]
         batch["targets"][filled] = targets
         batch["loss_mask"][filled] = has_target
         return batch
@@ -86,10 +95,14 @@ class BertWindows:
         padding = () if training else ("segment_ids", "positions")
         self.spec = row_spec(sequence_length, (*self.ARRAYS, *padding))
 
+    def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
+        offsets = epoch_offsets(epoch_keys, self.windows.num_offsets)
+        return [[span] for span in self.windows.spans(indices, offsets)]
+
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
         lengths = np.empty(len(indices), np.int64)
-        for row, (start, stop) in enumerate(self.windows.spans(indices, epoch_offsets(epoch_keys, self.windows.num_offsets))):
+        for row, [(start, stop)] in enumerate(self.spans(indices, epoch_keys, sample_keys)):
             lengths[row] = fill(batch["tokens"][row], [self.special.cls], self.documents.read(start, stop), [self.special.sep])
         if "segment_ids" in batch:
             place_pieces(batch, np.arange(len(indices)), lengths)
@@ -107,6 +120,9 @@ class BertDocuments:
         self.count = len(self.plan)
         self.padding_share = share_padded(int((self.plan.pieces.lengths + 2).sum()), self.count * sequence_length)
         self.spec = row_spec(sequence_length, self.ARRAYS)
+
+    def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
+        return [self.plan.spans(index) for index in indices.tolist()]
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
@@ -149,19 +165,11 @@ class BertPairs:
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
-        words = random_words(sample_keys, 4)
-        starts, lengths = self.pieces.starts[indices], self.pieces.lengths[indices]
-        lengths_a = 1 + below(words[:, 0], lengths - 1)
-        starts_b, lengths_b = starts + lengths_a, lengths - lengths_a
-        is_other = below(words[:, 1], 2) == 1
-        other_starts, other_lengths = self.other_spans(indices, lengths_b, words[:, 2:])
-        starts_b = np.where(is_other, other_starts, starts_b)
-        lengths_b = np.where(is_other, other_lengths, lengths_b)
-
+        spans, is_other = self.pairs(indices, sample_keys)
         cls, sep, read = [self.special.cls], [self.special.sep], self.documents.read
-        spans = np.stack([starts, starts + lengths_a, starts_b, starts_b + lengths_b], axis=1).tolist()
-        for row, (start_a, stop_a, start_b, stop_b) in enumerate(spans):
+        for row, (start_a, stop_a, start_b, stop_b) in enumerate(spans.tolist()):
             fill(batch["tokens"][row], cls, read(start_a, stop_a), sep, read(start_b, stop_b), sep)
+        lengths_a, lengths_b = spans[:, 1] - spans[:, 0], spans[:, 3] - spans[:, 2]
         lengths = lengths_a + lengths_b + 3
         place_pieces(batch, np.arange(len(indices)), lengths)
         column = np.arange(self.sequence_length)
@@ -169,6 +177,22 @@ class BertPairs:
         batch["next_sentence"][:] = is_other
         batch["next_sentence_mask"][:] = True
         return batch
+
+    def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
+        return [[(start_a, stop_a), (start_b, stop_b)] for start_a, stop_a, start_b, stop_b in
+                self.pairs(indices, sample_keys)[0].tolist()]
+
+    def pairs(self, indices: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [n, 4]: start and end of A, start and end of B; bool [n]: whether B is from another document."""
+        words = random_words(keys, 4)
+        starts, lengths = self.pieces.starts[indices], self.pieces.lengths[indices]
+        lengths_a = 1 + below(words[:, 0], lengths - 1)
+        starts_b, lengths_b = starts + lengths_a, lengths - lengths_a
+        is_other = below(words[:, 1], 2) == 1
+        other_starts, other_lengths = self.other_spans(indices, lengths_b, words[:, 2:])
+        starts_b = np.where(is_other, other_starts, starts_b)
+        lengths_b = np.where(is_other, other_lengths, lengths_b)
+        return np.stack([starts, starts + lengths_a, starts_b, starts_b + lengths_b], axis=1), is_other
 
     def other_spans(self, indices: np.ndarray, longest: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths), int64 [n]: for each piece a span of at most `longest` tokens from another document.
@@ -181,8 +205,7 @@ class BertPairs:
         drawn = below(words[:, 0], self.count - num_own)
         drawn += np.where(drawn >= own, num_own, 0)
         other = self.pieces.documents[drawn]
-        offsets = np.asarray(self.documents.offsets)
-        begins, ends = offsets[other], offsets[other + 1] - self.end_marks
+        begins, ends = self.documents.offsets[other], self.documents.offsets[other + 1] - self.end_marks
         lengths = np.minimum(longest, ends - begins)
         return begins + below(words[:, 1], ends - begins - lengths + 1), lengths
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from jaxlm.data import cleaning
 from jaxlm.data.corpus import SPLITS
+from jaxlm.data.shards import block_checksums
 from jaxlm.data.sources import Reading, Unit, read_documents
 from jaxlm.data.tokenizer_training import train_tokenizer
 from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
@@ -275,6 +276,7 @@ Span = tuple[Path, int, int]  # raw token file, first token, end
 class ShardTask:
     spans: list[Span]
     path: Path
+    checksums: Path
     dtype: np.dtype
 
     @property
@@ -299,7 +301,7 @@ def shard_spans(stems: list[Path], counts: list[int], split: str, shard_tokens: 
 
 
 def write_shard(task: ShardTask, stem: Path) -> Result:
-    """Copies the spans into one .npy."""
+    """Copies the spans into one .npy, and puts the checksums of its blocks beside it."""
     def write(path: Path) -> None:
         tokens = np.lib.format.open_memmap(path, mode="w+", dtype=task.dtype, shape=(task.tokens,))
         position = 0
@@ -309,7 +311,10 @@ def write_shard(task: ShardTask, stem: Path) -> Result:
         tokens.flush()
 
     write_atomically(task.path, write)
-    return {"file": task.path.name, "tokens": task.tokens, "sha256": file_digest(task.path)}
+    checksums = block_checksums(np.load(task.path, mmap_mode="r"))
+    write_atomically(task.checksums, lambda path: np.save(path, checksums))
+    return {"file": task.path.name, "tokens": task.tokens, "sha256": file_digest(task.path),
+            "checksums": {"file": task.checksums.name, "sha256": file_digest(task.checksums)}}
 
 
 def document_offsets(stems: list[Path], split: str) -> np.ndarray:

@@ -53,3 +53,18 @@ def rows_needed(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:
     """The rows of a batch whose leading dimension is cut by `sharding` that this process's devices hold, ascending."""
     ranges = {index[0].indices(num_rows)[:2] for index in sharding.addressable_devices_indices_map((num_rows,)).values()}
     return np.unique(np.concatenate([np.arange(start, stop) for start, stop in ranges]))
+
+
+def first_holders(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:
+    """int [num_rows]: the process of the first device, in the order of the mesh, that holds each row (see `rows_needed`)."""
+    holders = np.empty(num_rows, int)
+    for device, index in reversed(sharding.devices_indices_map((num_rows,)).items()):
+        holders[index[0]] = device.process_index
+    return holders
+
+
+def rows_are_shared(sharding: jax.sharding.Sharding, num_rows: int) -> bool:
+    """Whether several processes hold the same row."""
+    first = first_holders(sharding, num_rows)
+    return any((first[index[0]] != device.process_index).any()
+               for device, index in sharding.devices_indices_map((num_rows,)).items())

@@ -9,7 +9,7 @@ import numpy as np
 from jaxlm.data.loading import Batches
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Params
-from jaxlm.training.setup import Corpora, Run, on_devices
+from jaxlm.training.setup import Corpora, Run, SkippedRows, on_devices
 from jaxlm.training.step import Batch, Trainer
 
 
@@ -19,7 +19,8 @@ def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora
     steps = len(validation) if whole else min(len(validation), run.settings.eval.steps or len(validation))
     bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
     with on_devices(validation, 0, steps, run.mesh, run.settings.data.prefetch) as source:
-        return evaluate(run.trainer, params, through(source), bytes_per_token)
+        row = evaluate(run.trainer, params, through(source), bytes_per_token)
+    return row | SkippedRows(validation, run.mesh).column(steps, "val_skipped_rows")
 
 
 def evaluate(trainer: Trainer, params: dict, batches: Iterable[Batch], bytes_per_token: float | None) -> dict[str, float]:

@@ -91,7 +91,7 @@ def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, 
             stepping = Stepping(run, corpora, checkpoints, Output(progress, writer, account), watch)
             for line in _describe(run, corpora, first):
                 progress.print(line)
-            stepping.go(state, first, metadata, _last_evaluation(run_dir, first), saved.get("evaluation_due", False))
+            stepping.go(state, first, metadata, _last_evaluation(run_dir, first), saved)
     finally:
         if writer:
             writer.close()
@@ -207,6 +207,7 @@ def _summary(run: Run, stepping: Stepping) -> dict[str, Any]:
     steps = settings.train.steps
     return {
         "steps": steps, "tokens": steps * clock.tokens, "val_loss": plain(stepping.val_row.get("val_loss")),
+        "skipped_rows": stepping.skipped_rows.count(steps),
         "tokens_per_second": seconds and clock.tokens / seconds, "mfu": seconds and clock.mfu(seconds),
         "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
         "parameters": num_parameters(run.settings.model), "wall_seconds": stepping.account.wall_seconds,

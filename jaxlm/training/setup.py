@@ -2,12 +2,15 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout
@@ -19,8 +22,8 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel import distributed
-from jaxlm.parallel.layout import shrunk
-from jaxlm.parallel.mesh import make_mesh, rows_needed
+from jaxlm.parallel.layout import cutting, shrunk
+from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.settings import Settings
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
@@ -70,7 +73,8 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
       accept: raises UserError for corpora that this run cannot use; what has just been prepared is then removed again.
     """
     if isinstance(settings.data.corpus, dict):
-        corpora = [(Corpus(folder), weight) for folder, weight in settings.data.corpus.items()]
+        whole = settings.data.damaged == "stop"
+        corpora = [(Corpus(folder, whole), weight) for folder, weight in settings.data.corpus.items()]
         accept(corpora)
         return corpora
     folder = Path(settings.data.corpus or Path(settings.run_dir) / "corpus")
@@ -161,9 +165,11 @@ def on_devices(batches: Batches, start_step: int, stop_step: int, mesh: Mesh, pr
     """Batches `start_step` to `stop_step` on the mesh; the next one is on its way before the current one is asked for."""
     sharding = batch_sharding(mesh)
     rows = rows_needed(sharding, batches.global_batch_size)
+    skipping = batches.damage is not None and rows_are_shared(sharding, batches.global_batch_size)
+    agree = _as_first_holders_read(sharding) if skipping else lambda batch: batch
 
     def place(batch: dict[str, np.ndarray]) -> Batch:
-        return {name: _place(array, rows, batches.global_batch_size, sharding) for name, array in batch.items()}
+        return agree({name: _place(array, rows, batches.global_batch_size, sharding) for name, array in batch.items()})
 
     def ahead(host: Iterator[dict[str, np.ndarray]]) -> Iterator[Batch]:
         following = next(host, None)
@@ -186,3 +192,41 @@ def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: jax.sha
         return array[begin : begin + last - first]
 
     return jax.make_array_from_callback((num_rows, *array.shape[1:]), sharding, part)
+
+
+@functools.cache
+def _as_first_holders_read(sharding: jax.sharding.NamedSharding) -> Callable[[Batch], Batch]:
+    """Gives all devices that hold a row what the first of them has.
+
+    Of two processes with copies of a corpus of their own, one may have to skip a row that the other can read.
+    """
+    copies = tuple(axis for axis in sharding.mesh.axis_names if axis not in cutting("batch"))
+
+    def as_first_read(array: jax.Array) -> jax.Array:
+        is_first = sum(jax.lax.axis_index(axis) for axis in copies) == 0
+        return jax.lax.psum(jnp.where(is_first, array, 0).astype(jnp.int32), copies).astype(array.dtype)
+
+    each = jax.shard_map(lambda batch: jax.tree.map(as_first_read, batch), mesh=sharding.mesh, in_specs=sharding.spec,
+                         out_specs=sharding.spec, check_vma=False)
+    return jax.jit(each, out_shardings=sharding)
+
+
+class SkippedRows(NamedTuple):
+    """Counts the rows that data.damaged=skip has made padding, in all processes: all of them must ask."""
+
+    batches: Batches
+    mesh: Mesh
+    earlier: int = 0  # before the step that this process resumed from
+
+    def count(self, steps: int) -> int:
+        """Of the first `steps` batches."""
+        if self.batches.damage is None:
+            return self.earlier
+        rows = self.batches.damage.samples(steps * self.batches.global_batch_size) % self.batches.global_batch_size
+        own = first_holders(batch_sharding(self.mesh), self.batches.global_batch_size)[rows] == jax.process_index()
+        return self.earlier + int(process_allgather(np.int32(np.count_nonzero(own))).sum())
+
+    def column(self, steps: int, name: str = "skipped_rows") -> dict[str, int]:
+        """A column of metrics.jsonl, which is left out where nothing was skipped."""
+        count = self.count(steps)
+        return {name: count} if count else {}

@@ -31,6 +31,7 @@ from jaxlm.training.preemption import Preemption
 from jaxlm.training.setup import (
     Corpora,
     Run,
+    SkippedRows,
     batch_shapes,
     make_training_batches,
     make_validation_batches,
@@ -80,10 +81,10 @@ class Stepping:
             else:
                 output.progress.print("WARNING: guards.compare_every_steps: no parameter is on two devices; nothing is compared")
 
-    def go(self, state: TrainState, first: int, metadata: dict[str, Any], last_evaluation: dict[str, Any], evaluate_first: bool
+    def go(self, state: TrainState, first: int, metadata: dict[str, Any], last_evaluation: dict[str, Any], saved: dict[str, Any]
            ) -> None:
-        """Steps `first` + 1 to the last. `metadata`: of every checkpoint; `last_evaluation`: the row of the one before, which
-        `evaluate_first` says had been cut short.
+        """Steps `first` + 1 to the last. `metadata`: of every checkpoint; `last_evaluation`: the row of the one before; `saved`:
+        what the checkpoint that it begins with says of itself.
 
         Raises:
           Preempted: it was told to stop, and has saved.
@@ -91,12 +92,13 @@ class Stepping:
         """
         total, self.metadata, self.val_row = self.settings.train.steps, metadata, last_evaluation
         self.already_skipped = int(state.recent.skipped)
+        self.skipped_rows = SkippedRows(self.batches, self.run.mesh, saved.get("skipped_rows", 0))
         with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
             step_function = self._compile(state)
         self.clock.restart(first)
         with self.preemption, on_devices(self.batches, first, total, self.run.mesh, self.settings.data.prefetch) as source:
             source, pending = iter(source), None
-            if evaluate_first:
+            if saved.get("evaluation_due"):
                 self._evaluate(first, state.params)
                 self._end_if_told(first)
             for step in range(first + 1, total + 1):
@@ -153,7 +155,8 @@ class Stepping:
             values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
             skipped = int(values.pop("skipped_steps"))
             del values["skipped_in_a_row"]
-            self.output.row(step, values | ({"skipped_steps": skipped} if skipped else {}) | self.clock.speed(step))
+            values |= ({"skipped_steps": skipped} if skipped else {}) | self.skipped_rows.column(step)
+            self.output.row(step, values | self.clock.speed(step))
             self.account.reached(step, skipped - self.already_skipped)
 
     # ---- between steps -----------------------------------------------------------------------------------------------
@@ -184,6 +187,7 @@ class Stepping:
             cut_short = self._evaluates_at(step) and self.preemption.agreed
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
+                about |= self.skipped_rows.column(step)
                 self.checkpoints.save(state, step, about, val_loss)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
             self.account.close()

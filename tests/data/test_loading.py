@@ -119,6 +119,36 @@ def test_spec_says_what_a_batch_holds(family, packing, next_sentence, make):
     assert all(array.dtype == (bool if name.endswith("mask") else np.int32) for name, array in batch.items())
 
 
+@pytest.mark.parametrize(("family", "packing", "next_sentence"), EVERY_KIND)
+@pytest.mark.parametrize("make", [training, validation])
+def test_examples_say_what_a_batch_is_made_of(family, packing, next_sentence, make):
+    batches = make(CORPUS, family, packing, next_sentence)
+    split = CORPUS.train if make is training else CORPUS.validation
+    examples, steps = [], -(-batches.sequences_per_epoch // 4) * (2 if make is training else 1)
+    for step in range(steps):
+        found, batch = batches.examples(step), batches.batch(step)
+        assert batches.examples(step, np.array([2, 0])) == [found[2], found[0]]
+        tokens = unmasked(batch) if family == "bert" else batch["tokens"]
+        for row, example in zip(tokens, found, strict=True):
+            expected = np.concatenate([np.empty(0, int), *(split.read(*span) for span in example.spans)] if example else [[]])
+            if (family, packing) == ("gpt", "concatenate"):
+                expected = expected[:-1]  # a target only
+            np.testing.assert_array_equal(row[row >= FIRST], expected)
+        examples += found
+    numbers = [(example.epoch, example.sequence) for example in examples if example]
+    count = batches.sequences_per_epoch
+    assert sorted(numbers[:count]) == [(0, sequence) for sequence in range(count)]
+    assert sorted(numbers[count:2 * count]) == [(1, sequence) for sequence in range(count) if make is training]
+    assert {example[:2] for example in examples if example} == {("corpus", "train" if make is training else "validation")}
+    assert examples.count(None) == (0 if make is training else -count % 4)
+
+
+def test_examples_of_a_mixture_name_their_corpus():
+    batches = training([(CORPUS, 1.0), (make_corpus([30, 50, 20], name="other"), 3.0)], size=8)
+    assert [example.corpus for example in batches.examples(0)].count("other") == 6
+    assert batches.examples(5, np.array([1])) == [batches.examples(5)[1]]
+
+
 # ------------------------------------------------------------------------------------------------------------ concatenate
 
 def test_gpt_windows_are_shuffled_and_cover_the_stream_at_each_epochs_offset():

@@ -1,0 +1,152 @@
+"""The files of a corpus, read without trust: headers and lengths when they are opened, checksums with every read.
+
+Tokens are read with `pread`, never mapped: where a mapped file loses its end, the process dies of SIGBUS instead of an error.
+"""
+
+import errno
+import hashlib
+import os
+import tokenize
+import weakref
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxlm.data.damage import DamagedData
+
+BLOCK_TOKENS = 4096  # under one checksum
+CHECKSUM = np.dtype("<u4")
+
+
+def block_checksums(tokens: np.ndarray) -> np.ndarray:
+    """uint32 [blocks]: crc32 of every block of a shard's tokens."""
+    return np.array([zlib.crc32(tokens[start:start + BLOCK_TOKENS]) for start in range(0, len(tokens), BLOCK_TOKENS)], CHECKSUM)
+
+
+def num_blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_TOKENS)
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """A shard file, open (see `open_shard`). What is read is checked against its checksums, or else against the vocabulary."""
+
+    path: Path
+    descriptor: int
+    identity: tuple[int, int, int]
+    begin: int  # byte of the first token
+    num_tokens: int
+    dtype: np.dtype
+    vocab_size: int
+    checksums: np.ndarray | None  # uint32 [blocks]
+
+    def is_current(self) -> bool:
+        """Whether it is still the file of that name, and as long as it was. (A removed file could be read while it is open.)"""
+        try:
+            return file_identity(os.stat(self.path)) == self.identity
+        except OSError:
+            return False
+
+    def byte(self, token: int) -> int:
+        return self.begin + token * self.dtype.itemsize
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start .. stop of this shard, of the file's type. DamagedData, also for damage elsewhere in their blocks."""
+        if self.checksums is None:
+            tokens = np.frombuffer(self.read_bytes(start, stop), self.dtype)
+            self.check_tokens(start, tokens)
+            return tokens
+        first, last = start - start % BLOCK_TOKENS, min(stop + -stop % BLOCK_TOKENS, self.num_tokens)
+        data = self.read_bytes(first, last)
+        self.check_blocks(first, data)
+        return np.frombuffer(data, self.dtype)[start - first:stop - first]
+
+    def read_bytes(self, start: int, stop: int) -> bytes:
+        """The bytes of tokens start .. stop. DamagedData when not all of them can be read."""
+        position, end, data = self.byte(start), self.byte(stop), b""
+        problem = "the file ends before them"
+        try:
+            while more := os.pread(self.descriptor, end - position - len(data), position + len(data)):  # 2 GiB at most each
+                data += more
+                if len(data) == end - position:
+                    return data
+        except OSError as error:
+            problem = os.strerror(error.errno)
+        raise DamagedData(self.path, f"cannot read bytes {position:,} to {end:,}: {problem}", start // BLOCK_TOKENS)
+
+    def check_blocks(self, start: int, data: bytes) -> None:
+        """DamagedData unless `data`, which begins with token `start` and a block, has the checksums that were written."""
+        view, size = memoryview(data), BLOCK_TOKENS * self.dtype.itemsize
+        for block, begin in enumerate(range(0, len(data), size), start // BLOCK_TOKENS):
+            if zlib.crc32(view[begin:begin + size]) != self.checksums[block]:
+                position = self.byte(block * BLOCK_TOKENS)
+                raise DamagedData(self.path, f"bytes {position:,} to {min(position + size, self.byte(self.num_tokens)):,} "
+                                             "differ from their checksum", block)
+
+    def check_tokens(self, start: int, tokens: np.ndarray) -> None:
+        """DamagedData where one of the tokens, of which the first is number `start`, is not in the vocabulary."""
+        if len(tokens) and tokens.max() >= self.vocab_size:
+            place = int(np.argmax(tokens >= self.vocab_size))
+            raise DamagedData(self.path, f"token {tokens[place]:,} at byte {self.byte(start + place):,}, in a vocabulary of "
+                                         f"{self.vocab_size:,}", (start + place) // BLOCK_TOKENS)
+
+
+def open_shard(directory: Path, shards: list[dict[str, Any]], dtype: np.dtype, vocab_size: int, number: int) -> Shard:
+    """Shard `number` of those that the manifest lists. DamagedData when it, or the file of its checksums, is not whole.
+
+    It is closed when nobody refers to it any more, so that no thread reads from a descriptor that has become another file's.
+    """
+    entry, checksums = shards[number], None
+    if "checksums" in entry:
+        kept = entry["checksums"]
+        checksums = load_array(directory / kept["file"], num_blocks(entry["tokens"]), CHECKSUM, kept["sha256"])
+    path = directory / entry["file"]
+    descriptor, begin = open_array(path, entry["tokens"], dtype)
+    shard = Shard(path, descriptor, file_identity(os.fstat(descriptor)), begin, entry["tokens"], dtype, vocab_size, checksums)
+    weakref.finalize(shard, os.close, descriptor).atexit = False  # threads may be reading until the very end
+    return shard
+
+
+def file_identity(state: os.stat_result) -> tuple[int, int, int]:
+    return state.st_dev, state.st_ino, state.st_size
+
+
+def check_array(path: Path, length: int, dtype: np.dtype) -> None:
+    """DamagedData unless the file is a whole one-dimensional .npy of this length and type. Reads its header only."""
+    os.close(open_array(path, length, dtype)[0])
+
+
+def open_array(path: Path, length: int, dtype: np.dtype) -> tuple[int, int]:
+    """A file descriptor and the place of the first element. DamagedData as in `check_array`."""
+    try:
+        with open(path, "rb") as file:
+            np.lib.format.read_magic(file)
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            begin, size = file.tell(), os.fstat(file.fileno()).st_size
+            expected = begin + length * dtype.itemsize
+            if (shape, found, size) == ((length,), dtype, expected):
+                return os.dup(file.fileno()), begin
+        problem = f"{size:,} bytes, expected {expected:,} ({length:,} of {dtype})"
+    except FileNotFoundError:
+        problem = "missing"
+    except (ValueError, SyntaxError, tokenize.TokenError):  # NumPy parses the header as Python
+        problem = "not a .npy file"
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
+            raise
+        problem = os.strerror(error.errno)
+    raise DamagedData(path, problem)
+
+
+def load_array(path: Path, length: int, dtype: np.dtype, digest: str) -> np.ndarray:
+    """The array in memory, read-only. DamagedData as in `check_array`, and when the file's sha256 (hex) is not `digest`."""
+    descriptor, begin = open_array(path, length, dtype)
+    with open(descriptor, "rb") as file:
+        file.seek(0)
+        data = file.read()
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamagedData(path, "differs from its digest in the manifest")
+    return np.frombuffer(data, dtype, length, begin)
