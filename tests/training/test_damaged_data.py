@@ -143,6 +143,17 @@ def test_a_shard_that_vanishes_ends_the_run_with_one_line(whole, tmp_path, run_f
     assert f"jaxlm: {shard(corpus, 3)}: missing; restore the file" in output.splitlines()[-1]
 
 
+def test_damage_that_one_process_meets_ends_them_all(whole, tmp_path, run_file, start_jaxlm):
+    corpus, run_dir = shutil.copytree(whole, tmp_path / "corpus"), tmp_path / "run"
+    flip_a_bit(shard(corpus, 1))
+    process = start_jaxlm("train", run_file, "--processes", 2, f"run_dir={run_dir}", f"data.corpus={corpus}", "mesh.data=2",
+                          *SMALL)
+    output = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 1 and "Traceback" not in output
+    first, *_ = [line for line in output.splitlines() if line.startswith("jaxlm: ")]
+    assert f"{shard(corpus, 1)}: bytes 128 to 2,128 differ from their checksum" in first
+
+
 def test_processes_whose_copies_are_damaged_in_different_places_stay_together(
         whole, damaged, skipped_by_step, tmp_path, run_file, jaxlm):
     """Both hold every row (tensor=2); the first one's reading counts."""
