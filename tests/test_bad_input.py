@@ -86,7 +86,7 @@ def house(tmp_path_factory) -> Path:
     shutil.rmtree(folder / "stopped_early" / "checkpoints")
     (folder / "stopped_early" / "checkpoints").mkdir()
     shutil.copytree(folder / "run", folder / "torn")
-    for params in (folder / "torn" / "checkpoints").glob("*/params"):
+    for params in (folder / "torn" / "checkpoints").glob("*/state/params"):
         shutil.rmtree(params)
     return folder
 

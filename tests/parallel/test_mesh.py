@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.parallel.layout import across
+from jaxlm.parallel.layout import across, shrunk
 from jaxlm.parallel.mesh import crossings, make_mesh
 from jaxlm.settings import AXES, MeshSettings
 
@@ -76,3 +76,23 @@ def test_any_mesh_can_be_laid_over_any_number_of_equal_nodes():
 def test_what_does_not_fit_the_nodes_is_refused(settings, sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(settings, nodes(*sizes))
+
+
+# ---- fewer devices than the mesh says --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("devices", "sizes"), [
+    (8, (4, 2, 1, 1)), (16, (4, 2, 1, 1)), (4, (2, 2, 1, 2)), (2, (1, 2, 1, 4)), (1, (1, 1, 1, 8))])
+def test_an_elastic_mesh_shrinks_data_first_and_cuts_the_batch_finer(devices, sizes):
+    smaller, times = shrunk(MeshSettings(data=4, fsdp=2, elastic=True), devices)
+    assert (smaller.data, smaller.fsdp, smaller.tensor, times) == sizes
+
+
+def test_axes_that_cannot_shrink_are_named():
+    assert shrunk(MeshSettings(data=2, tensor=4), 4)[0] == MeshSettings(data=1, tensor=4)
+    with pytest.raises(UserError, match=r"mesh\.elastic: .*cannot shrink to 2 devices, with 4 along the other axes"):
+        shrunk(MeshSettings(data=2, tensor=4), 2)
+
+
+def test_a_free_axis_adapts_by_itself():
+    for mesh in (MeshSettings(), MeshSettings(fsdp=-1), MeshSettings(tensor=2)):
+        assert shrunk(mesh, 1) == (mesh, 1)
