@@ -9,6 +9,7 @@ from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, 
 from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings, TrainSettings
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # fused attention kernels, and where they run
+MOST_DEVICES = 2**16  # along an axis, that a message proposes
 SPLASH_BLOCK = 128  # tokens; splash attention takes multiples of it
 
 
@@ -151,7 +152,7 @@ def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[st
     ]
     for axis, name, size in split:
         if size % sizes[axis]:
-            fitting = max(part for part in range(1, sizes[axis]) if size % part == 0)
+            fitting = max(part for part in range(1, min(sizes[axis], size + 1, MOST_DEVICES)) if size % part == 0)
             yield f"mesh.{axis}={sizes[axis]} does not divide {name}={size}; {fitting} does"
     if VOCAB_PADDING % sizes["tensor"]:
         yield f"mesh.tensor={sizes['tensor']} does not divide the vocabulary, which is padded to a multiple of {VOCAB_PADDING}"

@@ -12,8 +12,8 @@ import pydantic
 import yaml
 
 from jaxlm.checks import check
-from jaxlm.errors import UserError, nearest
-from jaxlm.settings import Settings, sections
+from jaxlm.errors import UserError, nearest, shown
+from jaxlm.settings import Settings, parse_yaml, sections
 
 _SETTINGS = pydantic.TypeAdapter(Settings)
 
@@ -58,7 +58,7 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's values, and the line of each key by its dotted name."""
     try:
         text = path.read_text(encoding="utf-8")
-        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        values, tree = parse_yaml(text)
     except FileNotFoundError:
         beside = [str(file) for file in (*path.parent.glob("*.yaml"), *path.parent.glob("*/"))] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such run file or run directory{nearest(str(path), beside)}") from None
@@ -105,7 +105,7 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
                             f"{next(full for full in known if full.startswith(f'{name}.'))}=...")
         raise UserError(f"unknown key '{name}'{_suggestion(name, known)}")
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = parse_yaml(text)[0] if text else ""
     except yaml.YAMLError:
         raise UserError(f"'{override}': the value is not valid YAML; quote it") from None
     *path, last = name.split(".")
@@ -131,7 +131,7 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
             elif isinstance(value, dict):
                 yield from _unknown_keys(value, hints[name], f"{full}.")
             else:
-                yield full, f"{full} is a section: expected keys under it, found '{value}'"
+                yield full, f"{full} is a section: expected keys under it, found {shown(value)}"
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
@@ -151,8 +151,8 @@ def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
     # pydantic appends the branch of a union or the index in a list to the key's own path
     name = next(name for name in (".".join(location[:n]) for n in range(len(location), 0, -1)) if name in known)
     kind = known[name]
-    hint = nearest(str(problem["input"]), kind.split(" | ")) if " | " in kind else ""
-    return name, f"{name}={problem['input']!r}: expected {kind}{hint}"
+    hint = nearest(problem["input"], kind.split(" | ")) if " | " in kind and isinstance(problem["input"], str) else ""
+    return name, f"{name}={shown(problem['input'])}: expected {kind}{hint}"
 
 
 def _type_name(hint: Any) -> str:

@@ -1,7 +1,11 @@
 """Errors that are told in one line, without a traceback: wrong input, and what went wrong around a run that was right."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
+from typing import Any
+
+SHOWN = 200  # characters of a wrong value in a message
 
 
 class UserError(Exception):
@@ -37,3 +41,16 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     spelled = {choice.lower(): choice for choice in choices}
     matches = difflib.get_close_matches(word.lower(), spelled, n=1, cutoff=0.6)
     return f"; did you mean '{spelled[matches[0]]}'?" if matches else ""
+
+
+def shown(value: Any) -> str:
+    """A wrong value as a message shows it: its repr, cut where it is long, without ever making the whole of it (a few lines of
+    YAML can stand for gigabytes)."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxlong = short.maxother = SHOWN
+    return short.repr(value)
+
+
+def clipped(text: str) -> str:
+    """Text as a message shows it: cut where it is long."""
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -348,6 +348,25 @@ def dump(settings: Settings) -> str:
     return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, but for scalars that are not what they look like (2001-99-99, !!int x): it raises whatever it met."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind} ({error})", node.start_mark) from None
+
+
+def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
+    """What YAML says, and its tree, which knows the lines. Raises yaml.YAMLError."""
+    try:
+        return yaml.load(text, _Loader), yaml.compose(text, _Loader)
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
 def changed(settings: Any, default: Any = None) -> dict[str, Any]:
     """Nested plain values of those keys that are not their defaults."""
     default, found = default or type(settings)(), {}

@@ -23,13 +23,13 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.damage import DamagedData
+from jaxlm.data.manifest import read_manifest, read_report
 from jaxlm.data.shards import CHECKSUM, Shard, check_array, load_array, num_blocks, open_shard
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.reporting.units import counted, format_count
 
-FORMAT = 1
-MANIFEST, REPORT, TOKENIZER = "manifest.json", "report.json", "tokenizer"
+TOKENIZER = "tokenizer"
 SPLITS = ("train", "validation")
 OPEN_SHARDS = 128  # of a split at a time: some systems let a process open no more than 256 files
 
@@ -133,7 +133,8 @@ class Corpus:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         tokenizer = load_tokenizer(self.directory / TOKENIZER)
-        if tokenizer.digest != self.manifest["tokenizer"]["digest"]:
+        entry = self.manifest["tokenizer"]
+        if (tokenizer.digest, tokenizer.vocab_size) != (entry["digest"], entry["vocab_size"]):
             raise UserError(f"{self.directory / TOKENIZER}: not the tokenizer that the corpus was prepared with")
         return tokenizer
 
@@ -147,7 +148,7 @@ class Corpus:
 
     def describe(self) -> list[str]:
         """Lines for people: what went in, what was dropped and why, what came out."""
-        report, sources, tokenizer = read_json(self.directory / REPORT), self.manifest["sources"], self.manifest["tokenizer"]
+        report, sources, tokenizer = read_report(self.directory), self.manifest["sources"], self.manifest["tokenizer"]
         dropped = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items() if count]
         lines = [
             f"corpus      {self.directory}",
@@ -164,29 +165,6 @@ class Corpus:
 
     def __reduce__(self) -> tuple:
         return Corpus, (self.directory, self.whole)
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    path = directory / MANIFEST
-    if not path.is_file():
-        unfinished = directory.with_name(directory.name + ".partial").is_dir()
-        hint = "its preparation was not finished; start it again" if unfinished else f"expected a folder with {MANIFEST}"
-        raise UserError(f"{directory}: not a corpus ({hint})")
-    manifest = read_json(path)
-    version = manifest.get("format")
-    if version != FORMAT:
-        raise UserError(f"{path}: corpus format {version}, expected {FORMAT}; prepare it again")
-    missing = [key for key in ("tokenizer", "token_dtype", "splits", "settings", "sources") if key not in manifest]
-    if missing:
-        raise UserError(f"{path}: damaged (no {', '.join(missing)}); prepare the corpus again")
-    return manifest
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
 
 
 @contextmanager

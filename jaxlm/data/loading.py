@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxlm.data.corpus import MANIFEST, Corpus
+from jaxlm.data.corpus import Corpus
 from jaxlm.data.damage import Damage, DamagedData
+from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.masking import Masker, num_predictions
 from jaxlm.data.randomness import make_keys, shuffled
 from jaxlm.data.sequences import (

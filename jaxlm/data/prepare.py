@@ -20,18 +20,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data import cleaning, sources, stages
-from jaxlm.data.corpus import (
-    FORMAT,
-    MANIFEST,
-    REPORT,
-    SPLITS,
-    TOKENIZER,
-    Corpus,
-    checksum_file,
-    offsets_file,
-    shard_file,
-    token_type,
-)
+from jaxlm.data.corpus import SPLITS, TOKENIZER, Corpus, checksum_file, offsets_file, shard_file, token_type
+from jaxlm.data.manifest import FORMAT, MANIFEST, REPORT
 from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
 from jaxlm.data.work import Result, Workers, exclusive

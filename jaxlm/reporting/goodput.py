@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxlm.reporting.metrics import is_number
+
 FILE_NAME = "goodput.jsonl"
 INTERVAL = 10.0  # seconds between lines, at least, but at checkpoints and ends
 PARTS = ("startup", "compile", "steps", "data_wait", "evaluation", "checkpoint")
@@ -96,12 +98,13 @@ def goodput(run_dir: str | Path) -> dict[str, Any] | None:
 
 
 def _starts(path: Path) -> Iterator[dict[str, Any]]:
-    """The last line of each start. One that a kill has torn is passed over."""
+    """The last line of each start. One that a kill has torn, or that nobody has written so, is passed over."""
     last: dict[float, dict[str, Any]] = {}
     for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-            last[line["began"]] = line
-        except (ValueError, TypeError, KeyError):
+            if all(is_number(line[name]) for name in ("began", "seconds", "from", "to", "skipped", *PARTS)):
+                last[line["began"]] = line
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
     return iter(sorted(last.values(), key=lambda line: line["began"]))

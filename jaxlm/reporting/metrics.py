@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,12 +24,17 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def parse_row(line: bytes) -> dict[str, Any] | None:
-    """The object on one line, or None if the line was torn."""
+    """The object on one line, or None if the line was torn, or is no row: without a step."""
     try:
         row = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is one, as JSON has them; Python's JSON also reads NaN, and bool is an int."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < sys.float_info.max
 
 
 class MetricsWriter:

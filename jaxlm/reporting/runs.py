@@ -11,8 +11,12 @@ from typing import Any
 
 import yaml
 
-from jaxlm.errors import UserError, nearest
-from jaxlm.reporting.metrics import read_metrics
+from jaxlm.errors import UserError, nearest, shown
+from jaxlm.reporting.metrics import is_number, read_metrics
+from jaxlm.settings import parse_yaml
+
+# Of summary.json; what else it holds is shown as it is.
+NUMBERS = ("steps", "tokens", "parameters", "val_loss", "tokens_per_second", "mfu", "wall_seconds", "compile_seconds", "devices")
 
 
 @dataclass(frozen=True)
@@ -34,10 +38,10 @@ class Run:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row.get("val_loss") is not None]
+        return [row for row in self.rows if is_number(row.get("val_loss"))]
 
     def values(self, key: str) -> list[float]:
-        return [row[key] for row in self.rows if row.get(key) is not None]
+        return [row[key] for row in self.rows if is_number(row.get(key))]
 
     def figure(self, key: str) -> Any:
         """A figure of summary.json; before that file exists, the same figure from the rows so far; else None."""
@@ -64,13 +68,13 @@ def read_run(run_dir: str | Path) -> Run:
         what = "has no config.yaml" if path.is_dir() else "is not there"
         raise UserError(f"{run_dir}: expected the directory of a run, but it {what}{nearest(str(path), runs)}")
     try:
-        config = flatten(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
-    except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        config = flatten(parse_yaml(config_file.read_text(encoding="utf-8"))[0] or {})
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError) as error:
         raise UserError(f"{config_file}: expected the YAML of a run's config: {' '.join(str(error).split())}") from None
     rows = read_metrics(path)
     summary = read_summary(path / "summary.json")
     last_step = max((row["step"] for row in rows), default=0)
-    if summary and summary.get("steps", 0) < last_step:
+    if summary and summary["steps"] < last_step:
         summary = None  # of an earlier end: the run was told to go on
     return Run(path, config, rows, summary)
 
@@ -78,10 +82,16 @@ def read_run(run_dir: str | Path) -> Run:
 def read_summary(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
+    remedy = "delete the file to report from metrics.jsonl"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{path}: expected one JSON object; delete the file to report from metrics.jsonl") from None
+        summary = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, RecursionError):
+        raise UserError(f"{path}: expected one JSON object; {remedy}") from None
+    for key, value in ({"steps": 0} | summary).items():
+        if key in NUMBERS and not is_number(value) and (value is not None or key == "steps"):
+            raise UserError(f"{path}: {key} is {shown(value)}, expected a number; {remedy}")
+    return {"steps": 0} | summary
+
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

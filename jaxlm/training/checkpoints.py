@@ -24,7 +24,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxlm.errors import RunError, UserError, nearest
+from jaxlm.errors import RunError, UserError, nearest, shown
 from jaxlm.models.model import Params
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import abstract
@@ -40,6 +40,7 @@ from jaxlm.training.manifest import (
     files_below,
     find_damage,
     finished_steps,
+    is_step,
     read_manifest,
     write_digests,
 )
@@ -158,13 +159,13 @@ class Checkpoints:
 
     def _val_loss(self, step: int) -> float | None:
         try:
-            return read_manifest(self.directory / str(step))["val_loss"]
+            return self._read(step)["val_loss"]
         except Damaged:  # `choose` tells it, where it matters
             return None
 
     def _remove_unfinished(self) -> None:
         for folder in self.directory.glob("*"):
-            if folder.name.isdecimal() and folder.is_dir() and not (folder / MANIFEST).exists():
+            if is_step(folder) and not (folder / MANIFEST).exists():
                 shutil.rmtree(folder)
 
     def _remove(self, folder: Path) -> None:
@@ -201,7 +202,7 @@ class Checkpoints:
         """What is wrong with a checkpoint's files, the same on every process; None: nothing."""
         folder = self.directory / str(step)
         try:
-            files, problem = read_manifest(folder)["files"], None
+            files, problem = self._read(step)["files"], None
         except Damaged as error:
             files, problem = {}, str(error)
         problem = problem or find_damage(folder, files, jax.process_index(), jax.process_count())
@@ -230,9 +231,21 @@ class Checkpoints:
 
     def _manifest(self, step: int) -> dict[str, Any]:
         try:
-            return read_manifest(self.directory / str(step))
+            return self._read(step)
         except Damaged as error:
             raise UserError(str(error)) from None
+
+    def _read(self, step: int) -> dict[str, Any]:
+        """The manifest of a step. Raises Damaged, also when it is another step's, or of another format."""
+        path = self.directory / str(step) / MANIFEST
+        manifest = read_manifest(path.parent)
+        if manifest.get("format") != FORMAT or manifest.get("step") != step:
+            raise Damaged(f"{path}: damaged (it says format {shown(manifest.get('format'))}, step {shown(manifest.get('step'))}; "
+                          f"expected {FORMAT}, {step})")
+        val_loss = manifest.get("val_loss", "")
+        if not isinstance(manifest.get("metadata"), dict) or not isinstance(val_loss, int | float | None):
+            raise Damaged(f"{path}: damaged (metadata or val_loss is not what is written there)")
+        return manifest
 
     def restore(self, step: int, trainer: Trainer) -> TrainState:
         """The whole state, laid out for `trainer`'s mesh, whatever mesh it was saved from."""

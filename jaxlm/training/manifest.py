@@ -9,6 +9,7 @@ A folder without manifest.json is one whose writer was interrupted.
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from jaxlm.reporting.files import write_atomically
 
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
+STEP = re.compile("0|[1-9][0-9]{0,17}")
 THREADS = 8  # hashing lets go of the interpreter's lock
 
 Files = dict[str, list]  # path below the folder -> [bytes, SHA-256 in hex]
@@ -28,8 +30,13 @@ class Damaged(Exception):
 
 def finished_steps(run_dir: str | Path) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending."""
-    folders = (path.parent.name for path in (Path(run_dir) / CHECKPOINTS).glob(f"*/{MANIFEST}"))
-    return sorted(int(name) for name in folders if name.isdecimal())
+    folders = (path.parent for path in (Path(run_dir) / CHECKPOINTS).glob(f"*/{MANIFEST}"))
+    return sorted(int(folder.name) for folder in folders if is_step(folder))
+
+
+def is_step(folder: Path) -> bool:
+    """Whether a folder has the name that a step's has, and lies here: neither `007` nor a link is one."""
+    return STEP.fullmatch(folder.name) is not None and folder.is_dir() and not folder.is_symlink()
 
 
 def digest_files(folder: Path, names: Iterable[str]) -> Files:
@@ -81,11 +88,21 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         text = path.read_bytes()
         manifest = json.loads(text)
         body = {name: value for name, value in manifest.items() if name != "digest"}
-        if manifest["digest"] == _digest(body) and text == _encode(manifest):
-            return manifest
-    except (OSError, ValueError, AttributeError, KeyError, RecursionError):
+        whole = manifest["digest"] == _digest(body) and text == _encode(manifest)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError):
         raise Damaged(f"{path}: damaged (not the JSON that was written)") from None
-    raise Damaged(f"{path}: damaged (its digest differs)")
+    if not whole:
+        raise Damaged(f"{path}: damaged (its digest differs)")
+    if not _are_files(manifest.get("files")):
+        raise Damaged(f"{path}: damaged (its list of files is none)")
+    return manifest
+
+
+def _are_files(files: Any) -> bool:
+    """Whether these are Files, all of them below the folder."""
+    return isinstance(files, dict) and all(
+        "\0" not in name and not Path(name).is_absolute() and ".." not in Path(name).parts
+        and isinstance(entry, list) and len(entry) == 2 for name, entry in files.items())
 
 
 def find_damage(folder: Path, files: Files, part: int = 0, parts: int = 1) -> str | None:
@@ -101,7 +118,7 @@ def find_damage(folder: Path, files: Files, part: int = 0, parts: int = 1) -> st
             with open(folder / name, "rb") as file:
                 found = os.fstat(file.fileno()).st_size
                 if found != size:
-                    return f"{folder / name}: damaged ({found:,} bytes, expected {size:,})"
+                    return f"{folder / name}: damaged ({found:,} bytes, expected {size})"
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     return f"{folder / name}: damaged (its SHA-256 differs)"
         except OSError as error:

@@ -14,8 +14,9 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout
-from jaxlm.data.corpus import MANIFEST, Corpus
+from jaxlm.data.corpus import Corpus
 from jaxlm.data.loading import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
+from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.prepare import prepare
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer

@@ -1,0 +1,111 @@
+"""What a corpus says of itself, read without trust: the types of manifest.json and report.json, and that the counts agree."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+from annotated_types import Ge, Gt
+from typing_extensions import NotRequired, TypedDict
+
+from jaxlm.errors import UserError, shown
+
+FORMAT = 1
+MANIFEST, REPORT = "manifest.json", "report.json"
+
+Count = Annotated[int, Ge(0)]
+Name = Annotated[str, pydantic.StringConstraints(pattern=r"^\w[\w.-]*$")]  # of a file in the corpus's own folder
+
+
+class File(TypedDict):
+    file: Name
+    sha256: str
+
+
+class ShardEntry(File):
+    tokens: Annotated[int, Gt(0)]
+    checksums: NotRequired[File]
+
+
+class Split(TypedDict):
+    documents: Count
+    tokens: Count
+    bytes: Count
+    shards: list[ShardEntry]
+    offsets: File
+
+
+class TokenizerEntry(TypedDict):
+    kind: str
+    digest: str
+    vocab_size: Annotated[int, Gt(0)]
+
+
+class Splits(TypedDict):
+    train: Split
+    validation: Split
+
+
+class Source(TypedDict):
+    bytes: Count
+
+
+class Manifest(TypedDict):
+    format: int
+    tokenizer: TokenizerEntry
+    token_dtype: Literal["<u2", "<u4"]
+    splits: Splits
+    settings: dict[str, Any]
+    sources: list[Source]
+
+
+class Report(TypedDict):
+    documents_in: Count
+    documents_out: Count
+    repaired: Count
+    dropped: dict[str, Count]
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a finished corpus. Raises UserError: there is none, or it is not what `prepare` writes."""
+    path = directory / MANIFEST
+    if not path.is_file():
+        unfinished = directory.with_name(directory.name + ".partial").is_dir()
+        hint = "its preparation was not finished; start it again" if unfinished else f"expected a folder with {MANIFEST}"
+        raise UserError(f"{directory}: not a corpus ({hint})")
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{path}: corpus format {shown(manifest.get('format'))}, expected {FORMAT}; prepare it again")
+    _check(path, manifest, Manifest)
+    shard_tokens = manifest["settings"].get("data.shard_tokens")
+    for split, entry in manifest["splits"].items():
+        full, rest = divmod(entry["tokens"], shard_tokens) if type(shard_tokens) is int and shard_tokens > 0 else (0, 0)
+        lengths = [shard["tokens"] for shard in entry["shards"]]
+        if len(lengths) != full + (rest > 0) or any(length != shard_tokens for length in lengths[:full]) or sum(lengths) != entry["tokens"]:
+            raise UserError(f"{path}: damaged (the shards of {split} do not make its {entry['tokens']:,} tokens); "
+                            "prepare the corpus again")
+    return manifest
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """What became of the documents. Raises UserError as `read_manifest` does."""
+    report = read_json(directory / REPORT)
+    _check(directory / REPORT, report, Report)
+    return report
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
+
+
+def _check(path: Path, value: dict[str, Any], kind: type) -> None:
+    try:
+        pydantic.TypeAdapter(kind).validate_python(value, strict=True)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = ".".join(map(str, problem["loc"]))
+        what = f"no {name}" if problem["type"] == "missing" else f"{name} is {shown(problem['input'])}: {problem['msg']}"
+        raise UserError(f"{path}: damaged ({what}); prepare the corpus again") from None
