@@ -38,6 +38,6 @@ on_workers all "python3 -m pip install --quiet --user uv"
 on_workers all "cd ~ && .local/bin/uv venv --quiet --allow-existing --python 3.12 venv"
 on_workers all "cd ~ && .local/bin/uv pip install --quiet --python venv/bin/python -e './jaxlm[tpu]'"
 
-# 4. The run. setsid and nohup: it outlives this connection.
-on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}" devices.platform=tpu) </dev/null >>~/jaxlm.log 2>&1 & \
+# 4. The run. setsid and nohup: it outlives this connection. What crashes or hangs is started again, on all hosts.
+on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}" devices.platform=tpu --restart 10) </dev/null >>~/jaxlm.log 2>&1 & \
 echo \$! >~/jaxlm.pid; }"

@@ -137,6 +137,8 @@ class Checkpoints:
             arrays.result()
             own = [f"{STATE}/{name}" for name in files_below(folder / STATE) if _writer(name, processes) == process]
             write_digests(folder, process, own)
+            while process > 0 and not (folder / MANIFEST).exists():  # who ends before that may be the end of the first one, too
+                time.sleep(0.05)
             if process > 0:
                 return
             while (files := all_digests(folder, processes)) is None:
