@@ -111,8 +111,8 @@ def saves(arguments: argparse.Namespace) -> None:
     print(f"steps while it is written: {statistics.median(beside) / usual if beside else float('nan'):.2f} times as long")
     print(f"save, complete and digested: {whole:.2f} s, {size / whole / 2**20:,.0f} MiB/s, {whole / copy:.2f} times a plain copy "
           f"with fsync ({on_disk / copy / 2**20:,.0f} MiB/s)")
-    print(f"restore: {check:.2f} s to check every byte, {restore:.2f} s to read, together {(check + restore) / copy:.2f} times that "
-          "copy")
+    print(f"restore: {check:.2f} s to check every byte, {restore:.2f} s to read, together {(check + restore) / copy:.2f} times "
+          "that copy")
 
 
 def copied(folder: Path, to: Path) -> None:
@@ -134,8 +134,9 @@ def memory(arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         environment = os.environ | {COORDINATOR: "127.0.0.1:23987", NUM_PROCESSES: str(arguments.processes)}
         command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment | {PROCESS_ID: str(number)})
-                     for number in range(arguments.processes)]
+        processes = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment | {PROCESS_ID: str(number)})
+            for number in range(arguments.processes)]
         for number, process in enumerate(processes):
             figures = json.loads(process.communicate()[0].splitlines()[-1])
             print(f"process {number}: state of the whole model {figures['whole']:,.0f} MiB, its own part {figures['own']:,.0f}; "
@@ -204,8 +205,8 @@ def guards(arguments: argparse.Namespace) -> None:
                     times[loop.__name__].append((time.monotonic() - began) / arguments.steps)
     ratios = [mine / other for mine, other in zip(times["watched"], times["plain"], strict=True)]
     without, with_ = (1000 * statistics.median(times[name]) for name in ("plain", "watched"))
-    print(f"step {without:.1f} ms without guards, {with_:.1f} with: median ratio {statistics.median(ratios):.4f} of {len(ratios)} "
-          f"rounds ({min(ratios):.3f} to {max(ratios):.3f})")
+    print(f"step {without:.1f} ms without guards, {with_:.1f} with: median ratio {statistics.median(ratios):.4f} of "
+          f"{len(ratios)} rounds ({min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def main() -> None:
