@@ -127,7 +127,7 @@ def copied(folder: Path, to: Path) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 def memory(arguments: argparse.Namespace) -> None:
-    """Each process of an fsdp run saves and restores, and says how much memory it had at most beyond its own part of the state."""
+    """Each process of an fsdp run saves and restores, and says how much memory it had at most."""
     if arguments.worker:
         worker(arguments)
         return
