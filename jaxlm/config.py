@@ -58,7 +58,8 @@ def _forget_compiled(values: dict[str, Any]) -> None:
 def _keys_with_secrets(values: dict[str, Any]) -> Iterator[str]:
     """Keys whose value is, or holds, a URL that says how to be let in. Prompts are text, not places."""
     for name, value in flatten(values).items():
-        if not name.startswith("generate.") and without_secrets(str(value)) != str(value):
+        text = str(value)
+        if not name.startswith("generate.") and "://" in text and without_secrets(text) != text:
             yield name
 
 

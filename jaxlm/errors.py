@@ -4,7 +4,8 @@ import difflib
 import re
 from collections.abc import Iterable
 
-USERINFO = re.compile(r"(?<=://)(?:[^/\s@]*:(?!\d+/)\S*|[^/\s@]+)@")  # https://user:password@..., s3://key:secret/with/it@...
+# https://user:password@..., s3://key:secret/with/it@...; a Path has lost one of the slashes
+USERINFO = re.compile(r"(?<=:/)(/?)(?:[^/\s@]*:(?!\d+/)\S*|[^/\s@]+)@")
 QUERY = re.compile(r"([?&][\w.-]*(?:token|secret|password|signature|sig|key|credential)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
 
 
@@ -38,7 +39,7 @@ class Preempted(Exception):
 
 def without_secrets(text: str) -> str:
     """The text with `***` for what stands in URLs to be let in: user and password, signatures, tokens, keys."""
-    return QUERY.sub(r"\1***", USERINFO.sub("***@", text))
+    return QUERY.sub(r"\1***", USERINFO.sub(r"\1***@", text))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
