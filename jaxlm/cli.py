@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
-from jaxlm.errors import Preempted, RunError, UserError, nearest
+from jaxlm.errors import Preempted, RunError, UserError, nearest, without_secrets
 from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -226,7 +226,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _failed(message: str, code: int) -> int:
     """Says why, and leaves: at once where other processes wait for this one, which would wait for them."""
-    print(f"jaxlm: {' '.join(message.split())}", file=sys.stderr)
+    line = without_secrets(" ".join(message.split()))  # a message may quote what a file holds: a terminal must not obey it
+    print("jaxlm: " + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line), file=sys.stderr)
     distributed = sys.modules.get("jaxlm.parallel.distributed")
     if distributed and distributed.has_joined():
         sys.stdout.flush()

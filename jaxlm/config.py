@@ -12,8 +12,8 @@ import pydantic
 import yaml
 
 from jaxlm.checks import check
-from jaxlm.errors import UserError, nearest, shown
-from jaxlm.settings import Settings, parse_yaml, sections
+from jaxlm.errors import UserError, nearest, shown, without_secrets
+from jaxlm.settings import Settings, flatten, parse_yaml, sections
 
 _SETTINGS = pydantic.TypeAdapter(Settings)
 
@@ -32,8 +32,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise UserError(f"{path}:{lines.get(key, 1)}: {problem}")
     if run_dir:
         values["run_dir"] = str(run_dir)  # wherever it has been moved or copied to
+        _forget_compiled(values)
     for override in overrides:
         lines.pop(_apply_override(values, override), None)
+    for key in _keys_with_secrets(values):
+        where = f"{path}:{lines[key]}: " if key in lines else ""
+        raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
+                        "keep; leave it out, and give it by the storage's own environment variables or credential files")
     try:
         settings = _SETTINGS.validate_python(values)
     except pydantic.ValidationError as error:
@@ -41,6 +46,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise UserError(f"{path}:{lines[key]}: {problem}" if key in lines else problem) from None
     check(settings)
     return settings
+
+
+def _forget_compiled(values: dict[str, Any]) -> None:
+    """Compiled programs are code, and a run directory may be somebody else's: where they are, its config.yaml does not say."""
+    devices = values.get("devices")
+    if isinstance(devices, dict) and devices.get("compiled") is not None:
+        del devices["compiled"]
+
+
+def _keys_with_secrets(values: dict[str, Any]) -> Iterator[str]:
+    """Keys whose value is, or holds, a URL that says how to be let in. Prompts are text, not places."""
+    for name, value in flatten(values).items():
+        text = str(value)
+        if not name.startswith("generate.") and "://" in text and without_secrets(text) != text:
+            yield name
 
 
 def key_table() -> Iterator[tuple[str, str, Any, str, str]]:

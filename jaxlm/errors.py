@@ -1,11 +1,16 @@
 """Errors that are told in one line, without a traceback: wrong input, and what went wrong around a run that was right."""
 
 import difflib
+import re
 import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 SHOWN = 200  # characters of a wrong value in a message
+
+# https://user:password@..., s3://key:secret/with/it@...; a Path has lost one of the slashes
+USERINFO = re.compile(r"(?<=:/)(/?)(?:[^/\s@]*:(?!\d+/)\S*|[^/\s@]+)@")
+QUERY = re.compile(r"([?&][\w.-]*(?:token|secret|password|signature|sig|key|credential)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -34,6 +39,11 @@ class Preempted(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def without_secrets(text: str) -> str:
+    """The text with `***` for what stands in URLs to be let in: user and password, signatures, tokens, keys."""
+    return QUERY.sub(r"\1***", USERINFO.sub(r"\1***@", text))
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

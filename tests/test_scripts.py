@@ -59,7 +59,8 @@ def test_run_copies_installs_and_starts_detached_on_all_hosts():
     assert steps[1] == "sudo mount a:/b /shared"
     assert any("uv pip install" in step and "'./jaxlm[tpu]'" in step for step in steps)
     started = shlex.split(re.search(r"setsid nohup (.*?) </dev/null", steps[-1])[1])
-    assert started == ["~/venv/bin/jaxlm", "train", *RUN, "devices.platform=tpu"]  # every word arrives as it was given
+    # every word arrives as it was given
+    assert started == ["~/venv/bin/jaxlm", "train", *RUN, "devices.platform=tpu", "--restart", "10"]
 
 
 def test_run_clones_a_repository():
@@ -89,7 +90,7 @@ def test_the_start_command_runs_once(tmp_path):
             if (log := (tmp_path / "jaxlm.log").read_text()).count("|") == 5:
                 break
             subprocess.run(["sleep", "0.05"], check=True)
-        assert log == "|".join(["train", *RUN, "devices.platform=tpu"]) + "|"
+        assert log == "|".join(["train", *RUN, "devices.platform=tpu", "--restart", "10"]) + "|"
     finally:
         os.kill(pid, 9)
 
@@ -162,7 +163,8 @@ def test_where_gcloud_cannot_tell_nothing_is_made(tmp_path):
 
 
 def test_slurm_starts_one_process_per_gpu():
-    assert dry_run("slurm.sbatch", *RUN) == [["srun", "--kill-on-bad-exit=1", "--cpus-per-task=8", "jaxlm", "train", *RUN]]
+    assert dry_run("slurm.sbatch", *RUN) == [
+        ["srun", "--kill-on-bad-exit=1", "--cpus-per-task=8", "jaxlm", "train", *RUN, "--restart", "10"]]
     options = dict(re.findall(r"^#SBATCH --([a-z-]+)=(\S+)", (SCRIPTS / "slurm.sbatch").read_text(), re.MULTILINE))
     assert options["ntasks-per-node"] == options["gpus-per-node"]  # jax.distributed gives a Slurm task one GPU
 

@@ -12,6 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 parse_options "$@"
 ((${#REST[@]})) || fail 'the config file is needed, for example configs/gpt2_124m.yaml'
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+[[ ! $REPOSITORY =~ ^https?://[^/]*@ ]] || fail '--repository with a password or token in it would stay on the hosts; use an SSH address, or copy'
 [[ -n $REPOSITORY || -f $root/${REST[0]} ]] || fail "${REST[0]}: no such file in $root"
 
 # The variables in these lines belong to the hosts.
@@ -27,7 +28,10 @@ if [[ -n $REPOSITORY ]]; then
   on_workers all "rm -rf ~/jaxlm && git clone $(quoted "$REPOSITORY") ~/jaxlm"
   [[ -z $REVISION ]] || on_workers all "git -C ~/jaxlm checkout $(quoted "$REVISION")"
 else
-  archive=${TMPDIR:-/tmp}/jaxlm-$NAME.tar.gz
+  folder=${TMPDIR:-/tmp}
+  # Other users of this machine must not be able to put their code in its place.
+  [[ -n $DRY_RUN ]] || { folder=$(mktemp -d) && trap 'rm -rf "$folder"' EXIT; }
+  archive=$folder/jaxlm-$NAME.tar.gz
   run bash -c "cd $(quoted "$root") && git ls-files -z --cached --others --exclude-standard | tar --null -czf $(quoted "$archive") -T -"
   run gcloud compute tpus tpu-vm scp "$archive" "$NAME:jaxlm.tar.gz" "${WHERE[@]}" --worker all
   on_workers all 'rm -rf ~/jaxlm && mkdir ~/jaxlm && tar -C ~/jaxlm -xzf ~/jaxlm.tar.gz'
@@ -38,6 +42,6 @@ on_workers all "python3 -m pip install --quiet --user uv"
 on_workers all "cd ~ && .local/bin/uv venv --quiet --allow-existing --python 3.12 venv"
 on_workers all "cd ~ && .local/bin/uv pip install --quiet --python venv/bin/python -e './jaxlm[tpu]'"
 
-# 4. The run. setsid and nohup: it outlives this connection.
-on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}" devices.platform=tpu) </dev/null >>~/jaxlm.log 2>&1 & \
+# 4. The run. setsid and nohup: it outlives this connection. What crashes or hangs is started again, on all hosts.
+on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}" devices.platform=tpu --restart 10) </dev/null >>~/jaxlm.log 2>&1 & \
 echo \$! >~/jaxlm.pid; }"

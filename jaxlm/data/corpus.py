@@ -58,7 +58,8 @@ class Documents:
         self.directory = directory
         self.split = split
         self.entry = manifest["splits"][split]
-        self.dtype = np.dtype(manifest["token_dtype"])
+        refuse_strange_names(directory, split, self.entry["shards"])
+        self.dtype = token_type(manifest["tokenizer"]["vocab_size"])
         self.shard_tokens: int = manifest["settings"]["data.shard_tokens"]
         self.num_documents: int = self.entry["documents"]
         self.num_tokens: int = self.entry["tokens"]
@@ -109,6 +110,16 @@ class Documents:
 
     def __reduce__(self) -> tuple:
         return open_split, (self.directory, self.split)
+
+
+def refuse_strange_names(directory: Path, split: str, shards: list[dict[str, Any]]) -> None:
+    """UserError unless the manifest names its files as they are named here: nothing outside the folder is ever opened."""
+    for number, shard in enumerate(shards):
+        names = [shard["file"], *([shard["checksums"]["file"]] if "checksums" in shard else [])]
+        for name, expected in zip(names, (shard_file(split, number), checksum_file(split, number)), strict=False):
+            if name != expected:
+                raise UserError(f"{directory / MANIFEST}: damaged (names a file '{name}', expected {expected}); "
+                                "prepare the corpus again")
 
 
 def open_split(directory: Path, split: str) -> Documents:

@@ -14,11 +14,10 @@ FORMAT = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
 
 Count = Annotated[int, Ge(0)]
-Name = Annotated[str, pydantic.StringConstraints(pattern=r"^\w[\w.-]*$")]  # of a file in the corpus's own folder
 
 
 class File(TypedDict):
-    file: Name
+    file: str
     sha256: str
 
 

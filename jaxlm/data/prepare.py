@@ -107,6 +107,9 @@ def make_plan(data: DataSettings, directory: Path, settings: dict[str, Any], voc
     if data.raw is None:
         raise UserError(f"data.raw: missing, and there is no prepared corpus in {directory}; name the text to prepare")
     check_folder(directory, "data.corpus")
+    partial = directory.with_name(directory.name + ".partial")
+    if partial.is_symlink():  # what is in there is removed
+        raise UserError(f"data.corpus={directory}: {partial} is a link; remove it, or name another folder")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UserError(f"{directory}: exists and is not a corpus; delete it, or name another folder (data.corpus)")
     if data.tokenizer in TRAINED_TOKENIZERS and vocab_size is None:

@@ -19,6 +19,7 @@ from jaxlm.data.damage import DamagedData
 
 BLOCK_TOKENS = 4096  # under one checksum
 CHECKSUM = np.dtype("<u4")
+HEADER = 256  # bytes: a longer .npy header is no header of ours, and NumPy gives it to Python's parser
 
 
 def block_checksums(tokens: np.ndarray) -> np.ndarray:
@@ -124,7 +125,7 @@ def open_array(path: Path, length: int, dtype: np.dtype) -> tuple[int, int]:
     try:
         with open(path, "rb") as file:
             np.lib.format.read_magic(file)
-            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER)
             begin, size = file.tell(), os.fstat(file.fileno()).st_size
             expected = begin + length * dtype.itemsize
             if (shape, found, size) == ((length,), dtype, expected):

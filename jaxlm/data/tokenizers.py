@@ -22,7 +22,7 @@ from jaxlm.reporting.files import write_atomically, write_json
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
-MODEL_FILE, JSON_FILE, CHARACTERS_FILE = "tokenizer.model", "tokenizer.json", "characters.json"
+MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")
 SPACE_MARK = "\u2581"  # how SentencePiece writes a blank inside a piece
 SPELLINGS = {
     "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
@@ -274,6 +274,7 @@ class CharacterTokenizer(Tokenizer):
 def build(kind: str, files: dict[str, bytes], special: SpecialTokens) -> Tokenizer:
     """The tokenizer of a saved description."""
     kinds = (SentencePieceTokenizer, JsonTokenizer, CharacterTokenizer)
+    refuse_other_files(files)
     if kind == ByteTokenizer.kind:
         return ByteTokenizer(files)
     for tokenizer in kinds:
@@ -281,6 +282,13 @@ def build(kind: str, files: dict[str, bytes], special: SpecialTokens) -> Tokeniz
             return tokenizer(files, special)
     names = [tokenizer.kind for tokenizer in (*kinds, ByteTokenizer)]
     raise UserError(f"tokenizer: unknown kind '{kind}', expected one of {', '.join(names)}{nearest(str(kind), names)}")
+
+
+def refuse_other_files(names: Iterable[str]) -> None:
+    """ValueError for names of files that no tokenizer has: they could lead to any file, to be read or written."""
+    for name in names:
+        if name not in FILES:
+            raise ValueError(f"a file named '{name}'")
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -321,6 +329,7 @@ def load_saved(folder: Path) -> Tokenizer:
     """A folder that `Tokenizer.save` wrote."""
     try:
         description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        refuse_other_files(description["files"])
         files = {name: (folder / name).read_bytes() for name in description["files"]}
         tokenizer = build(description["kind"], files, SpecialTokens(**description["special"]))
         digest = description["digest"]

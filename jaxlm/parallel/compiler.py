@@ -6,6 +6,7 @@ compiled programs: docs/memory-and-overlap.md.
 """
 
 import os
+import stat
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -53,15 +54,34 @@ def programs_folder(settings: DevicesSettings) -> Path | None:
 
 
 def _folder(name: str) -> str:
-    """A folder that is there; remote ones (gs://...) as they are. Raises UserError."""
+    """A folder that is there, and that others can put nothing into; remote ones (gs://...) as they are. Raises UserError."""
     if "://" in name:
         return name
     path = Path(name).expanduser()
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         raise UserError(f"devices.compiled={name}: cannot be made a folder ({error.strerror}); choose another, or null") from None
+    problem = find_strangers(path)
+    if problem:
+        raise UserError(f"devices.compiled={name}: {problem}, and what is in it runs as code; choose another, or null")
     return str(path)
+
+
+def find_strangers(path: Path) -> str | None:
+    """How other users, root apart, could have written to a file or folder, or could put another in its place; None: in no way."""
+    path = path.resolve()
+    state = path.stat()
+    if state.st_uid != os.geteuid():
+        return f"{path} belongs to another user (id {state.st_uid})"
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"others can write in {path} (if none has: chmod go-w {path})"
+    for parent in path.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            return f"anyone can replace what is in {parent}"
+    return None
 
 
 def set_flags(platform: str) -> None:

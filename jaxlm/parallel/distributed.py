@@ -1,5 +1,6 @@
 """Processes: joining the others of this run."""
 
+import functools
 import os
 import signal
 import sys
@@ -67,9 +68,19 @@ def _join() -> None:
     if missing:
         raise UserError(f"{COORDINATOR} is set, so {missing[0]} must be a number, found '{os.environ.get(missing[0], '')}'")
     address = os.environ[COORDINATOR]
-    only_here = address if address.startswith(("127.0.0.1:", "localhost:")) else None  # else JAX listens on all interfaces
+    only_here = address if address.startswith(("127.0.0.1:", "localhost:", "[::1]:")) else None  # else JAX takes all interfaces
+    if only_here:
+        _keep_gloo_here()
     jax.distributed.initialize(address, int(os.environ[NUM_PROCESSES]), int(os.environ[PROCESS_ID]),
                                coordinator_bind_address=only_here)
+
+
+def _keep_gloo_here() -> None:
+    """Lets Gloo, the CPU's collectives, listen on localhost. By itself it takes the address that this host's name stands for, and
+    its sockets ask nobody who they are; JAX has no setting for it."""
+    from jax._src.lib import _jax
+
+    _jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, hostname="127.0.0.1")
 
 
 def place() -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """Compiled programs on disk: `jaxlm train --compile-only` writes one, for these devices or for others; the run loads it.
 
-They stand in `devices.compiled` beside JAX's own cache, and are trusted like it: both hold machine code. A program is found by
-what it was made of (its text before compilation, the devices, the number of processes, versions and flags), so a changed setting
-never finds an old one.
+They stand in `devices.compiled` beside JAX's own cache, and are trusted like it: both hold machine code, this one in a pickle.
+So the folder must be this user's own (`jaxlm.parallel.compiler`). A program is found by what it was made of (its text before
+compilation, the devices, the number of processes, versions and flags), so a changed setting never finds an old one.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ import jax
 from jax.experimental import serialize_executable
 from jax.sharding import Mesh
 
-from jaxlm.parallel.compiler import BACKENDS
+from jaxlm.errors import UserError
+from jaxlm.parallel.compiler import BACKENDS, find_strangers
 from jaxlm.reporting.files import write_atomically
 
 COMPILERS = ("jaxlib", "libtpu", "jax-cuda13-plugin")
@@ -25,15 +26,26 @@ def save(compiled: jax.stages.Compiled, lowered: jax.stages.Lowered, mesh: Mesh,
     """Writes a program that was compiled for the devices of `mesh` from `lowered`; returns the file."""
     payload, _, _ = serialize_executable.serialize(compiled)
     path = _path(lowered, mesh, folder)
-    write_atomically(path, lambda temporary: temporary.write_bytes(hashlib.sha256(payload).digest() + payload))
+
+    def write(temporary: Path) -> None:
+        temporary.touch(mode=0o600)  # whatever the umask: nobody else may write it
+        temporary.write_bytes(hashlib.sha256(payload).digest() + payload)
+
+    write_atomically(path, write)
     return path
 
 
 def load(lowered: jax.stages.Lowered, mesh: Mesh, folder: Path) -> jax.stages.Compiled | None:
-    """The program that was saved for `lowered` on devices like those of `mesh`; None: there is none, or it is damaged."""
+    """The program that was saved for `lowered` on devices like those of `mesh`; None: there is none, or it is damaged.
+
+    Raises UserError: another user may have written it.
+    """
     path = _path(lowered, mesh, folder)
     if not path.exists():
         return None
+    problem = find_strangers(path)
+    if problem:
+        raise UserError(f"{problem}, and it runs as code; remove it")
     content = path.read_bytes()
     if hashlib.sha256(content[DIGEST:]).digest() != content[:DIGEST]:
         return None

@@ -1,5 +1,6 @@
 """Small files written whole or not at all."""
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -32,11 +33,22 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def is_below(folder: Path, name: str | Path) -> bool:
+    """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link that leads out."""
+    return (folder / name).resolve().is_relative_to(folder.resolve())
+
+
 def check_folder(path: str | Path, key: str) -> None:
-    """Raises UserError, naming `key`, unless this is a folder to write in, or can be made one. Makes nothing."""
+    """Raises UserError, naming `key`, unless this is a folder to write in, or can be made one. Makes nothing.
+
+    Nothing in it, or in a folder in it, may be a link that leads out of it: what is written there would be written elsewhere.
+    """
     path = Path(path)
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
     if not there.is_dir():
         raise UserError(f"{key}={path}: {there} is a file; expected a folder, or a name that is free")
     if not os.access(there, os.W_OK | os.X_OK):
         raise UserError(f"{key}={path}: no permission to write in {there}")
+    for inside in itertools.chain(path.glob("*"), path.glob("*/*")):
+        if inside.is_symlink() and not is_below(path, inside.relative_to(path)):
+            raise UserError(f"{key}={path}: {inside} is a link that leads out of it; remove it, or name the place itself")

@@ -77,7 +77,7 @@ def goodput(run_dir: str | Path) -> dict[str, Any] | None:
     starts = list(_starts(Path(run_dir) / FILE_NAME))
     if not starts:
         return None
-    seconds: Counter[str] = Counter()
+    seconds: Counter[str] = Counter(dict.fromkeys((*PARTS, "repeated", "skipped", "restarts"), 0.0))
     repeated = skipped = 0
     for number, start in enumerate(starts):
         following = starts[number + 1] if number + 1 < len(starts) else None

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.reporting.files import write_text
+from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.runs import Run, read_run
-from jaxlm.reporting.units import format_count, format_duration, format_milliseconds
+from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -29,6 +30,9 @@ def write_report(run_dir: str | Path) -> Path:
     if (run.path / "loss.png").exists():
         sections.append("![Training and validation loss](loss.png)")
     sections += ["## Results", table(results(run)), "## What ran", table(what_ran(run)), "## Speed", table(speed(run))]
+    spent = goodput(run.path)
+    if spent:
+        sections += ["## Where the time went", table(time_spent(spent))]
     sections += ["## Again", again(run)]
     samples = run.path / "samples.txt"
     if samples.exists():
@@ -91,6 +95,26 @@ def speed(run: Run) -> dict[str, str]:
         figures["waiting for data"] = f"{100 * sum(waits) / sum(step_seconds):.1f} % of the step time"
     figures["MFU"] = f"{UNKNOWN}: no published peak for this device" if mfu is None else f"{100 * mfu:.1f} %"
     figures["compiling"] = UNKNOWN if compile_seconds is None else format_duration(compile_seconds)
+    return figures
+
+
+TIME_SPENT = {
+    "productive_seconds": "steps that count", "startup_seconds": "starting up", "compile_seconds": "compiling",
+    "data_wait_seconds": "waiting for data", "evaluation_seconds": "evaluating", "checkpoint_seconds": "waiting for checkpoints",
+    "repeated_seconds": "steps done again", "skipped_seconds": "steps skipped", "restarts_seconds": "between two starts",
+    "other_seconds": "other"}
+
+
+def time_spent(spent: dict[str, Any]) -> dict[str, str]:
+    """Wall time by what it went into (`jaxlm.reporting.goodput`)."""
+    wall = spent["wall_seconds"]
+    figures = {"goodput": f"{spent['goodput']:.1%} of {format_duration(wall)}, in {counted(spent['starts'], 'start')}"}
+    for key, name in TIME_SPENT.items():
+        if spent[key] >= 0.0005 * wall:
+            figures[name] = f"{format_duration(spent[key])} ({spent[key] / wall:.1%})"
+    for kind in ("repeated", "skipped"):
+        if spent[f"{kind}_steps"]:
+            figures[f"{kind} steps"] = f"{spent[f'{kind}_steps']:,}"
     return figures
 
 

@@ -114,7 +114,7 @@ class Checkpoints:
                     "clock": {"step": state.step, "key": state.key, "recent": state.recent._asdict()}}
         # NaN would pass for the best, since nothing compares below it
         val_loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-        with self._one_clear_error(folder):
+        with self._one_clear_error(folder), _uncompressed():
             folder.mkdir(parents=True, exist_ok=True)
             arrays = ocp.save_checkpointables_async(folder / STATE, contents)
         about = {"format": FORMAT, "step": step, "val_loss": val_loss, "metadata": metadata}
@@ -138,6 +138,8 @@ class Checkpoints:
             arrays.result()
             own = [f"{STATE}/{name}" for name in files_below(folder / STATE) if _writer(name, processes) == process]
             write_digests(folder, process, own)
+            while process > 0 and not (folder / MANIFEST).exists():  # who ends before that may be the end of the first one, too
+                time.sleep(0.05)
             if process > 0:
                 return
             while (files := all_digests(folder, processes)) is None:
@@ -284,6 +286,13 @@ class Checkpoints:
         except (KeyError, ValueError, OSError) as error:
             raise UserError(f"{self.directory / str(step)}: not a checkpoint of this model ({_reason(error)}); "
                             "delete it to go on from the one before") from error
+
+
+def _uncompressed() -> ocp.Context:
+    """zstd makes float32 parameters a twelfth smaller, and a save five times as long (docs/lab-notes.md)."""
+    context = ocp.Context()
+    context.array.saving.use_compression = False
+    return context
 
 
 def _reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from jaxlm.reporting.files import write_atomically
+from jaxlm.reporting.files import is_below, write_atomically
 
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 STEP = re.compile("0|[1-9][0-9]{0,17}")
@@ -114,6 +114,8 @@ def find_damage(folder: Path, files: Files, part: int = 0, parts: int = 1) -> st
 
     def problem(name: str) -> str | None:
         size, digest = files[name]
+        if not is_below(folder, name) or ((folder / name).exists() and not (folder / name).is_file()):
+            return f"{folder / MANIFEST}: damaged ('{name}' is no file of this folder)"
         try:
             with open(folder / name, "rb") as file:
                 found = os.fstat(file.fileno()).st_size

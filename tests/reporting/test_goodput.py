@@ -5,6 +5,7 @@ import json
 import pytest
 
 from jaxlm.reporting.goodput import FILE_NAME, PARTS, Account, goodput
+from jaxlm.reporting.report import time_spent
 
 
 def line(began, seconds, first, last, skipped=0, **parts):
@@ -27,6 +28,9 @@ def test_every_second_is_accounted_for_once(tmp_path):
     assert found["goodput"] == pytest.approx(70 / 170)
     seconds = [value for name, value in found.items() if name.endswith("_seconds") and name != "wall_seconds"]
     assert sum(seconds) == pytest.approx(found["wall_seconds"])
+    shown = time_spent(found)
+    assert shown["goodput"] == "41.2% of 2m50s, in 2 starts" and shown["repeated steps"] == "20"
+    assert shown["steps done again"] == "4.0s (2.4%)" and "waiting for checkpoints" in shown
 
 
 def test_an_account_keeps_what_a_start_has_spent(tmp_path):

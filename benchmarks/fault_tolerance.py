@@ -1,0 +1,228 @@
+"""What it costs to be safe: asynchronous saves, verified restores, and the guards around every step.
+
+    python benchmarks/fault_tolerance.py saves [--hidden-size 512] [--layers 8] [--steps 12]     # stall, bandwidths
+    python benchmarks/fault_tolerance.py memory [--processes 2]                                 # host memory of each process
+    python benchmarks/fault_tolerance.py guards [--rounds 7]                                    # step time with and without
+
+All on emulated CPU devices, whose memory is the host's. Ratios are of one run, alternating.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+from jaxlm.parallel.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from jaxlm.settings import (
+    CheckpointSettings,
+    DataSettings,
+    DevicesSettings,
+    GuardSettings,
+    MeshSettings,
+    ModelSettings,
+    Settings,
+    to_dict,
+)
+from jaxlm.training.bench import random_batch
+from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.manifest import files_below
+from jaxlm.training.preemption import Preemption
+from jaxlm.training.setup import Run, lay_mesh, start
+from jaxlm.training.watch import Watch
+
+
+def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
+    model = ModelSettings(num_layers=arguments.layers, num_heads=8, hidden_size=arguments.hidden_size, vocab_size=8192,
+                          max_length=128)
+    return Settings(model=model, data=DataSettings(global_batch_size=8, sequence_length=128),
+                    devices=DevicesSettings(platform="cpu", count=arguments.devices), **changes)
+
+
+def prepared(settings: Settings) -> tuple[Run, Any, Any]:
+    """The run, its first state and a batch."""
+    settings, mesh = lay_mesh(settings)
+    run = start(settings, mesh)
+    with jax.set_mesh(mesh):
+        return run, run.trainer.init(0), random_batch(settings, mesh)
+
+
+def metadata(settings: Settings, run: Run) -> dict[str, Any]:
+    return {"settings": to_dict(settings), "mesh": dict(run.mesh.shape)}
+
+
+def state_bytes(state: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+
+
+def timed(action: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    jax.block_until_ready(action())
+    return time.monotonic() - began
+
+
+# ---- saves -----------------------------------------------------------------------------------------------------------
+
+def saves(arguments: argparse.Namespace) -> None:
+    settings = settings_of(arguments, mesh=MeshSettings(fsdp=arguments.devices))
+    run, state, batch = prepared(settings)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name, jax.set_mesh(run.mesh):
+        step = run.trainer.step.lower(state, batch).compile()
+        plain, beside, stalls, seconds = [], [], [], []
+        with Checkpoints(name, CheckpointSettings(keep_last=1)) as checkpoints:
+            for number in range(1, arguments.rounds + 1):
+                for _ in range(arguments.steps):
+                    began = time.monotonic()
+                    state, metrics = step(state, batch)
+                    jax.block_until_ready(metrics)
+                    plain.append(time.monotonic() - began)
+                began = time.monotonic()
+                checkpoints.save(state, number, metadata(settings, run), None)
+                stalls.append(time.monotonic() - began)
+                while not checkpoints._saving.done():
+                    since = time.monotonic()
+                    state, metrics = step(state, batch)
+                    jax.block_until_ready(metrics)
+                    beside.append(time.monotonic() - since)
+                seconds.append(time.monotonic() - began)
+                checkpoints.wait()
+        folder = Path(name) / "checkpoints" / str(arguments.rounds)
+        on_disk = sum((folder / file).stat().st_size for file in files_below(folder))
+        copies = [timed(lambda: copied(folder, Path(name) / "copy")) for _ in range(arguments.rounds)]
+        with Checkpoints(name) as checkpoints:
+            checks = [timed(lambda: checkpoints.choose(None)) for _ in range(arguments.rounds)]
+            restores = [timed(lambda: checkpoints.restore(arguments.rounds, run.trainer)) for _ in range(arguments.rounds)]
+    usual, size = statistics.median(plain), state_bytes(state)
+    stall, whole, copy, check, restore = map(statistics.median, (stalls, seconds, copies, checks, restores))
+    print(f"state of {size / 2**20:,.0f} MiB, {on_disk / 2**20:,.0f} on disk; step {1000 * usual:,.0f} ms")
+    print(f"the step waits {1000 * stall:,.0f} ms for a save: {stall / usual:.2f} steps")
+    print(f"steps while it is written: {statistics.median(beside) / usual if beside else float('nan'):.2f} times as long")
+    print(f"save, complete and digested: {whole:.2f} s, {size / whole / 2**20:,.0f} MiB/s, {whole / copy:.2f} times a plain copy "
+          f"with fsync ({on_disk / copy / 2**20:,.0f} MiB/s)")
+    print(f"restore: {check:.2f} s to check every byte, {restore:.2f} s to read, together {(check + restore) / copy:.2f} times "
+          "that copy")
+
+
+def copied(folder: Path, to: Path) -> None:
+    """A plain copy that is on disk when it is done, as a checkpoint is."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(folder, to)
+    for name in files_below(to):
+        with open(to / name, "rb") as file:
+            os.fsync(file.fileno())
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+def memory(arguments: argparse.Namespace) -> None:
+    """Each process of an fsdp run saves and restores, and says how much memory it had at most."""
+    if arguments.worker:
+        worker(arguments)
+        return
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        environment = os.environ | {COORDINATOR: "127.0.0.1:23987", NUM_PROCESSES: str(arguments.processes)}
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+        processes = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment | {PROCESS_ID: str(number)})
+            for number in range(arguments.processes)]
+        for number, process in enumerate(processes):
+            figures = json.loads(process.communicate()[0].splitlines()[-1])
+            print(f"process {number}: state of the whole model {figures['whole']:,.0f} MiB, its own part {figures['own']:,.0f}; "
+                  f"resident before saving {figures['before']:,.0f}, at most while saving {figures['saving']:,.0f}, and while "
+                  f"restoring {figures['restoring']:,.0f}")
+
+
+def worker(arguments: argparse.Namespace) -> None:
+    def most() -> float:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    settings = settings_of(arguments, mesh=MeshSettings(fsdp=-1))
+    run, state, _ = prepared(settings)
+    own = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards) / 2**20
+    figures = {"whole": state_bytes(state) / 2**20, "own": own, "before": most()}
+    with jax.set_mesh(run.mesh), Checkpoints(arguments.worker, CheckpointSettings()) as checkpoints:
+        checkpoints.save(state, 1, metadata(settings, run), None)
+        checkpoints.wait()
+        figures["saving"] = most()
+        jax.tree.map(lambda leaf: leaf.delete(), state)
+        jax.block_until_ready(checkpoints.restore(checkpoints.choose(None), run.trainer))
+        figures["restoring"] = most()
+    print(json.dumps(figures))
+
+
+# ---- guards ----------------------------------------------------------------------------------------------------------
+
+def guards(arguments: argparse.Namespace) -> None:
+    settings = settings_of(arguments, mesh=MeshSettings(data=arguments.devices), guards=GuardSettings(spike_sigma=6.0))
+    with (mock.patch("jaxlm.training.step.is_good", lambda *_: jnp.bool_(True)),
+          mock.patch("jaxlm.training.step.remembered", lambda recent, *_: recent)):
+        run, state, batch = prepared(settings)
+        with jax.set_mesh(run.mesh):
+            bare = run.trainer.step.lower(state, batch).compile()
+    with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as name, Watch(name) as watch, Preemption(run.mesh) as preemption:
+        guarded = start(settings, run.mesh).trainer.step.lower(state, batch).compile()
+
+        def plain(state: Any) -> Any:
+            pending = None
+            for _ in range(arguments.steps):
+                state, metrics = bare(state, batch)
+                jax.block_until_ready(pending)
+                pending = metrics
+            return jax.block_until_ready(state)
+
+        def watched(state: Any) -> Any:
+            pending = None
+            for number in range(arguments.steps):
+                with watch.phase(f"step {number}", 60.0):
+                    asked = preemption.ask(number)
+                    state, metrics = guarded(state, batch)
+                    with watch.phase(f"waiting for step {number}"):
+                        jax.block_until_ready(pending)
+                    preemption.answer(asked)
+                if pending is not None and int(pending["skipped_in_a_row"]) > 10:
+                    raise SystemExit("bad numbers")
+                pending = metrics
+            return jax.block_until_ready(state)
+
+        times: dict[str, list[float]] = {"plain": [], "watched": []}
+        for round_ in range(arguments.rounds + 1):
+            for loop in (plain, watched) if round_ % 2 else (watched, plain):
+                began = time.monotonic()
+                state = loop(state)
+                if round_:
+                    times[loop.__name__].append((time.monotonic() - began) / arguments.steps)
+    ratios = [mine / other for mine, other in zip(times["watched"], times["plain"], strict=True)]
+    without, with_ = (1000 * statistics.median(times[name]) for name in ("plain", "watched"))
+    print(f"step {without:.1f} ms without guards, {with_:.1f} with: median ratio {statistics.median(ratios):.4f} of "
+          f"{len(ratios)} rounds ({min(ratios):.3f} to {max(ratios):.3f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("saves", "memory", "guards"))
+    parser.add_argument("--hidden-size", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's folder of temporary files)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    {"saves": saves, "memory": memory, "guards": guards}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()
