@@ -362,7 +362,7 @@ class _Loader(yaml.SafeLoader):
 def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
     """What YAML says, and its tree, which knows the lines. Raises yaml.YAMLError."""
     try:
-        return yaml.load(text, _Loader), yaml.compose(text, _Loader)
+        return yaml.load(text, _Loader), yaml.compose(text, _Loader)  # noqa: S506
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
 

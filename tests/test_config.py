@@ -250,5 +250,5 @@ def test_numbers_are_numbers(load):
 
 
 def test_sections_are_sections(load):
-    assert "run.yaml:1: train is a section: expected keys under it, found '5'" in refusal(load, "train: 5")
+    assert "run.yaml:1: train is a section: expected keys under it, found 5" in refusal(load, "train: 5")
     assert refusal(load, "", "train=5") == "'train=5': train is a section; set one of its keys, for example train.steps=..."

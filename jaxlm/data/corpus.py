@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.damage import DamagedData
-from jaxlm.data.manifest import read_manifest, read_report
+from jaxlm.data.manifest import MANIFEST, read_manifest, read_report
 from jaxlm.data.shards import CHECKSUM, Shard, check_array, load_array, num_blocks, open_shard
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError

@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
 import pydantic
 from annotated_types import Ge, Gt
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from jaxlm.errors import UserError, shown
 
@@ -80,7 +80,8 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     for split, entry in manifest["splits"].items():
         full, rest = divmod(entry["tokens"], shard_tokens) if type(shard_tokens) is int and shard_tokens > 0 else (0, 0)
         lengths = [shard["tokens"] for shard in entry["shards"]]
-        if len(lengths) != full + (rest > 0) or any(length != shard_tokens for length in lengths[:full]) or sum(lengths) != entry["tokens"]:
+        wanted = [shard_tokens] * min(full, len(lengths)) + [rest] * (rest > 0)
+        if lengths != wanted or sum(lengths) != entry["tokens"]:
             raise UserError(f"{path}: damaged (the shards of {split} do not make its {entry['tokens']:,} tokens); "
                             "prepare the corpus again")
     return manifest
