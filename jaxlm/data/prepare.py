@@ -36,7 +36,7 @@ from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
 from jaxlm.data.work import Result, Workers, exclusive
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import check_folder, write_atomically, write_json
+from jaxlm.reporting.files import check_folder, version_of, write_atomically, write_json
 from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings
 
 SHAPING = ("raw", "text_field", "document", "validation", "validation_split", "tokenizer", "shard_tokens")
@@ -127,7 +127,7 @@ def make_plan(data: DataSettings, directory: Path, settings: dict[str, Any], voc
     files = sources.find_sources(data.raw)
     validation_units = sources.plan_units(held_out, data.document, sources.UNIT_BYTES)
     units = validation_units + sources.plan_units(files, data.document, sources.UNIT_BYTES)
-    state = [[file.path, file.bytes, os.stat(file.path).st_mtime_ns] for file in held_out + files]
+    state = [[file.path, file.bytes, version_of(file.path)] for file in held_out + files]
     identity = [FORMAT, settings, state, [unit.bytes for unit in units], tokenizer.digest if tokenizer else None]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Plan(data, vocab_size, settings, units, len(validation_units), tokenizer, fingerprint)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from jaxlm.errors import UserError, nearest
+from jaxlm.reporting.files import Location, as_path, exists, name_of, names_in, read_text
 from jaxlm.reporting.metrics import read_metrics
 
 
@@ -19,14 +20,14 @@ from jaxlm.reporting.metrics import read_metrics
 class Run:
     """The files of one run directory, read once."""
 
-    path: Path
+    path: Location
     config: dict[str, Any]  # flat: "model.num_layers" -> 12
     rows: list[dict[str, Any]]
     summary: dict[str, Any] | None  # None: still running, or stopped before the end
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return name_of(self.path)
 
     @property
     def steps(self) -> int:
@@ -57,14 +58,14 @@ class Run:
 
 def read_run(run_dir: str | Path) -> Run:
     """Raises UserError when `run_dir` is not the directory of a run."""
-    path = Path(run_dir)
+    path = as_path(run_dir)
     config_file = path / "config.yaml"
-    if not config_file.is_file():
-        runs = [str(sibling.parent) for sibling in path.parent.glob("*/config.yaml")]
-        what = "has no config.yaml" if path.is_dir() else "is not there"
-        raise UserError(f"{run_dir}: expected the directory of a run, but it {what}{nearest(str(path), runs)}")
     try:
-        config = flatten(yaml.safe_load(config_file.read_text(encoding="utf-8")) or {})
+        config = flatten(yaml.safe_load(read_text(config_file)) or {})
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        runs = [str(path.parent / name) for name in names_in(path.parent) if exists(path.parent / name / "config.yaml")]
+        what = "has no config.yaml" if exists(path) else "is not there"
+        raise UserError(f"{run_dir}: expected the directory of a run, but it {what}{nearest(str(path), runs)}") from None
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
         raise UserError(f"{config_file}: expected the YAML of a run's config: {' '.join(str(error).split())}") from None
     rows = read_metrics(path)
@@ -75,11 +76,11 @@ def read_run(run_dir: str | Path) -> Run:
     return Run(path, config, rows, summary)
 
 
-def read_summary(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+def read_summary(path: Location) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(read_text(path)))
+    except FileNotFoundError:
+        return None
     except (ValueError, TypeError):
         raise UserError(f"{path}: expected one JSON object; delete the file to report from metrics.jsonl") from None
 
