@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm.parallel.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from jaxlm.reporting.files import sizes_below
 from jaxlm.settings import (
     CheckpointSettings,
     DataSettings,
@@ -38,7 +39,6 @@ from jaxlm.settings import (
 )
 from jaxlm.training.bench import random_batch
 from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.manifest import files_below
 from jaxlm.training.preemption import Preemption
 from jaxlm.training.setup import Run, lay_mesh, start
 from jaxlm.training.watch import Watch
@@ -99,7 +99,7 @@ def saves(arguments: argparse.Namespace) -> None:
                 seconds.append(time.monotonic() - began)
                 checkpoints.wait()
         folder = Path(name) / "checkpoints" / str(arguments.rounds)
-        on_disk = sum((folder / file).stat().st_size for file in files_below(folder))
+        on_disk = sum((folder / file).stat().st_size for file in sizes_below(folder))
         copies = [timed(lambda: copied(folder, Path(name) / "copy")) for _ in range(arguments.rounds)]
         with Checkpoints(name) as checkpoints:
             checks = [timed(lambda: checkpoints.choose(None)) for _ in range(arguments.rounds)]
@@ -119,7 +119,7 @@ def copied(folder: Path, to: Path) -> None:
     """A plain copy that is on disk when it is done, as a checkpoint is."""
     shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(folder, to)
-    for name in files_below(to):
+    for name in sizes_below(to):
         with open(to / name, "rb") as file:
             os.fsync(file.fileno())
 

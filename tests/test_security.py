@@ -27,9 +27,10 @@ from jaxlm.models.model import Model
 from jaxlm.parallel import distributed, executables
 from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.reporting.files import sizes_below
 from jaxlm.settings import DevicesSettings, MeshSettings
 from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.manifest import commit, digest_files, files_below
+from jaxlm.training.manifest import commit, digest_files
 from jaxlm.training.step import make_trainer
 
 pytestmark = pytest.mark.xdist_group("security")  # the run below is trained once
@@ -113,7 +114,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(here, bomb):
     folder = here / "run" / "checkpoints" / "2"
     body = {name: value for name, value in json.loads((folder / "manifest.json").read_bytes()).items()
             if name not in ("files", "digest")}
-    names = [name for name in files_below(folder) if name != "manifest.json"]
+    names = [name for name in sizes_below(folder) if name != "manifest.json"]
     assert len(names) > 5
     refusals = 0
     for name in names:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlm.errors import UserError, nearest
-from jaxlm.reporting.files import Location, as_path, exists, names_in, read_bytes, read_text, write_bytes, write_json
+from jaxlm.reporting.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
@@ -298,7 +298,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = as_path(path)
     try:
-        if names := names_in(path):
+        names = names_in(path)
+        if names or is_special(path):
             return load_folder(path, names)
         if path.suffix == ".json":
             return JsonTokenizer({JSON_FILE: read_bytes(path)}, names=declared_names(path.parent))

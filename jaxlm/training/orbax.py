@@ -7,18 +7,18 @@ They are taught s3:// here. Every process writes its own arrays straight into th
 
 import functools
 import importlib.metadata
+import io
+import logging
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 from orbax.checkpoint import v1 as ocp
 
 from jaxlm import remote
 from jaxlm.errors import UserError
-
-METADATA_RETRIES = {"retries": {"mode": "standard", "total_max_attempts": 10}}  # by botocore; epath itself repeats nothing
 
 
 @contextmanager
@@ -32,6 +32,7 @@ def in_context(path: Any) -> Iterator[None]:
     context.array.saving.use_compression = False  # zstd: a twelfth smaller, and five times as long (docs/lab-notes.md)
     if remote.is_remote(path):
         remote.file_system(str(path)[:2])  # or say which package is missing
+        _teach_patience()
         context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE  # buckets cannot rename
         context.array.saving.use_ocdbt = False  # its list of contents is replaced on a condition: a lost answer ends the save
     if str(path).startswith("s3://"):
@@ -40,10 +41,46 @@ def in_context(path: Any) -> Iterator[None]:
         yield
 
 
+class Repeating:
+    """fsspec's file systems as epath calls them; every call is repeated while its failure may pass."""
+
+    def __getattr__(self, name: str) -> Callable:
+        def call(path: str, *arguments: Any, **named: Any) -> Any:
+            return remote.repeat(path, lambda files: getattr(files, name)(path, *arguments, **named))
+
+        return call
+
+    def open(self, path: str, mode: str) -> IO:
+        file = Upload(path) if "w" in mode else remote.open_object(path)
+        return file if "b" in mode else io.TextIOWrapper(file, encoding="utf-8")
+
+
+class Upload(io.BytesIO):
+    """A small file that is written when it is closed."""
+
+    def __init__(self, url: str):
+        super().__init__()
+        self.url = url
+
+    def close(self) -> None:
+        if not self.closed:
+            remote.write(self.url, self.getvalue())
+        super().close()
+
+
+@functools.cache
+def _teach_patience() -> None:
+    """Once for each process: epath by itself repeats nothing, and gcsfs not everything."""
+    from etils.epath.backend import fsspec_backend
+
+    fsspec_backend.fs = lambda path, fs=fsspec_backend.fs: Repeating() if remote.is_remote(path) else fs(path)
+    # Orbax says for each save that there are no OCDBT files to merge
+    logging.getLogger("absl").addFilter(lambda record: "merge of OCDBT" not in record.getMessage())
+
+
 @functools.cache
 def _teach_s3() -> None:
     """Once for each process."""
-    import fsspec
     from orbax.checkpoint._src.path import gcs_utils
     from orbax.checkpoint._src.serialization import tensorstore_utils
 
@@ -54,8 +91,6 @@ def _teach_s3() -> None:
         version = importlib.metadata.version("orbax-checkpoint")
         raise UserError(f"s3:// checkpoints need orbax-checkpoint 0.12, here is {version} ({error}); "
                         "pip install 'orbax-checkpoint==0.12.*', or use gs:// or a folder") from None
-
-    fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", METADATA_RETRIES)
 
     def is_s3(path: str) -> bool:
         return path.startswith("s3://")

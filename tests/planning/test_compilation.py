@@ -18,6 +18,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.compilation import compile_step
 from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import MeshSettings, ModelSettings, Settings
+from jaxlm.training.guards import WINDOW
 
 # One of each kind; all of them: benchmarks/plans.py
 CONFIGS = [Path(__file__).parents[2] / "configs" / f"{name}.yaml"
@@ -67,7 +68,7 @@ def test_no_kind_of_config_makes_the_compiler_complain(path, capfd):
 
 
 def test_memory_is_that_of_the_arrays():
-    """Parameters and Adam's two moments, each cut in eight, and the batch."""
+    """Parameters and Adam's two moments, each cut in eight, what the guards remember, and the batch."""
     settings = Settings(model=ModelSettings(num_layers=2, num_heads=8, hidden_size=64, vocab_size=256, max_length=32, bias=False))
     settings = replace(settings, data=replace(settings.data, sequence_length=32))
     mesh = make_mesh(MeshSettings(fsdp=8), jax.devices())
@@ -75,7 +76,8 @@ def test_memory_is_that_of_the_arrays():
     block = 12 * 64 * 64 / 8 + 2 * 64  # norms are whole everywhere
     parameters = 2 * block + (256 + 32) * 64 / 8 + 64
     batch = 32 * (4 + 4 + 1)
-    assert memory.arguments == pytest.approx(3 * 4 * parameters + batch, abs=64)
+    remembered = 2 * 4 * WINDOW  # a loss and a gradient norm of each step
+    assert memory.arguments == pytest.approx(3 * 4 * parameters + batch + remembered, abs=64)
     assert memory.total >= memory.arguments + memory.temporaries and memory.host == 0
 
 
