@@ -93,7 +93,6 @@ def read_summary(path: Path) -> dict[str, Any] | None:
     return {"steps": 0} | summary
 
 
-
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     flat = {}
