@@ -116,7 +116,7 @@ def _key_lines(tree: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
 def _apply_override(values: dict[str, Any], override: str) -> str:
     """Sets the key that the override names, and returns its name."""
     name, equals, text = override.partition("=")
-    if not equals:
+    if not equals or not name.strip():
         raise UserError(f"'{override}': expected key=value, for example train.steps=100")
     known = [full for full, *_ in key_table()]
     if name not in known:

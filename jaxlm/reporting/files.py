@@ -34,8 +34,11 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def is_below(folder: Path, name: str | Path) -> bool:
-    """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link that leads out."""
-    return (folder / name).resolve().is_relative_to(folder.resolve())
+    """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link out or to itself."""
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # before Python 3.13: a link that leads to itself
+        return False
 
 
 def check_folder(path: str | Path, key: str) -> None:

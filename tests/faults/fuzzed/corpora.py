@@ -22,29 +22,33 @@ from jaxlm.settings import DataSettings
 # ------------------------------------------------------------------------------------------------------------- raw text
 
 ODD_LINES = ["x" * 70_000, "\0", "\ufeff", "\r", "\u2028", "\x85", b"\xff\xfe", b"\xed\xa0\x80", b"\xf4\x90\x80\x80", " ", "a\tb"]
-LINES = st.lists(st.text(max_size=30) | st.binary(max_size=20) | st.sampled_from(ODD_LINES), max_size=8)
-RECORDS = st.lists(st.dictionaries(st.sampled_from(["text", "Text", "body"]), SCALARS, max_size=2) | VALUES
-                   | st.builds(lambda text: {"text": text}, st.text()), max_size=6)
+GOOD_LINES = st.lists(st.text(max_size=30))
+LINES = GOOD_LINES | st.lists(st.text(max_size=30) | st.binary(max_size=20) | st.sampled_from(ODD_LINES), max_size=8)
+GOOD_RECORDS = st.lists(st.builds(lambda text: {"text": text}, st.text()), min_size=1, max_size=6)
+RECORDS = GOOD_RECORDS | st.builds(
+    lambda good, odd: good + odd, GOOD_RECORDS,
+    st.lists(st.dictionaries(st.sampled_from(["text", "Text", "body"]), SCALARS, max_size=2) | VALUES, max_size=3))
 ODD_JSON = ["{", "[" * 100_000, '{"text": ' + "[" * 100_000, '{"text": ' + "9" * 5000 + "}", '{"text": "\\ud800"}',
             '{"text": NaN}', '{"text": "a", "text": 5}']
 
 
 @st.composite
 def raw_files(draw: st.DrawFn) -> dict[str, bytes]:
-    """Name and content of up to three files."""
-    files = {}
-    for number in range(draw(st.integers(1, 3))):
-        suffix = draw(st.sampled_from([".txt", ".txt", ".jsonl", ".parquet", ".md", ".bin"]))
+    """Name and content of a few files, one of them often plain text."""
+    files = {"good.txt": b"".join(b"line %d\n" % number for number in range(9))} if draw(st.booleans()) else {}
+    for number in range(draw(st.integers(1, 2))):
+        suffix = draw(st.sampled_from([*[".txt", ".jsonl", ".parquet", ".md"] * 2, ".bin"]))
         content = b"\n".join(line.encode(errors="surrogatepass") if isinstance(line, str) else line for line in draw(LINES))
-        if suffix == ".jsonl" and draw(st.booleans()):
-            lines = [json.dumps(record) for record in draw(RECORDS)] + draw(st.lists(st.sampled_from(ODD_JSON), max_size=1))
+        if suffix == ".jsonl" and draw(st.integers(0, 3)):
+            odd = draw(st.sampled_from([[], [], [], *([line] for line in ODD_JSON)]))
+            lines = [*(json.dumps(record) for record in draw(RECORDS)), *odd]
             content = "\n".join(lines).encode()
         if suffix == ".parquet" and draw(st.integers(0, 3)):
             content = draw(tables())
         compression = draw(st.sampled_from(["", "", ".gz", ".zst"]))
         if compression and draw(st.integers(0, 3)):
             content = gzip.compress(content, mtime=0) if compression == ".gz" else zstandard.compress(content)
-        if draw(st.integers(0, 3)) == 0:
+        if draw(st.integers(0, 7)) == 0:
             where = draw(st.integers(0, len(content)))
             before, after = content[:where], content[where:]
             content = draw(st.sampled_from([before, before + b"\x80" + after[1:], content + content, after]))
