@@ -29,6 +29,7 @@ from fuzzed import KINDS, Kind
 from fuzzed.world import World
 
 EVERY = 30.0  # seconds between lines of progress
+SLOW = 3.0  # seconds after which an example is shown
 
 
 class Result(NamedTuple):
@@ -36,13 +37,15 @@ class Result(NamedTuple):
 
     codes: Counter[int]
     seconds: float
+    slowest: float  # seconds of one example
     failure: BaseException | None
 
 
 def fuzz(kind: Kind, world: World, examples: int, seed: int, say: Callable[[str], None]) -> Result:
     """Draws and checks until all are done or one fails, then for the smallest that fails."""
     codes: Counter[int] = Counter()
-    began = last = time.monotonic()
+    slowest, began = 0.0, time.monotonic()
+    last = began
 
     @hypothesis.seed(seed)
     @hypothesis.settings(max_examples=examples, database=None, deadline=None, print_blob=False, report_multiple_bugs=False,
@@ -50,10 +53,16 @@ def fuzz(kind: Kind, world: World, examples: int, seed: int, say: Callable[[str]
                          phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink])
     @hypothesis.given(kind.examples)
     def check(example: Any) -> None:
-        nonlocal last
+        nonlocal last, slowest
+        since = time.monotonic()
         codes[kind.check(world, example)] += 1
-        if time.monotonic() - last > EVERY:
-            last = time.monotonic()
+        now = time.monotonic()
+        if now - since > slowest:
+            slowest = now - since
+            if slowest > SLOW:
+                say(f"{slowest:.0f} s: {example!r:.2000}")
+        if now - last > EVERY:
+            last = now
             say(f"{codes.total()} of {examples}")
 
     failure = None
@@ -61,7 +70,7 @@ def fuzz(kind: Kind, world: World, examples: int, seed: int, say: Callable[[str]
         check()
     except Exception as error:  # whatever it is: it is what was looked for
         failure = error
-    return Result(codes, time.monotonic() - began, failure)
+    return Result(codes, time.monotonic() - began, slowest, failure)
 
 
 def report(results: dict[str, Result], command: str) -> str:
@@ -70,12 +79,13 @@ def report(results: dict[str, Result], command: str) -> str:
         "# Fuzz report", "",
         f"`{command}`: Python {platform.python_version()}, jax {jax.__version__}, hypothesis {hypothesis.__version__}, "
         f"{os.cpu_count()} cores", "",
-        "| kind | examples | accepted (exit code 0) | refused (2) | failed with one line (1) | minutes | |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |"]
-    for name, (codes, seconds, failure) in [*results.items(), ("all", Result(
-            total, sum(result.seconds for result in results.values()), None))]:
+        "| kind | examples | accepted (exit code 0) | refused (2) | failed with one line (1) | minutes | slowest, s | |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"]
+    whole = Result(total, sum(result.seconds for result in results.values()),
+                   max(result.slowest for result in results.values()), None)
+    for name, (codes, seconds, slowest, failure) in (results | {"all": whole}).items():
         figures = [codes.total(), codes[0], codes[2], codes[1]]
-        lines.append(f"| {name} | {' | '.join(f'{figure:,}' for figure in figures)} | {seconds / 60:.1f} | "
+        lines.append(f"| {name} | {' | '.join(f'{figure:,}' for figure in figures)} | {seconds / 60:.1f} | {slowest:.1f} | "
                      f"{f'**{type(failure).__name__}**' if failure else ''} |")
     return "\n".join(lines) + "\n"
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
-from fuzzed.damage import FILE_DAMAGES, VALUES, Damage, apply, damages
+from fuzzed.damage import FILE_DAMAGES, HOW, VALUES, Damage, apply, damages
 from fuzzed.run_files import KEYS, SECTIONS
 from fuzzed.world import World, call, command, tree
 from jaxlm import config
@@ -26,7 +25,7 @@ def written(files: dict[str, str], step: int) -> dict[str, str]:
 
 
 CHECKPOINTS = st.tuples(damages(FILE_DAMAGES), st.sampled_from([None, None, None, 1, 2, 3, 7]),
-                        st.sampled_from([*["choose"] * 14, *["write"] * 4, "evaluate", "train"]))
+                        st.sampled_from([*["choose"] * 76, *["write"] * 20, *["evaluate"] * 3, "train"]))
 
 
 def check_checkpoints(world: World, example: tuple[list[Damage], int | None, str]) -> int:
@@ -96,7 +95,7 @@ def check_writing(run: Path, before: dict[str, str]) -> None:
 
 # ------------------------------------------------------------------------------------------------------ run directories
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "goodput.jsonl", "summary.json", "samples.txt")
+FILES = ("config.yaml", "metrics.jsonl", "goodput.jsonl", "summary.json", "samples.txt")
 FIGURES = ("step", "loss", "val_loss", "val_bits_per_byte", "tokens_per_second", "step_seconds", "data_wait_seconds", "mfu",
            "began", "seconds", "from", "to", "skipped", "startup", "evaluation", "checkpoint",
            "steps", "wall_seconds", "tokens", "parameters", "devices", "mesh", "compile_seconds")
@@ -104,75 +103,52 @@ IN_PLACE = tuple(kind for kind in FILE_DAMAGES if kind not in ("rename", "junk",
 
 
 @st.composite
-def run_changes(draw: st.DrawFn) -> tuple[str, str, Any]:
-    """(file, how, what)."""
-    name = draw(st.sampled_from(RUN_FILES))
+def changes(draw: st.DrawFn) -> tuple[str, Any]:
+    """(file, what to do with it): damage, (key, value, line) to be replaced, or a line to be added."""
+    name = draw(st.sampled_from(FILES))
     how = draw(st.sampled_from(["damage", "value", "value", "value", "line"]))
     if how == "damage":
-        return name, how, draw(damages(IN_PLACE))[0]
+        return name, draw(damages(IN_PLACE))[0]
     if how == "line":
-        return name, how, draw(VALUES.map(json.dumps) | st.text(max_size=30) | st.just("[" * 100_000))
-    if name == "config.yaml":
-        return name, how, (draw(st.sampled_from([*KEYS, *SECTIONS])), draw(VALUES), 0)
-    return name, how, (draw(st.sampled_from(FIGURES)), draw(VALUES), draw(st.integers(0, 9)))
+        return name, draw(VALUES.map(json.dumps) | st.text(max_size=30) | st.just("[" * 100_000))
+    keys = [*KEYS, *SECTIONS] if name == "config.yaml" else FIGURES
+    return name, (draw(st.sampled_from(keys)), draw(VALUES), draw(st.integers(0, 9)))
 
 
-def change_run(run: Path, change: tuple[str, str, Any]) -> None:
-    name, how, what = change
-    path = run / name
-    if not path.is_file() or path.is_symlink():
-        return
-    if how == "damage":
-        alone = run.parent / "alone"
-        alone.mkdir()
-        shutil.move(path, alone / name)
-        apply(what, alone)
-        for left in list(alone.iterdir()):
-            os.rename(left, run / left.name)
-        alone.rmdir()
-        if (run / name).is_symlink():
-            (run / name).unlink()
-            (run / name).symlink_to(name)
-    elif how == "line":
+def change(path: Path, what: Damage | tuple[str, Any, int] | str) -> None:
+    if isinstance(what, Damage):
+        HOW[what.kind](path, path.with_name(FILES[what.where % len(FILES)]), what.where, what.value)
+    elif isinstance(what, str):
         with open(path, "a", encoding="utf-8", errors="surrogatepass") as file:
             file.write(f"{what}\n")
+    elif path.suffix == ".yaml":
+        path.write_text(yaml.safe_dump(replaced(yaml.safe_load(path.read_bytes()), *what[:2])), encoding="utf-8")
     else:
-        replace_value(path, *what)
-
-
-def replace_value(path: Path, name: str, value: Any, where: int) -> None:
-    if path.suffix == ".yaml":
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-        *parents, last = name.split(".")
-        inner = values
-        for part in parents:
-            inner = inner.get(part) if isinstance(inner, dict) else None
-        if isinstance(inner, dict):
-            inner[last] = value
-            path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return
-    if path.suffix == ".json":
-        path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    elif path.suffix == ".jsonl":
-        lines = path.read_text().splitlines()
-        place = where % len(lines)
-        lines[place] = json.dumps(json.loads(lines[place]) | {name: value})
+        lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        place = what[2] % len(lines)
+        lines[place] = json.dumps(replaced(json.loads(lines[place]), *what[:2]))
         path.write_text("\n".join(lines) + "\n")
 
 
-RUN_DIRECTORIES = st.tuples(st.lists(run_changes(), min_size=1, max_size=3), st.sampled_from([True, *[False] * 9]))
+def replaced(values: dict[str, Any], name: str, value: Any) -> dict[str, Any]:
+    """With another value for `a.b`."""
+    first, _, rest = name.partition(".")
+    return values | {first: replaced(values[first], rest, value) if rest else value}
 
 
-def check_run_directory(world: World, example: tuple[list[tuple[str, str, Any]], bool]) -> int:
+RUN_DIRECTORIES = st.tuples(st.lists(changes(), min_size=1, max_size=3), st.sampled_from([True, *[False] * 9]))
+
+
+def check_run_directory(world: World, example: tuple[list[tuple[str, Any]], bool]) -> int:
     """A report, or one line; of several runs, a table, or one line."""
-    changes, several = example
+    several = example[1]
     with world.scratch() as folder:
         run = folder / "run"
         shutil.copytree(world.run, run, ignore=shutil.ignore_patterns("checkpoints", "*.png", "report.md", "corpus"))
-        for change in changes:
+        for name, what in example[0]:
             # a second change may find nothing left that it can change
-            with contextlib.suppress(ValueError, OSError, TypeError, AttributeError, yaml.YAMLError, RecursionError):
-                change_run(run, change)
+            with contextlib.suppress(ValueError, OSError, TypeError, LookupError, yaml.YAMLError, RecursionError):
+                change(run / name, what)
         before = tree(run)
         ending = command("report", run, *([world.run] if several else []))
         written = {"comparison.png"} if several else {"report.md"}

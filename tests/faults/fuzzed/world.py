@@ -79,12 +79,15 @@ def command(*arguments: Any) -> Ending:
 
 
 def call(function: Callable[[], Any]) -> Ending:
-    """A function, held to the same."""
+    """A function, held to the same; it may leave an OSError that names a file to the front door."""
     try:
         with in_time(), contextlib.redirect_stderr(io.StringIO()):
             function()
     except (UserError, RunError) as error:
         return Ending(2 if isinstance(error, UserError) else 1, readable(" ".join(str(error).split())))
+    except OSError as error:
+        assert error.filename is not None, error
+        return Ending(1, str(error))
     return Ending(0, "")
 
 
