@@ -6,7 +6,18 @@ from itertools import chain
 
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, intermediate_size, kv_heads
-from jaxlm.settings import AXES, TRAINED_TOKENIZERS, MeshSettings, ModelSettings, ScheduleSettings, Settings, TrainSettings
+from jaxlm.remote import check_url, is_remote
+from jaxlm.settings import (
+    AXES,
+    TRAINED_TOKENIZERS,
+    MeshSettings,
+    ModelSettings,
+    ScheduleSettings,
+    Settings,
+    TrainSettings,
+    flatten,
+    to_dict,
+)
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # fused attention kernels, and where they run
 MOST_DEVICES = 2**16  # along an axis, that a message proposes
@@ -15,6 +26,7 @@ SPLASH_BLOCK = 128  # tokens; splash attention takes multiples of it
 
 def check(settings: Settings) -> None:
     """Refuses values that contradict each other, before anything is compiled or written. Raises UserError for the first."""
+    check_urls(settings)
     problems = chain(
         model_problems(settings.model),
         text_problems(settings),
@@ -26,6 +38,14 @@ def check(settings: Settings) -> None:
         layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in AXES}),
     )
     refuse_first(problems)
+
+
+def check_urls(settings: Settings) -> None:
+    """Refuses remote paths without a bucket. Raises UserError."""
+    for key, value in flatten(to_dict(settings)).items():
+        for each in value if isinstance(value, list | dict) else [value]:
+            if is_remote(each):
+                check_url(each, key)
 
 
 def check_layout(settings: Settings, sizes: Mapping[str, int]) -> None:

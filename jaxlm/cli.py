@@ -36,7 +36,7 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
 
     from jaxlm.generation.sampling import generate_from_run
     from jaxlm.parallel.distributed import is_main
-    from jaxlm.reporting.files import write_text
+    from jaxlm.reporting.files import as_path, write_text
     from jaxlm.reporting.report import write_report
     from jaxlm.training.loop import train
 
@@ -45,7 +45,7 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
     if is_main():
         if samples:
             text = SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples)
-            write_text(Path(settings.run_dir) / "samples.txt", text)
+            write_text(as_path(settings.run_dir) / "samples.txt", text)
             print(text)
         print(f"{settings.run_dir}: {_in_short(summary)}; see {write_report(settings.run_dir)}")
 
@@ -146,16 +146,17 @@ def _search(settings: Settings, target: "Target", arguments: argparse.Namespace)
 
 def report(run_dirs: Sequence[str]) -> None:
     """report: one page about a run, or a table that compares several"""
+    from jaxlm.reporting.files import as_path, read_text
     from jaxlm.reporting.plots import plot_comparison
     from jaxlm.reporting.report import compare, write_report
 
     if len(run_dirs) == 1:
         path = write_report(run_dirs[0])
-        print(path.read_text(encoding="utf-8"))
+        print(read_text(path))
         print(f"written to {path}")
     else:
         _console().print(compare(run_dirs))
-        picture = Path(run_dirs[0]) / "comparison.png"
+        picture = as_path(run_dirs[0]) / "comparison.png"
         plot_comparison(run_dirs, picture)
         print(f"loss curves: {picture}")
 

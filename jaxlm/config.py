@@ -13,6 +13,8 @@ import yaml
 
 from jaxlm.checks import check
 from jaxlm.errors import UserError, nearest, shown, without_secrets
+from jaxlm.remote import check_url, is_remote
+from jaxlm.reporting.files import Location, as_path, exists, names_in, read_text
 from jaxlm.settings import Settings, flatten, parse_yaml, sections
 
 _SETTINGS = pydantic.TypeAdapter(Settings)
@@ -24,8 +26,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     Raises:
       UserError: the file is missing or no YAML mapping; a key is unknown, set twice or ill-typed; values contradict each other.
     """
-    path = Path(path)
-    run_dir = path if (path / "config.yaml").is_file() else None
+    if is_remote(path):
+        check_url(str(path), "CONFIG.yaml")
+    path = as_path(path)
+    run_dir = path if exists(path / "config.yaml") else None
     path = path / "config.yaml" if run_dir else path
     values, lines = _read_yaml(path)
     for key, problem in _unknown_keys(values):
@@ -74,13 +78,13 @@ def key_table() -> Iterator[tuple[str, str, Any, str, str]]:
                 yield name, _type_name(hints[item.name]), default, item.metadata["unit"], item.metadata["help"]
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+def _read_yaml(path: Location) -> tuple[dict[str, Any], dict[str, int]]:
     """The file's values, and the line of each key by its dotted name."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         values, tree = parse_yaml(text)
     except FileNotFoundError:
-        beside = [str(file) for file in (*path.parent.glob("*.yaml"), *path.parent.glob("*/"))] if path.parent.is_dir() else []
+        beside = [str(path.parent / name) for name in names_in(path.parent) if name.endswith(".yaml") or "." not in name]
         raise UserError(f"{path}: no such run file or run directory{nearest(str(path), beside)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: a folder without config.yaml; expected a run file or a run directory") from None

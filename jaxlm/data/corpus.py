@@ -14,10 +14,11 @@ A document ends with the tokenizer's eos where it has one.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,12 @@ from jaxlm.data.manifest import MANIFEST, read_manifest, read_report
 from jaxlm.data.shards import CHECKSUM, Shard, check_array, load_array, num_blocks, open_shard
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError
+from jaxlm.reporting.files import Location, absolute
 from jaxlm.reporting.units import counted, format_count
 
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "validation")
+CHECKS = 16  # files at a time: what is far away takes its time to answer
 OPEN_SHARDS = 128  # of a split at a time: some systems let a process open no more than 256 files
 
 
@@ -54,7 +57,7 @@ def token_type(vocab_size: int) -> np.dtype:
 class Documents:
     """One split: a stream of tokens and where its documents begin. For any thread; opened anew when sent to another process."""
 
-    def __init__(self, directory: Path, split: str, manifest: dict[str, Any]):
+    def __init__(self, directory: Location, split: str, manifest: dict[str, Any]):
         self.directory = directory
         self.split = split
         self.entry = manifest["splits"][split]
@@ -101,18 +104,20 @@ class Documents:
 
     def check(self) -> None:
         """UserError when a file is missing or not as long as the manifest says. Reads headers only."""
-        with refusing_damage():
-            for shard in self.entry["shards"]:
-                check_array(self.directory / shard["file"], shard["tokens"], self.dtype)
-                if "checksums" in shard:
-                    check_array(self.directory / shard["checksums"]["file"], num_blocks(shard["tokens"]), CHECKSUM)
-            check_array(self.directory / offsets_file(self.split), self.num_documents + 1, np.dtype("<i8"))
+        arrays = [(offsets_file(self.split), self.num_documents + 1, np.dtype("<i8"))]
+        for shard in self.entry["shards"]:
+            arrays.append((shard["file"], shard["tokens"], self.dtype))
+            if "checksums" in shard:
+                arrays.append((shard["checksums"]["file"], num_blocks(shard["tokens"]), CHECKSUM))
+        with refusing_damage(), ThreadPoolExecutor(CHECKS) as pool:
+            for _ in pool.map(lambda array: check_array(self.directory / array[0], *array[1:]), arrays):
+                pass
 
     def __reduce__(self) -> tuple:
         return open_split, (self.directory, self.split)
 
 
-def refuse_strange_names(directory: Path, split: str, shards: list[dict[str, Any]]) -> None:
+def refuse_strange_names(directory: Location, split: str, shards: list[dict[str, Any]]) -> None:
     """UserError unless the manifest names its files as they are named here: nothing outside the folder is ever opened."""
     for number, shard in enumerate(shards):
         names = [shard["file"], *([shard["checksums"]["file"]] if "checksums" in shard else [])]
@@ -122,7 +127,7 @@ def refuse_strange_names(directory: Path, split: str, shards: list[dict[str, Any
                                 "prepare the corpus again")
 
 
-def open_split(directory: Path, split: str) -> Documents:
+def open_split(directory: Location, split: str) -> Documents:
     return getattr(Corpus(directory, whole=False), split)
 
 
@@ -132,8 +137,8 @@ class Corpus:
     whole=False: files of tokens may be missing or too short; DamagedData comes when they are read.
     """
 
-    def __init__(self, directory: str | Path, whole: bool = True):
-        self.directory, self.whole = Path(directory).absolute(), whole
+    def __init__(self, directory: str | os.PathLike, whole: bool = True):
+        self.directory, self.whole = absolute(directory), whole
         self.manifest = read_manifest(self.directory)
         self.train = Documents(self.directory, "train", self.manifest)
         self.validation = Documents(self.directory, "validation", self.manifest)

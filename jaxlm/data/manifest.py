@@ -1,7 +1,6 @@
 """What a corpus says of itself, read without trust: the types of manifest.json and report.json, and that the counts agree."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
 
 import pydantic
@@ -9,6 +8,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from jaxlm.errors import UserError, shown
+from jaxlm.reporting.files import Location, exists, read_text
 
 FORMAT = 1
 MANIFEST, REPORT = "manifest.json", "report.json"
@@ -65,11 +65,11 @@ class Report(TypedDict):
     dropped: dict[str, Count]
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def read_manifest(directory: Location) -> dict[str, Any]:
     """The manifest of a finished corpus. Raises UserError: there is none, or it is not what `prepare` writes."""
     path = directory / MANIFEST
-    if not path.is_file():
-        unfinished = directory.with_name(directory.name + ".partial").is_dir()
+    if not exists(path):
+        unfinished = exists(directory.parent / f"{directory.name}.partial")
         hint = "its preparation was not finished; start it again" if unfinished else f"expected a folder with {MANIFEST}"
         raise UserError(f"{directory}: not a corpus ({hint})")
     manifest = read_json(path)
@@ -87,21 +87,21 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def read_report(directory: Path) -> dict[str, Any]:
+def read_report(directory: Location) -> dict[str, Any]:
     """What became of the documents. Raises UserError as `read_manifest` does."""
     report = read_json(directory / REPORT)
     _check(directory / REPORT, report, Report)
     return report
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Location) -> dict[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(read_text(path)))
     except (OSError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({error}); prepare the corpus again") from error
 
 
-def _check(path: Path, value: dict[str, Any], kind: type) -> None:
+def _check(path: Location, value: dict[str, Any], kind: type) -> None:
     try:
         pydantic.TypeAdapter(kind).validate_python(value, strict=True)
     except pydantic.ValidationError as error:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm import remote
 from jaxlm.data import cleaning, sources, stages
 from jaxlm.data.corpus import SPLITS, TOKENIZER, Corpus, checksum_file, offsets_file, shard_file, token_type
 from jaxlm.data.manifest import FORMAT, MANIFEST, REPORT
@@ -26,9 +27,22 @@ from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
 from jaxlm.data.work import Result, Workers, exclusive
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import check_folder, write_atomically, write_json
+from jaxlm.remote import is_remote
+from jaxlm.reporting.files import (
+    Location,
+    absolute,
+    check_folder,
+    exists,
+    names_in,
+    sizes_below,
+    version_of,
+    write_atomically,
+    write_json,
+)
+from jaxlm.reporting.progress import progress_bar
 from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings
 
+CACHE = "~/.cache/jaxlm/prepare"  # of corpora that go into a bucket when they are done
 SHAPING = ("raw", "text_field", "document", "validation", "validation_split", "tokenizer", "shard_tokens")
 SHAPING_TRAINED = ("lowercase", "tokenizer_sample")  # where a tokenizer is trained
 
@@ -54,22 +68,22 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
     a corpus that the caller cannot use. UserError when the input is wrong or not accepted (nothing is left behind), or when
     `directory` was made with other settings.
     """
-    directory = Path(directory).absolute()
+    directory = absolute(directory)
     settings = shaping_settings(data, vocab_size)
-    if (directory / MANIFEST).exists():
+    if exists(directory / MANIFEST):
         corpus = open_prepared(directory, settings if data.raw is not None else {}, data)
         accept(corpus)
         return corpus
     plan = make_plan(data, directory, settings, vocab_size)
-    partial = directory.with_name(directory.name + ".partial")
+    partial = workplace(directory)
     created = [folder for folder in partial.parents if not folder.exists()]
     with exclusive(partial):
         try:
-            if not (directory / MANIFEST).exists():  # else another process finished it just now
+            if not exists(directory / MANIFEST):  # else another process finished it just now
                 folder = partial / plan.fingerprint[:16]
                 build(plan, folder, processes or data.prepare_processes or os.cpu_count() or 1)
                 accept(Corpus(folder / "corpus"))
-                (folder / "corpus").rename(directory)
+                put_in_place(folder / "corpus", directory)
             shutil.rmtree(partial)
         except UserError:
             shutil.rmtree(partial)
@@ -80,7 +94,28 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
     return open_prepared(directory, settings, data)
 
 
-def open_prepared(directory: Path, settings: dict[str, Any], data: DataSettings) -> Corpus:
+def workplace(directory: Location) -> Path:
+    """Where a corpus is prepared, and what is done already outlives an interruption: beside its place, or in the user's cache."""
+    if not is_remote(directory):
+        return directory.with_name(directory.name + ".partial")
+    return Path(CACHE).expanduser() / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.partial"
+
+
+def put_in_place(corpus: Path, directory: Location) -> None:
+    """What makes it a corpus, the manifest, comes last."""
+    if not is_remote(directory):
+        corpus.rename(directory)
+        return
+    sizes = sizes_below(corpus)
+    names = sorted(sizes, key=MANIFEST.__eq__)
+    with progress_bar(f"upload to {directory}", total=sum(sizes.values()), unit="bytes", enabled=True) as advance:
+        for name in names:
+            remote.upload(corpus / name, directory / name)
+            advance(sizes[name])
+    shutil.rmtree(corpus)
+
+
+def open_prepared(directory: Location, settings: dict[str, Any], data: DataSettings) -> Corpus:
     """The finished corpus; UserError where it was made with another value of one of these settings."""
     corpus = Corpus(directory, whole=data.damaged == "stop")
     for key, value in settings.items():
@@ -102,15 +137,16 @@ def shaping_settings(data: DataSettings, vocab_size: int | None) -> dict[str, An
     return values | ({"model.vocab_size": vocab_size} if trained else {})
 
 
-def make_plan(data: DataSettings, directory: Path, settings: dict[str, Any], vocab_size: int | None) -> Plan:
+def make_plan(data: DataSettings, directory: Location, settings: dict[str, Any], vocab_size: int | None) -> Plan:
     """Finds the files and checks what can be checked before any work."""
     if data.raw is None:
         raise UserError(f"data.raw: missing, and there is no prepared corpus in {directory}; name the text to prepare")
     check_folder(directory, "data.corpus")
-    partial = directory.with_name(directory.name + ".partial")
+    partial = workplace(directory)
     if partial.is_symlink():  # what is in there is removed
         raise UserError(f"data.corpus={directory}: {partial} is a link; remove it, or name another folder")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    own = (*SPLITS, TOKENIZER, REPORT) if is_remote(directory) else ()  # an upload was interrupted; folders are renamed at once
+    if any(not name.startswith(own) for name in names_in(directory)):
         raise UserError(f"{directory}: exists and is not a corpus; delete it, or name another folder (data.corpus)")
     if data.tokenizer in TRAINED_TOKENIZERS and vocab_size is None:
         raise UserError(f"model.vocab_size: missing; say to how many tokens the {data.tokenizer} tokenizer is to be trained")
@@ -120,7 +156,7 @@ def make_plan(data: DataSettings, directory: Path, settings: dict[str, Any], voc
     files = sources.find_sources(data.raw)
     validation_units = sources.plan_units(held_out, data.document, sources.UNIT_BYTES)
     units = validation_units + sources.plan_units(files, data.document, sources.UNIT_BYTES)
-    state = [[file.path, file.bytes, os.stat(file.path).st_mtime_ns] for file in held_out + files]
+    state = [[file.path, file.bytes, version_of(file.path)] for file in held_out + files]
     identity = [FORMAT, settings, state, [unit.bytes for unit in units], tokenizer.digest if tokenizer else None]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     return Plan(data, vocab_size, settings, units, len(validation_units), tokenizer, fingerprint)

@@ -1,21 +1,26 @@
 """The files of a corpus, read without trust: headers and lengths when they are opened, checksums with every read.
 
 Tokens are read with `pread`, never mapped: where a mapped file loses its end, the process dies of SIGBUS instead of an error.
+Of a shard in a bucket, just the blocks that are needed are fetched.
 """
 
 import errno
 import hashlib
+import io
 import os
 import tokenize
 import weakref
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxlm.data.damage import DamagedData
+from jaxlm.remote import is_remote
+from jaxlm.reporting.files import Location, file_size, read_bytes, read_range
 
 BLOCK_TOKENS = 4096  # under one checksum
 CHECKSUM = np.dtype("<u4")
@@ -35,9 +40,9 @@ def num_blocks(num_tokens: int) -> int:
 class Shard:
     """A shard file, open (see `open_shard`). What is read is checked against its checksums, or else against the vocabulary."""
 
-    path: Path
-    descriptor: int
-    identity: tuple[int, int, int]
+    path: Location
+    descriptor: int | None  # None: in a bucket
+    identity: tuple[int, int, int] | None
     begin: int  # byte of the first token
     num_tokens: int
     dtype: np.dtype
@@ -45,7 +50,10 @@ class Shard:
     checksums: np.ndarray | None  # uint32 [blocks]
 
     def is_current(self) -> bool:
-        """Whether it is still the file of that name, and as long as it was. (A removed file could be read while it is open.)"""
+        """Whether it is still the file of that name, and as long as it was. (A removed file could be read while it is open; one
+        in a bucket could not.)"""
+        if self.descriptor is None:
+            return True
         try:
             return file_identity(os.stat(self.path)) == self.identity
         except OSError:
@@ -70,13 +78,19 @@ class Shard:
         position, end, data = self.byte(start), self.byte(stop), b""
         problem = "the file ends before them"
         try:
-            while more := os.pread(self.descriptor, end - position - len(data), position + len(data)):  # 2 GiB at most each
+            while more := self.read_some(position + len(data), end):
                 data += more
                 if len(data) == end - position:
                     return data
         except OSError as error:
-            problem = os.strerror(error.errno)
+            problem = error.strerror
         raise DamagedData(self.path, f"cannot read bytes {position:,} to {end:,}: {problem}", start // BLOCK_TOKENS)
+
+    def read_some(self, start: int, stop: int) -> bytes:
+        """From byte `start` on, at most to byte `stop`; nothing where the file has ended."""
+        if self.descriptor is None:
+            return read_range(self.path, start, stop)
+        return os.pread(self.descriptor, stop - start, start)  # 2 GiB at most
 
     def check_blocks(self, start: int, data: bytes) -> None:
         """DamagedData unless `data`, which begins with token `start` and a block, has the checksums that were written."""
@@ -95,7 +109,7 @@ class Shard:
                                          f"{self.vocab_size:,}", (start + place) // BLOCK_TOKENS)
 
 
-def open_shard(directory: Path, shards: list[dict[str, Any]], dtype: np.dtype, vocab_size: int, number: int) -> Shard:
+def open_shard(directory: Location, shards: list[dict[str, Any]], dtype: np.dtype, vocab_size: int, number: int) -> Shard:
     """Shard `number` of those that the manifest lists. DamagedData when it, or the file of its checksums, is not whole.
 
     It is closed when nobody refers to it any more, so that no thread reads from a descriptor that has become another file's.
@@ -105,7 +119,11 @@ def open_shard(directory: Path, shards: list[dict[str, Any]], dtype: np.dtype, v
         kept = entry["checksums"]
         checksums = load_array(directory / kept["file"], num_blocks(entry["tokens"]), CHECKSUM, kept["sha256"])
     path = directory / entry["file"]
-    descriptor, begin = open_array(path, entry["tokens"], dtype)
+    begin = check_array(path, entry["tokens"], dtype)
+    if is_remote(path):
+        return Shard(path, None, None, begin, entry["tokens"], dtype, vocab_size, checksums)
+    with _as_damage(path):
+        descriptor = os.open(path, os.O_RDONLY)
     shard = Shard(path, descriptor, file_identity(os.fstat(descriptor)), begin, entry["tokens"], dtype, vocab_size, checksums)
     weakref.finalize(shard, os.close, descriptor).atexit = False  # threads may be reading until the very end
     return shard
@@ -115,22 +133,36 @@ def file_identity(state: os.stat_result) -> tuple[int, int, int]:
     return state.st_dev, state.st_ino, state.st_size
 
 
-def check_array(path: Path, length: int, dtype: np.dtype) -> None:
-    """DamagedData unless the file is a whole one-dimensional .npy of this length and type. Reads its header only."""
-    os.close(open_array(path, length, dtype)[0])
+def check_array(path: Location, length: int, dtype: np.dtype) -> int:
+    """The byte at which the first element stands. Reads the header only.
+
+    DamagedData unless the file is a whole one-dimensional .npy of this length and type.
+    """
+    with _as_damage(path):
+        size, file = file_size(path), io.BytesIO(read_range(path, 0, HEADER))
+        np.lib.format.read_magic(file)
+        shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER)
+        expected = file.tell() + length * dtype.itemsize
+        if (shape, found, size) == ((length,), dtype, expected):
+            return file.tell()
+    raise DamagedData(path, f"{size:,} bytes, expected {expected:,} ({length:,} of {dtype})")
 
 
-def open_array(path: Path, length: int, dtype: np.dtype) -> tuple[int, int]:
-    """A file descriptor and the place of the first element. DamagedData as in `check_array`."""
+def load_array(path: Location, length: int, dtype: np.dtype, digest: str) -> np.ndarray:
+    """The array in memory, read-only. DamagedData as in `check_array`, and when the file's sha256 (hex) is not `digest`."""
+    begin = check_array(path, length, dtype)
+    with _as_damage(path):
+        data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamagedData(path, "differs from its digest in the manifest")
+    return np.frombuffer(data, dtype, length, begin)
+
+
+@contextmanager
+def _as_damage(path: Location) -> Iterator[None]:
+    """What goes wrong with a file inside, as DamagedData."""
     try:
-        with open(path, "rb") as file:
-            np.lib.format.read_magic(file)
-            shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER)
-            begin, size = file.tell(), os.fstat(file.fileno()).st_size
-            expected = begin + length * dtype.itemsize
-            if (shape, found, size) == ((length,), dtype, expected):
-                return os.dup(file.fileno()), begin
-        problem = f"{size:,} bytes, expected {expected:,} ({length:,} of {dtype})"
+        yield
     except FileNotFoundError:
         problem = "missing"
     except (ValueError, SyntaxError, tokenize.TokenError):  # NumPy parses the header as Python
@@ -138,16 +170,7 @@ def open_array(path: Path, length: int, dtype: np.dtype) -> tuple[int, int]:
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
             raise
-        problem = os.strerror(error.errno)
+        problem = error.strerror
+    else:
+        return
     raise DamagedData(path, problem)
-
-
-def load_array(path: Path, length: int, dtype: np.dtype, digest: str) -> np.ndarray:
-    """The array in memory, read-only. DamagedData as in `check_array`, and when the file's sha256 (hex) is not `digest`."""
-    descriptor, begin = open_array(path, length, dtype)
-    with open(descriptor, "rb") as file:
-        file.seek(0)
-        data = file.read()
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise DamagedData(path, "differs from its digest in the manifest")
-    return np.frombuffer(data, dtype, length, begin)

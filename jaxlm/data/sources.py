@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from jaxlm import remote
 from jaxlm.errors import UserError, nearest
+from jaxlm.reporting.files import open_bytes
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".py", ".pyi", ".js", ".ts", ".c", ".h",
                  ".cc", ".cpp", ".hpp", ".cu", ".java", ".go", ".rs", ".rb", ".sh", ".sql")
@@ -92,8 +94,9 @@ class Reading:
 def find_sources(raw: str | list[str], key: str = "data.raw") -> list[SourceFile]:
     """The files of a path, folder, glob, `python://stdlib` or a list of these: items in the given order, sorted inside each.
 
-    Folders are searched for known suffixes, below hidden folders not at all; a file named outright is text whatever its suffix.
-    A file that is met twice is read once. UserError (naming `key`) when an item matches nothing.
+    Paths, folders and globs may be in a bucket (s3://, gs://). Folders are searched for known suffixes, below hidden folders not
+    at all; a file named outright is text whatever its suffix. A file that is met twice is read once. UserError (naming `key`)
+    when an item matches nothing.
     """
     found: dict[str, SourceFile] = {}
     for item in [raw] if isinstance(raw, str) else raw:
@@ -118,6 +121,9 @@ def stdlib_files(item: str, key: str) -> Iterator[SourceFile]:
 
 
 def matching_files(item: str, key: str) -> Iterator[SourceFile]:
+    if remote.is_remote(item):
+        yield from remote_files(item, key)
+        return
     pattern = os.path.expanduser(item)
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
     if not paths:
@@ -129,6 +135,24 @@ def matching_files(item: str, key: str) -> Iterator[SourceFile]:
     for path in paths:
         for name in folder_files(path) if os.path.isdir(path) else [path]:
             yield SourceFile(Path(name).as_posix(), os.path.abspath(name), os.path.getsize(name))
+
+
+def remote_files(item: str, key: str) -> Iterator[SourceFile]:
+    """The same in a bucket."""
+    item = item.rstrip("/")
+    if set("*?[").intersection(item):
+        found = remote.sizes_matching(item)
+        chosen = found if Path(item).suffix else filter(has_known_suffix, found)
+    else:
+        found = {f"{item}/{name}": size for name, size in remote.sizes_below(item).items()}
+        chosen = [url for url in found if has_known_suffix(url) and "/." not in url.removeprefix(item)]
+        if not found and remote.exists(item):
+            found = {item: remote.size(item)}
+            chosen = [item]
+    if not found:
+        raise UserError(f"{key}: '{item}' matches no file")
+    for url in chosen:
+        yield SourceFile(url, url, found[url])
 
 
 def folder_files(folder: str) -> list[str]:
@@ -312,7 +336,7 @@ def json_text(line: str, field: str) -> str:
 def lines_before(part: Part) -> int:
     """Lines that begin before the part: counted only for a message."""
     count, left = 0, part.start
-    with open(part.file.path, "rb") as stream:
+    with open_bytes(part.file.path) as stream:
         while left and (chunk := stream.read(min(left, CHUNK))):
             count += chunk.count(b"\n")
             left -= len(chunk)
@@ -353,10 +377,11 @@ def opened(file: SourceFile) -> Iterator[IO[bytes]]:
 
     try:
         if file.compression:  # unlike zstandard, Arrow notices a truncated zst
-            with io.BufferedReader(pyarrow.input_stream(file.path, compression=file.compression), CHUNK) as stream:
+            source = open_bytes(file.path) if remote.is_remote(file.path) else file.path
+            with io.BufferedReader(pyarrow.input_stream(source, compression=file.compression), CHUNK) as stream:
                 yield stream
         else:
-            with open(file.path, "rb") as stream:
+            with open_bytes(file.path) as stream:
                 yield stream
     except OSError as error:
         problem = f"truncated or not valid {file.compression}" if file.compression and not error.errno else "unreadable"
@@ -370,7 +395,8 @@ def open_parquet(file: SourceFile) -> Iterator[Any]:
 
     try:
         with opened(file) as stream:
-            content = pyarrow.BufferReader(stream.read()) if file.compression else file.path
+            content = stream if remote.is_remote(file.path) else file.path
+            content = pyarrow.BufferReader(stream.read()) if file.compression else content
             with parquet.ParquetFile(content) as reader:
                 yield reader
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:

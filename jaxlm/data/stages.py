@@ -27,7 +27,7 @@ from jaxlm.data.tokenizer_training import train_tokenizer
 from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
 from jaxlm.data.work import Result, beside
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import write_atomically
+from jaxlm.reporting.files import open_bytes, write_atomically
 from jaxlm.reporting.progress import progress_bar
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, CleaningSettings, DataSettings
 
@@ -65,7 +65,7 @@ def clean_unit(task: CleanTask, stem: Path) -> Result:
     np.save(beside(stem, ".lengths.npy"), np.array(lengths, np.int64))
     np.save(beside(stem, ".digests.npy"), np.frombuffer(digests, "S16"))
     np.save(beside(stem, ".signatures.npy"), np.frombuffer(signatures, np.uint32).reshape(-1, cleaning.PERMUTATIONS))
-    sources = [{"path": part.file.name, "bytes": part.file.bytes, "sha256": file_digest(Path(part.file.path))}
+    sources = [{"path": part.file.name, "bytes": part.file.bytes, "sha256": file_digest(part.file.path)}
                for part in task.unit.parts if part.start == 0]
     return {"documents": count, "kept": len(lengths), "repaired": repaired, "dropped": dropped, "sources": sources}
 
@@ -323,7 +323,7 @@ def document_offsets(stems: list[Path], split: str) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
 
 
-def file_digest(path: Path) -> str:
+def file_digest(path: str | Path) -> str:
     """sha256 (hex) of a file."""
-    with open(path, "rb") as file:
+    with open_bytes(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jaxlm.errors import UserError, nearest
-from jaxlm.reporting.files import write_atomically, write_json
+from jaxlm.reporting.files import Location, as_path, exists, names_in, read_bytes, read_text, write_bytes, write_json
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
@@ -121,7 +121,7 @@ class Tokenizer(ABC):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
-            write_atomically(directory / name, lambda path, content=content: path.write_bytes(content))
+            write_bytes(directory / name, content)
         write_json(directory / DESCRIPTION, {"kind": self.kind, "digest": self.digest, "special": asdict(self.special),
                                              "files": sorted(self.files)})
 
@@ -296,14 +296,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
     UserError when there is none, or when a saved folder's files are not those that were saved.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
-        if path.is_dir():
-            return load_folder(path)
+        if names := names_in(path):
+            return load_folder(path, names)
         if path.suffix == ".json":
-            return JsonTokenizer({JSON_FILE: path.read_bytes()}, names=declared_names(path.parent))
-        if path.is_file():
-            return SentencePieceTokenizer({MODEL_FILE: path.read_bytes()})
+            return JsonTokenizer({JSON_FILE: read_bytes(path)}, names=declared_names(path.parent))
+        if exists(path):
+            return SentencePieceTokenizer({MODEL_FILE: read_bytes(path)})
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
@@ -313,24 +313,24 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                     f"{nearest(str(path), kinds)}")
 
 
-def load_folder(folder: Path) -> Tokenizer:
-    if (folder / DESCRIPTION).is_file():
+def load_folder(folder: Location, names: list[str]) -> Tokenizer:
+    if DESCRIPTION in names:
         return load_saved(folder)
-    if (folder / JSON_FILE).is_file():
-        return JsonTokenizer({JSON_FILE: (folder / JSON_FILE).read_bytes()}, names=declared_names(folder))
-    models = sorted(folder.glob("*.model"))
+    if JSON_FILE in names:
+        return JsonTokenizer({JSON_FILE: read_bytes(folder / JSON_FILE)}, names=declared_names(folder))
+    models = [name for name in names if name.endswith(".model")]
     if len(models) == 1:
-        return SentencePieceTokenizer({MODEL_FILE: models[0].read_bytes()})
+        return SentencePieceTokenizer({MODEL_FILE: read_bytes(folder / models[0])})
     raise UserError(f"expected one of {DESCRIPTION}, {JSON_FILE} or one SentencePiece .model in this folder, "
                     f"found {len(models)} .model files")
 
 
-def load_saved(folder: Path) -> Tokenizer:
+def load_saved(folder: Location) -> Tokenizer:
     """A folder that `Tokenizer.save` wrote."""
     try:
-        description = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        description = json.loads(read_text(folder / DESCRIPTION))
         refuse_other_files(description["files"])
-        files = {name: (folder / name).read_bytes() for name in description["files"]}
+        files = {name: read_bytes(folder / name) for name in description["files"]}
         tokenizer = build(description["kind"], files, SpecialTokens(**description["special"]))
         digest = description["digest"]
     except (KeyError, TypeError, ValueError) as error:
@@ -340,12 +340,12 @@ def load_saved(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def declared_names(folder: Path) -> dict[str, str]:
+def declared_names(folder: Location) -> dict[str, str]:
     """Special tokens by role as the JSON files that lie beside a tokenizer.json name them."""
     names: dict[str, str] = {}
     for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         try:
-            content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+            content = json.loads(read_text(file)) if exists(file) else {}
         except ValueError as error:
             raise UserError(f"{file.name} is not JSON ({error})") from error
         for role in SPELLINGS:

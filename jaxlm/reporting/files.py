@@ -1,20 +1,118 @@
-"""Small files written whole or not at all."""
+"""Files, on this machine's file systems and in s3:// and gs:// buckets: read whole or in part, written whole or not at all."""
 
 import itertools
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
+from jaxlm import remote
 from jaxlm.errors import UserError
+from jaxlm.remote import is_remote
+
+Location: TypeAlias = Any  # pathlib.Path, or etils.epath.Path for a remote one: `/`, name, parent and str() are alike
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary)` with a path in the same folder and moves the result to `path`; a failure leaves nothing behind.
+def as_path(location: str | os.PathLike) -> Location:
+    """What file names can be appended to. (pathlib makes s3:/bucket of s3://bucket.)"""
+    if not is_remote(location):
+        return Path(location)
+    from etils import epath
+
+    return epath.Path(location)
+
+
+def absolute(location: str | os.PathLike) -> Location:
+    """The same place, whatever the current directory will be."""
+    return as_path(location) if is_remote(location) else Path(location).absolute()
+
+
+def name_of(folder: str | os.PathLike) -> str:
+    """The last part of its path, that of `.` too."""
+    return as_path(folder).name if is_remote(folder) else Path(folder).resolve().name
+
+
+# ---- reading ---------------------------------------------------------------------------------------------------------
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """FileNotFoundError when it is not there, as in all of these."""
+    return remote.read(path) if is_remote(path) else Path(path).read_bytes()
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """UTF-8; UnicodeDecodeError where it is not."""
+    return read_bytes(path).decode() if is_remote(path) else Path(path).read_text(encoding="utf-8")
+
+
+def read_range(path: str | os.PathLike, start: int, stop: int) -> bytes:
+    """Bytes start .. stop, fewer where the file ends before. Of a remote file, only these are fetched."""
+    if is_remote(path):
+        return remote.read(path, start, stop)
+    with open(path, "rb") as file:
+        file.seek(start)
+        return file.read(max(stop - start, 0))
+
+
+def open_bytes(path: str | os.PathLike) -> IO[bytes]:
+    """To read from and to seek in; of a remote file, what is read is fetched piece by piece."""
+    return remote.open_object(path) if is_remote(path) else open(path, "rb")
+
+
+def exists(path: str | os.PathLike) -> bool:
+    """Whether there is a file or a folder; a remote folder is there while there is something in it."""
+    return remote.exists(path) if is_remote(path) else os.path.exists(path)
+
+
+def is_special(path: str | os.PathLike) -> bool:
+    """Whether it is there, and something else than a plain file: a folder, or a pipe, whose reader would wait for ever."""
+    return not is_remote(path) and os.path.exists(path) and not os.path.isfile(path)
+
+
+def file_size(path: str | os.PathLike) -> int:
+    """Bytes."""
+    return remote.size(path) if is_remote(path) else os.path.getsize(path)
+
+
+def version_of(path: str | os.PathLike) -> int | str:
+    """What changes whenever the file is written: its time in nanoseconds, or what the store calls its version."""
+    return remote.version(path) if is_remote(path) else os.stat(path).st_mtime_ns
+
+
+def modified(path: str | os.PathLike) -> float:
+    """When the file was written, in seconds, by the clock of the file system or the store, which all hosts share."""
+    return remote.modified(path) if is_remote(path) else os.stat(path).st_mtime
+
+
+def names_in(folder: str | os.PathLike) -> list[str]:
+    """Files and folders in a folder, by name; [] when there is no such folder."""
+    if is_remote(folder):
+        return remote.names(folder)
+    return sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+
+
+def sizes_below(folder: str | os.PathLike) -> dict[str, int]:
+    """Bytes of every file below a folder, by its path from there."""
+    if is_remote(folder):
+        return remote.sizes_below(folder)
+    folder = Path(folder)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+def write_atomically(path: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary)` with a local path and moves the result to `path`; a failure leaves nothing behind.
 
     The temporary name keeps the suffix of `path`, which some writers go by.
     """
+    if is_remote(path):
+        with tempfile.TemporaryDirectory() as folder:
+            write(temporary := Path(folder) / as_path(path).name)
+            remote.upload(temporary, path)
+        return
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
@@ -24,28 +122,74 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def write_bytes(path: str | os.PathLike, content: bytes, *, durable: bool = False) -> None:
+    """`durable`: also when the machine loses its power afterwards. What is in a bucket always is."""
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+
+    if is_remote(path):
+        remote.write(path, content)
+    else:
+        write_atomically(path, write)
 
 
-def write_json(path: str | Path, value: Any) -> None:
+def write_text(path: str | os.PathLike, text: str) -> None:
+    write_bytes(path, text.encode())
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
     """Indented JSON with a final newline. NaN and infinities raise ValueError: JSON has none."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def is_below(folder: Path, name: str | Path) -> bool:
+def move(folder: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Gives a folder another name, in place of what has it. In a bucket it is copied, object by object."""
+    delete(target)
+    if is_remote(folder):
+        remote.move(folder, target)
+    else:
+        os.rename(folder, target)
+
+
+def is_below(folder: Location, name: str | Path) -> bool:
     """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link out or to itself."""
+    if is_remote(folder):
+        return not {"", ".", ".."}.intersection(str(name).split("/"))
     try:
         return (folder / name).resolve().is_relative_to(folder.resolve())
     except (OSError, RuntimeError):  # before Python 3.13: a link that leads to itself
         return False
 
 
-def check_folder(path: str | Path, key: str) -> None:
+def make_folder(folder: str | os.PathLike) -> None:
+    """With the folders above it; buckets need none."""
+    if not is_remote(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+
+
+def delete(path: str | os.PathLike) -> None:
+    """A file, or a folder with all that is in it; it may be gone already."""
+    if is_remote(path):
+        remote.delete_below(path)
+    elif os.path.isdir(path):
+        shutil.rmtree(path)
+    else:
+        Path(path).unlink(missing_ok=True)
+
+
+def check_folder(path: str | os.PathLike, key: str) -> None:
     """Raises UserError, naming `key`, unless this is a folder to write in, or can be made one. Makes nothing.
 
     Nothing in it, or in a folder in it, may be a link that leads out of it: what is written there would be written elsewhere.
+    Of a bucket it is only asked whether its files can be listed.
     """
+    if is_remote(path):
+        remote.check_bucket(path, key)
+        return
     path = Path(path)
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
     if not there.is_dir():

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from jaxlm.reporting.files import as_path, read_bytes
 from jaxlm.reporting.metrics import is_number
+from jaxlm.reporting.mirror import Mirror
 
 FILE_NAME = "goodput.jsonl"
 INTERVAL = 10.0  # seconds between lines, at least, but at checkpoints and ends
@@ -27,7 +29,7 @@ class Account:
         self.began = time.time() if began is None else began
         self.earlier = 0.0  # seconds that the steps before this start took
         self.parts: Counter[str] = Counter()
-        self._path: Path | None = None
+        self._mirror: Mirror | None = None
         self._written = 0.0
 
     @property
@@ -47,25 +49,38 @@ class Account:
     def begin(self, run_dir: str | Path, step: int) -> None:
         """All up to now was the start-up of a run that goes on from `step`; from now on it is written."""
         self.first = self.step = step
-        self.skipped, self._path = 0, Path(run_dir) / FILE_NAME
+        self.skipped, self._mirror = 0, Mirror(run_dir)
+        self._path = self._mirror.fetch(FILE_NAME)
         self.parts["startup"] += time.time() - self.began
-        self.close()
+        self.write()
 
     def reached(self, step: int, skipped: int) -> None:
         """`step` steps of the run are done, of which this start has skipped so many. Writes a line if one is due."""
         self.step, self.skipped = step, skipped
         if time.monotonic() - self._written > INTERVAL:
-            self.close()
+            self.write()
 
-    def close(self) -> None:
-        """Writes a line."""
-        if self._path is None:
+    def write(self) -> None:
+        """Writes a line; in a bucket it can be seen half a minute late, and earlier only after `flush`."""
+        if self._mirror is None:
             return
         self._written = time.monotonic()
         line = {"began": self.began, "seconds": time.time() - self.began, "from": self.first, "to": self.step,
                 "skipped": self.skipped}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line | {part: round(self.parts[part], 3) for part in PARTS}) + "\n")
+        self._mirror.changed()
+
+    def flush(self) -> None:
+        """Until all lines can be read by everybody."""
+        if self._mirror:
+            self._mirror.flush()
+
+    def close(self) -> None:
+        """Writes the last line."""
+        if self._mirror:
+            self.write()
+            self._mirror.close()
 
 
 def goodput(run_dir: str | Path) -> dict[str, Any] | None:
@@ -74,7 +89,7 @@ def goodput(run_dir: str | Path) -> dict[str, Any] | None:
     `productive`: steps that were neither skipped nor done again later; `restarts`: between the last sign of one start and the
     next; `goodput`: the productive share.
     """
-    starts = list(_starts(Path(run_dir) / FILE_NAME))
+    starts = list(_starts(run_dir))
     if not starts:
         return None
     seconds: Counter[str] = Counter(dict.fromkeys((*PARTS, "repeated", "skipped", "restarts"), 0.0))
@@ -97,10 +112,14 @@ def goodput(run_dir: str | Path) -> dict[str, Any] | None:
             "starts": len(starts), "repeated_steps": repeated, "skipped_steps": skipped}
 
 
-def _starts(path: Path) -> Iterator[dict[str, Any]]:
+def _starts(run_dir: str | Path) -> Iterator[dict[str, Any]]:
     """The last line of each start. One that a kill has torn, or that nobody has written so, is passed over."""
+    try:
+        content = read_bytes(as_path(run_dir) / FILE_NAME)
+    except FileNotFoundError:
+        content = b""
     last: dict[float, dict[str, Any]] = {}
-    for text in path.read_bytes().splitlines() if path.exists() else ():
+    for text in content.splitlines():
         try:
             line = json.loads(text)
             if all(is_number(line[name]) for name in ("began", "seconds", "from", "to", "skipped", *PARTS)):

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-from jaxlm.reporting.files import write_text
+from jaxlm.reporting.files import as_path, read_bytes, write_text
+from jaxlm.reporting.mirror import Mirror
 
 FILE_NAME = "metrics.jsonl"
 
@@ -16,10 +17,11 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
     A line that a killed process left half-written is passed over.
     """
-    path = Path(run_dir) / FILE_NAME
-    if not path.exists():
+    try:
+        content = read_bytes(as_path(run_dir) / FILE_NAME)
+    except FileNotFoundError:
         return []
-    rows = (parse_row(line) for line in path.read_bytes().splitlines())
+    rows = (parse_row(line) for line in content.splitlines())
     return [row for row in rows if row is not None]
 
 
@@ -41,15 +43,15 @@ class MetricsWriter:
     """Appends rows to metrics.jsonl and, if asked, the same scalars to TensorBoard. A context manager.
 
     A run that goes on from `resume_step` loses the rows after it, because it writes them again. Only process 0 has a writer.
+    In a bucket, rows can be seen half a minute late, and earlier only after `flush` (see jaxlm.reporting.mirror).
     """
 
     def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int):
-        run_dir = Path(run_dir)
-        run_dir.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
-        write_text(run_dir / FILE_NAME, "".join(encode(row) for row in kept))
-        self.file = open(run_dir / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self.events = open_tensorboard(run_dir, resume_step) if tensorboard else None
+        self.mirror = Mirror(run_dir)
+        write_text(self.mirror.folder / FILE_NAME, "".join(encode(row) for row in kept))
+        self.file = open(self.mirror.folder / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self.events = open_tensorboard(self.mirror.folder, resume_step) if tensorboard else None
 
     def __enter__(self) -> Self:
         return self
@@ -66,18 +68,24 @@ class MetricsWriter:
                 if key != "step" and not isinstance(value, str) and value is not None:
                     self.events.add_scalar(key, float(value), int(row["step"]))
             self.events.flush()
+        self.mirror.changed()
+
+    def flush(self) -> None:
+        """Until all rows can be read by everybody."""
+        self.mirror.flush()
 
     def close(self) -> None:
         self.file.close()
         if self.events:
             self.events.close()
+        self.mirror.close()
 
 
-def open_tensorboard(run_dir: Path, resume_step: int) -> Any:
+def open_tensorboard(folder: Path, resume_step: int) -> Any:
     """A writer that hides what earlier writers said about the steps after `resume_step`."""
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".from{resume_step}")
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".from{resume_step}")
 
 
 def encode(row: dict[str, Any]) -> str:

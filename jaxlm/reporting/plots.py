@@ -5,15 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.reporting.files import write_atomically
+from jaxlm.reporting.files import Location, as_path, name_of, write_atomically
 from jaxlm.reporting.metrics import is_number, read_metrics
 
 TRAIN_COLOR, VALIDATION_COLOR = "tab:blue", "tab:orange"
 
 
-def plot_loss(run_dir: str | Path) -> Path | None:
+def plot_loss(run_dir: str | Path) -> Location | None:
     """Writes RUN_DIR/loss.png: training loss, light and smoothed, and the validation points. None: nothing to show yet."""
-    run_dir = Path(run_dir)
     rows = read_metrics(run_dir)
     steps, losses = series(rows, "loss")
     validation_steps, validation_losses = series(rows, "val_loss")
@@ -27,8 +26,8 @@ def plot_loss(run_dir: str | Path) -> Path | None:
     if len(validation_steps):
         label = f"validation, lowest {validation_losses.min():.3f}"
         axes.plot(validation_steps, validation_losses, "o-", color=VALIDATION_COLOR, markersize=4, linewidth=1.2, label=label)
-    finish(axes, run_dir.resolve().name, np.concatenate([losses, validation_losses]))
-    path = run_dir / "loss.png"
+    finish(axes, name_of(run_dir), np.concatenate([losses, validation_losses]))
+    path = as_path(run_dir) / "loss.png"
     save(figure, path)
     return path
 
@@ -41,14 +40,14 @@ def plot_comparison(run_dirs: list[str | Path], path: str | Path) -> None:
         rows = read_metrics(run_dir)
         (steps, losses), (validation_steps, validation_losses) = series(rows, "loss"), series(rows, "val_loss")
         color = f"C{number % 10}"
-        label = Path(run_dir).resolve().name
+        label = name_of(run_dir)
         if len(validation_losses):
             label += f", validation {validation_losses[-1]:.3f}"
         axes.plot(*smooth(steps, losses), color=color, linewidth=1.5, label=label)
         axes.plot(validation_steps, validation_losses, "o", color=color, markersize=4)
         everything += [losses, validation_losses]
     finish(axes, "training (lines) and validation (points) loss", np.concatenate(everything))
-    save(figure, Path(path))
+    save(figure, path)
 
 
 def series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
@@ -89,5 +88,5 @@ def finish(axes: Any, title: str, values: np.ndarray) -> None:
         axes.legend(frameon=False)
 
 
-def save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: str | Path) -> None:
     write_atomically(path, lambda temporary: figure.savefig(temporary))

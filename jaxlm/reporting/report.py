@@ -6,7 +6,7 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.reporting.files import write_text
+from jaxlm.reporting.files import Location, exists, read_text, write_text
 from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.runs import Run, read_run
 from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 UNKNOWN = "not known"
 
 
-def write_report(run_dir: str | Path) -> Path:
+def write_report(run_dir: str | Path) -> Location:
     """Writes RUN_DIR/report.md and returns its path. Raises UserError when `run_dir` is no run."""
     run = read_run(run_dir)
     total = run.config.get("train.steps", "?")
@@ -27,7 +27,7 @@ def write_report(run_dir: str | Path) -> Path:
     else:
         state = f"Not finished (running, or stopped): {run.steps} of {total} steps."
     sections = [f"# {run.name}", state]
-    if (run.path / "loss.png").exists():
+    if exists(run.path / "loss.png"):
         sections.append("![Training and validation loss](loss.png)")
     sections += ["## Results", table(results(run)), "## What ran", table(what_ran(run)), "## Speed", table(speed(run))]
     spent = goodput(run.path)
@@ -35,8 +35,8 @@ def write_report(run_dir: str | Path) -> Path:
         sections += ["## Where the time went", table(time_spent(spent))]
     sections += ["## Again", again(run)]
     samples = run.path / "samples.txt"
-    if samples.exists():
-        sections += ["## Samples", fenced(samples.read_text(encoding="utf-8"))]
+    if exists(samples):
+        sections += ["## Samples", fenced(read_text(samples))]
     path = run.path / "report.md"
     write_text(path, "\n\n".join(sections) + "\n")
     return path

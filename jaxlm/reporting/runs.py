@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from jaxlm.errors import UserError, nearest, shown
+from jaxlm.reporting.files import Location, as_path, exists, name_of, names_in, read_text
 from jaxlm.reporting.metrics import is_number, read_metrics
 from jaxlm.settings import parse_yaml
 
@@ -23,14 +24,14 @@ NUMBERS = ("steps", "tokens", "parameters", "val_loss", "tokens_per_second", "mf
 class Run:
     """The files of one run directory, read once."""
 
-    path: Path
+    path: Location
     config: dict[str, Any]  # flat: "model.num_layers" -> 12
     rows: list[dict[str, Any]]
     summary: dict[str, Any] | None  # None: still running, or stopped before the end
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        return name_of(self.path)
 
     @property
     def steps(self) -> int:
@@ -61,14 +62,14 @@ class Run:
 
 def read_run(run_dir: str | Path) -> Run:
     """Raises UserError when `run_dir` is not the directory of a run."""
-    path = Path(run_dir)
+    path = as_path(run_dir)
     config_file = path / "config.yaml"
-    if not config_file.is_file():
-        runs = [str(sibling.parent) for sibling in path.parent.glob("*/config.yaml")]
-        what = "has no config.yaml" if path.is_dir() else "is not there"
-        raise UserError(f"{run_dir}: expected the directory of a run, but it {what}{nearest(str(path), runs)}")
     try:
-        config = flatten(parse_yaml(config_file.read_text(encoding="utf-8"))[0] or {})
+        config = flatten(parse_yaml(read_text(config_file))[0] or {})
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        runs = [str(path.parent / name) for name in names_in(path.parent) if exists(path.parent / name / "config.yaml")]
+        what = "has no config.yaml" if exists(path) else "is not there"
+        raise UserError(f"{run_dir}: expected the directory of a run, but it {what}{nearest(str(path), runs)}") from None
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, RecursionError) as error:
         raise UserError(f"{config_file}: expected the YAML of a run's config: {' '.join(str(error).split())}") from None
     rows = read_metrics(path)
@@ -79,12 +80,12 @@ def read_run(run_dir: str | Path) -> Run:
     return Run(path, config, rows, summary)
 
 
-def read_summary(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
+def read_summary(path: Location) -> dict[str, Any] | None:
     remedy = "delete the file to report from metrics.jsonl"
     try:
-        summary = dict(json.loads(path.read_text(encoding="utf-8")))
+        summary = dict(json.loads(read_text(path)))
+    except FileNotFoundError:
+        return None
     except (ValueError, TypeError, RecursionError):
         raise UserError(f"{path}: expected one JSON object; {remedy}") from None
     for key, value in ({"steps": 0} | summary).items():

@@ -10,13 +10,12 @@ A step's folder without manifest.json is a save that was interrupted. It is neve
 import dataclasses
 import importlib.metadata
 import math
+import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +27,8 @@ from jaxlm.errors import RunError, UserError, nearest, shown
 from jaxlm.models.model import Params
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import abstract
+from jaxlm.remote import is_remote
+from jaxlm.reporting.files import Location, absolute, delete, exists, make_folder, move, sizes_below
 from jaxlm.reporting.progress import print_line
 from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
 from jaxlm.training.guards import Recent
@@ -37,18 +38,19 @@ from jaxlm.training.manifest import (
     Damaged,
     all_digests,
     commit,
-    files_below,
     find_damage,
     finished_steps,
-    is_step,
     read_manifest,
+    started_steps,
     write_digests,
 )
+from jaxlm.training.orbax import in_context
 from jaxlm.training.step import Trainer, TrainState, reorder_layers
 
 STATE = "state"
 FORMAT = 1
 WRITERS = re.compile(r"(?:^|[./])process_(\d+)(?:/|$)")  # ocdbt.process_1/d/..., array_metadatas/process_1
+PAUSE, REMOTE_PAUSE = 0.05, 1.0  # seconds between looks whether the others are done
 MESSAGE = 512  # bytes of what a process can tell the others
 
 # What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
@@ -68,12 +70,12 @@ class Checkpoints:
     Every process of the run calls the same methods in the same order; each writes its own arrays and checks its share of files.
     """
 
-    def __init__(self, run_dir: str | Path, keep: CheckpointSettings | None = None,
+    def __init__(self, run_dir: str | os.PathLike, keep: CheckpointSettings | None = None,
                  phase: Callable[[str], AbstractContextManager] = nullcontext):
         """With `keep` None the folder is only read; raises UserError when it does not exist then. `phase` is told what the
         background is about to do (see `jaxlm.training.watch`)."""
-        self.directory = (Path(run_dir) / CHECKPOINTS).absolute()  # Orbax writes in the background: relative paths fail there
-        if keep is None and not self.directory.is_dir():
+        self.directory = absolute(run_dir) / CHECKPOINTS  # Orbax writes in the background: relative paths fail there
+        if keep is None and not exists(self.directory):
             raise UserError(f"{run_dir}: no {CHECKPOINTS} folder; expected the run directory of a `jaxlm train`")
         self._keep, self._phase = keep, phase
         self._background = ThreadPoolExecutor(1, thread_name_prefix="save")
@@ -100,10 +102,12 @@ class Checkpoints:
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
-    def save(self, state: TrainState, step: int, metadata: dict[str, Any], val_loss: float | None) -> None:
+    def save(self, state: TrainState, step: int, metadata: dict[str, Any], val_loss: float | None,
+             first: Callable[[], object] = lambda: None) -> None:
         """Copies the state off the devices and returns; the files are written in the background.
 
-        `metadata` is plain JSON: the run's settings, the tokenizer itself, the corpus digests, the mesh, versions.
+        `metadata` is plain JSON: the run's settings, the tokenizer itself, the corpus digests, the mesh, versions. `first`: what
+        has to be done before the checkpoint may count; called in the background.
 
         Raises:
           RunError: the save before this one has failed.
@@ -114,11 +118,11 @@ class Checkpoints:
                     "clock": {"step": state.step, "key": state.key, "recent": state.recent._asdict()}}
         # NaN would pass for the best, since nothing compares below it
         val_loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-        with self._one_clear_error(folder), _uncompressed():
-            folder.mkdir(parents=True, exist_ok=True)
+        with self._one_clear_error(folder), in_context(folder):
+            make_folder(folder)
             arrays = ocp.save_checkpointables_async(folder / STATE, contents)
         about = {"format": FORMAT, "step": step, "val_loss": val_loss, "metadata": metadata}
-        self._saving = self._background.submit(self._finish, folder, arrays, about)
+        self._saving = self._background.submit(self._finish, folder, arrays, about, first)
 
     def wait(self) -> None:
         """Until the last save is on disk. Raises RunError when it has failed."""
@@ -131,19 +135,20 @@ class Checkpoints:
         if self._saving and self._saving.done():
             self.wait()
 
-    def _finish(self, folder: Path, arrays: ocp.AsyncResponse, about: dict[str, Any]) -> None:
+    def _finish(self, folder: Location, arrays: ocp.AsyncResponse, about: dict[str, Any], first: Callable[[], object]) -> None:
         """Every process vouches for the files it wrote; the first one makes the checkpoint whole and removes what is not kept."""
         process, processes = jax.process_index(), jax.process_count()
         with self._phase(f"saving step {about['step']}"), self._one_clear_error(folder):
             arrays.result()
-            own = [f"{STATE}/{name}" for name in files_below(folder / STATE) if _writer(name, processes) == process]
-            write_digests(folder, process, own)
-            while process > 0 and not (folder / MANIFEST).exists():  # who ends before that may be the end of the first one, too
-                time.sleep(0.05)
+            first()
+            write_digests(folder, process, [f"{STATE}/{name}" for name in _share(folder / STATE, process, processes)])
+            pause = REMOTE_PAUSE if is_remote(folder) else PAUSE
+            while process > 0 and not exists(folder / MANIFEST):  # who ends before that may be the end of the first one, too
+                time.sleep(pause)
             if process > 0:
                 return
             while (files := all_digests(folder, processes)) is None:
-                time.sleep(0.05)
+                time.sleep(pause)
             commit(folder, about, files, processes)
             self._val_losses[about["step"]] = about["val_loss"]
             for step in _not_kept(self._val_losses, self._keep):
@@ -151,7 +156,7 @@ class Checkpoints:
                 self._remove(self.directory / str(step))
 
     @contextmanager
-    def _one_clear_error(self, folder: Path) -> Iterator[None]:
+    def _one_clear_error(self, folder: Location) -> Iterator[None]:
         """Whatever stops a save ends the run with one line; the checkpoints before it stay as they are."""
         try:
             yield
@@ -166,13 +171,12 @@ class Checkpoints:
             return None
 
     def _remove_unfinished(self) -> None:
-        for folder in self.directory.glob("*"):
-            if is_step(folder) and not (folder / MANIFEST).exists():
-                shutil.rmtree(folder)
+        for step in set(started_steps(self.directory.parent)) - set(self.steps):
+            delete(self.directory / str(step))
 
-    def _remove(self, folder: Path) -> None:
-        (folder / MANIFEST).unlink()  # first: a removal that is interrupted leaves nothing that looks whole
-        shutil.rmtree(folder)
+    def _remove(self, folder: Location) -> None:
+        delete(folder / MANIFEST)  # first: a removal that is interrupted leaves nothing that looks whole
+        delete(folder)
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -223,8 +227,7 @@ class Checkpoints:
             folder = self.directory / str(step)
             if self._keep:
                 self._val_losses.pop(step, None)
-                shutil.rmtree(aside := folder.with_name(f"{step}.damaged"), ignore_errors=True)
-                folder.rename(aside)
+                move(folder, self.directory / f"{step}.damaged")
             print_line(f"WARNING: {problem}; going back to step {good}" + (f", step {step} is set aside" if self._keep else ""))
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -282,17 +285,11 @@ class Checkpoints:
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         try:
-            return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
+            with in_context(self.directory):
+                return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
         except (KeyError, ValueError, OSError) as error:
             raise UserError(f"{self.directory / str(step)}: not a checkpoint of this model ({_reason(error)}); "
                             "delete it to go on from the one before") from error
-
-
-def _uncompressed() -> ocp.Context:
-    """zstd makes float32 parameters a twelfth smaller, and a save five times as long (docs/lab-notes.md)."""
-    context = ocp.Context()
-    context.array.saving.use_compression = False
-    return context
 
 
 def _reason(error: Exception) -> str:
@@ -301,10 +298,17 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or (lines[0][:200] if lines else type(error).__name__)
 
 
-def _writer(name: str, num_processes: int) -> int:
-    """Which process wrote a file: Orbax keeps each one's arrays in folders of its own; the rest is the first one's."""
-    found = WRITERS.search(name)
-    return int(found[1]) if found and int(found[1]) < num_processes else 0
+def _share(folder: Location, process: int, num_processes: int) -> list[str]:
+    """The files that a process vouches for: those that it wrote, which it sees also where others do not yet see them (NFS).
+
+    Orbax keeps each one's arrays in folders of its own; the rest is the first one's. In a bucket they lie together, and all see
+    the same.
+    """
+    names = list(sizes_below(folder))
+    if is_remote(folder):
+        return names[process::num_processes]
+    writers = [int(found[1]) if (found := WRITERS.search(name)) else 0 for name in names]
+    return [name for name, writer in zip(names, writers, strict=True) if (writer if writer < num_processes else 0) == process]
 
 
 def _not_kept(val_losses: dict[int, float | None], keep: CheckpointSettings) -> list[int]:
@@ -331,7 +335,7 @@ def check_allowed(keys: list[str]) -> None:
             raise UserError(f"checkpoint.allow: {key} is no key that a run may not change{nearest(key, known)}")
 
 
-def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Path) -> None:
+def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Location) -> None:
     """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for those in
     checkpoint.allow. Raises UserError."""
     before, now = flatten(saved), flatten(wanted)

@@ -18,7 +18,8 @@ from jaxlm.errors import RunError, UserError
 from jaxlm.models.sizes import num_parameters
 from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import crossings
-from jaxlm.reporting.files import check_folder, write_json, write_text
+from jaxlm.remote import is_remote
+from jaxlm.reporting.files import Location, as_path, check_folder, write_json, write_text
 from jaxlm.reporting.goodput import Account, goodput
 from jaxlm.reporting.metrics import MetricsWriter, plain, read_metrics
 from jaxlm.reporting.plots import plot_loss
@@ -66,13 +67,13 @@ def train(settings: Settings) -> dict[str, Any]:
         run = start(resolve(laid, corpora[0][0].tokenizer), mesh)
         given = dataclasses.replace(run.settings, mesh=settings.mesh, train=settings.train)  # as before it followed the devices
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
-        with (_alone_in(Path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
+        with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
               Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
             return _run(run, given, corpora, checkpoints, watch, account)
 
 
 def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account) -> dict[str, Any]:
-    run_dir, total, main = Path(run.settings.run_dir), run.settings.train.steps, distributed.is_main()
+    run_dir, total, main = as_path(run.settings.run_dir), run.settings.train.steps, distributed.is_main()
     metadata = _metadata(run, corpora)
     with watch.phase("reading the checkpoint", run.settings.guards.restore_seconds):
         state, first, saved = _start_or_resume(run, checkpoints, metadata)
@@ -127,9 +128,12 @@ def _in_one_line(run_dir: str) -> Iterator[None]:
 
 
 @contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """Holds run_dir for this run; the end of its process, in any way, frees it. Raises UserError while another run holds it."""
-    if not distributed.is_main():
+def _alone_in(run_dir: Location) -> Iterator[None]:
+    """Holds run_dir for this run; the end of its process, in any way, frees it. Raises UserError while another run holds it.
+
+    A bucket knows no lock that ends with its holder: nothing is held there.
+    """
+    if not distributed.is_main() or is_remote(run_dir):
         yield
         return
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -177,7 +181,7 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
     if first:
-        lines.append(f"resuming from step {first} of {settings.train.steps} ({Path(settings.run_dir) / 'checkpoints'})")
+        lines.append(f"resuming from step {first} of {settings.train.steps} ({as_path(settings.run_dir) / 'checkpoints'})")
     return lines
 
 
@@ -194,7 +198,7 @@ def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:
     return rows[-1] if rows else {}
 
 
-def _finished_summary(run_dir: Path, steps: int) -> dict[str, Any] | None:
+def _finished_summary(run_dir: Location, steps: int) -> dict[str, Any] | None:
     """The summary of a run that had ended at `steps` before, with the times it took; None where it had not."""
     summary = read_summary(run_dir / "summary.json")
     return summary if summary and summary.get("steps") == steps else None

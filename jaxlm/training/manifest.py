@@ -12,10 +12,22 @@ import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from jaxlm.reporting.files import is_below, write_atomically
+from jaxlm.remote import is_remote
+from jaxlm.reporting.files import (
+    Location,
+    as_path,
+    delete,
+    exists,
+    file_size,
+    is_below,
+    is_special,
+    names_in,
+    open_bytes,
+    read_bytes,
+    write_bytes,
+)
 
 CHECKPOINTS, MANIFEST = "checkpoints", "manifest.json"
 STEP = re.compile("0|[1-9][0-9]{0,17}")
@@ -28,64 +40,63 @@ class Damaged(Exception):
     """A file is not what was written. The message: path, and what is wrong with it."""
 
 
-def finished_steps(run_dir: str | Path) -> list[int]:
+def finished_steps(run_dir: str | os.PathLike) -> list[int]:
     """Steps of the complete checkpoints of a run, ascending."""
-    folders = (path.parent for path in (Path(run_dir) / CHECKPOINTS).glob(f"*/{MANIFEST}"))
-    return sorted(int(folder.name) for folder in folders if is_step(folder))
+    return [step for step in started_steps(run_dir) if exists(as_path(run_dir) / CHECKPOINTS / str(step) / MANIFEST)]
 
 
-def is_step(folder: Path) -> bool:
-    """Whether a folder has the name that a step's has, and lies here: neither `007` nor a link is one."""
-    return STEP.fullmatch(folder.name) is not None and folder.is_dir() and not folder.is_symlink()
+def started_steps(run_dir: str | os.PathLike) -> list[int]:
+    """The same with those that are being written, or whose writer was interrupted. Neither `007` nor a link is one."""
+    folder = as_path(run_dir) / CHECKPOINTS
+    names = filter(STEP.fullmatch, names_in(folder))
+    if not is_remote(folder):
+        names = (name for name in names if (folder / name).is_dir() and not (folder / name).is_symlink())
+    return sorted(map(int, names))
 
 
-def digest_files(folder: Path, names: Iterable[str]) -> Files:
-    """Reads files back, as they lie on disk, and makes sure that they stay there (fsync)."""
+def digest_files(folder: Location, names: Iterable[str]) -> Files:
+    """Reads files back, as they lie there, and makes sure that they stay (fsync)."""
     def one(name: str) -> list:
-        with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
-            return [os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+        with open_bytes(folder / name) as file:
+            if not is_remote(folder):
+                os.fsync(file.fileno())
+            return [file_size(folder / name), hashlib.file_digest(file, "sha256").hexdigest()]
 
     names = sorted(names)
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(names, pool.map(one, names), strict=True))
 
 
-def files_below(folder: Path) -> list[str]:
-    """Every file below a folder, by its path from there."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-
-
-def write_digests(folder: Path, process: int, names: Iterable[str]) -> None:
+def write_digests(folder: Location, process: int, names: Iterable[str]) -> None:
     """What one process has written."""
-    _write(_digests_file(folder, process), digest_files(folder, names))
+    write_bytes(_digests_file(folder, process), _encode(digest_files(folder, names)), durable=True)
 
 
-def all_digests(folder: Path, num_processes: int) -> Files | None:
+def all_digests(folder: Location, num_processes: int) -> Files | None:
     """What all of them have written; None while one is not done."""
     paths = [_digests_file(folder, process) for process in range(num_processes)]
-    if not all(path.exists() for path in paths):
+    if not all(map(exists, paths)):
         return None
-    return {name: entry for path in paths for name, entry in json.loads(path.read_bytes()).items()}
+    return {name: entry for path in paths for name, entry in json.loads(read_bytes(path)).items()}
 
 
-def _digests_file(folder: Path, process: int) -> Path:
+def _digests_file(folder: Location, process: int) -> Location:
     return folder / f"digests-{process:05d}.json"
 
 
-def commit(folder: Path, contents: dict[str, Any], files: Files, num_processes: int) -> None:
+def commit(folder: Location, contents: dict[str, Any], files: Files, num_processes: int) -> None:
     """Finishes the folder."""
     body = contents | {"files": files}
-    _write(folder / MANIFEST, body | {"digest": _digest(body)})
+    write_bytes(folder / MANIFEST, _encode(body | {"digest": _digest(body)}), durable=True)
     for process in range(num_processes):
-        _digests_file(folder, process).unlink()
+        delete(_digests_file(folder, process))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Location) -> dict[str, Any]:
     """What a finished folder says of itself. Raises Damaged: not a byte of it may differ from what was written."""
     path = folder / MANIFEST
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
         manifest = json.loads(text)
         body = {name: value for name, value in manifest.items() if name != "digest"}
         whole = manifest["digest"] == _digest(body) and text == _encode(manifest)
@@ -104,7 +115,7 @@ def _are_files(files: Any) -> bool:
         "\0" not in name and isinstance(entry, list) and len(entry) == 2 for name, entry in files.items())
 
 
-def find_damage(folder: Path, files: Files, part: int = 0, parts: int = 1) -> str | None:
+def find_damage(folder: Location, files: Files, part: int = 0, parts: int = 1) -> str | None:
     """The first of the files that is not as it was written, and why.
 
     Looks at every `parts`-th file from `part` on, so that several processes can share the work.
@@ -113,13 +124,13 @@ def find_damage(folder: Path, files: Files, part: int = 0, parts: int = 1) -> st
 
     def problem(name: str) -> str | None:
         size, digest = files[name]
-        if not is_below(folder, name) or ((folder / name).exists() and not (folder / name).is_file()):
+        if not is_below(folder, name) or is_special(folder / name):
             return f"{folder / MANIFEST}: damaged ('{name}' is no file of this folder)"
         try:
-            with open(folder / name, "rb") as file:
-                found = os.fstat(file.fileno()).st_size
-                if found != size:
-                    return f"{folder / name}: damaged ({found:,} bytes, expected {size})"
+            found = file_size(folder / name)
+            if found != size:
+                return f"{folder / name}: damaged ({found:,} bytes, expected {size})"
+            with open_bytes(folder / name) as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                     return f"{folder / name}: damaged (its SHA-256 differs)"
         except OSError as error:
@@ -136,13 +147,3 @@ def _encode(value: Any) -> bytes:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(_encode(value)).hexdigest()
-
-
-def _write(path: Path, value: Any) -> None:
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            file.write(_encode(value))
-            file.flush()
-            os.fsync(file.fileno())
-
-    write_atomically(path, write)

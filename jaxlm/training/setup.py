@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -26,6 +25,7 @@ from jaxlm.parallel import distributed
 from jaxlm.parallel.layout import cutting, shrunk
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
+from jaxlm.reporting.files import as_path, exists
 from jaxlm.settings import Settings
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
@@ -78,8 +78,8 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
         corpora = [(Corpus(folder, whole), weight) for folder, weight in settings.data.corpus.items()]
         accept(corpora)
         return corpora
-    folder = Path(settings.data.corpus or Path(settings.run_dir) / "corpus")
-    if not (folder / MANIFEST).exists():
+    folder = as_path(settings.data.corpus or as_path(settings.run_dir) / "corpus")
+    if not exists(folder / MANIFEST):
         check_given_tokenizer(settings)
     corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
     return [(corpus, 1.0)]

@@ -6,7 +6,6 @@ The host runs one step ahead of the devices: it reads a step's numbers while the
 import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,7 @@ from jaxlm.models.sizes import training_flops
 from jaxlm.parallel import executables
 from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.sharding import abstract
-from jaxlm.reporting.files import write_text
+from jaxlm.reporting.files import as_path, write_text
 from jaxlm.reporting.goodput import Account
 from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.metrics import MetricsWriter
@@ -54,6 +53,12 @@ class Output(NamedTuple):
         self.progress.update(step, row)
         if self.metrics:
             self.metrics.write({"step": step} | row)
+
+    def flush(self) -> None:
+        """Until everything so far lies where the run directory is."""
+        if self.metrics:
+            self.metrics.flush()
+            self.account.flush()
 
 
 class Pending(NamedTuple):
@@ -188,9 +193,9 @@ class Stepping:
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
                 about |= self.skipped_rows.column(step)
-                self.checkpoints.save(state, step, about, val_loss)
+                self.checkpoints.save(state, step, about, val_loss, first=self.output.flush)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
-            self.account.close()
+            self.account.write()
 
     def _evaluate(self, step: int, params: Params) -> float | None:
         """Writes a row and returns its validation loss; None when it was told to stop meanwhile."""
@@ -246,7 +251,7 @@ class Stepping:
             raise RunError(f"{found}; run once more it came to {float(again['loss']):.4g} and {float(again['grad_norm']):.4g}: a "
                            "transient fault, most likely of the hardware")
         examples = self.batches.examples(last.step - 1)
-        path = Path(self.settings.run_dir) / f"diagnosis-{last.step}.json"
+        path = as_path(self.settings.run_dir) / f"diagnosis-{last.step}.json"
         if self.output.metrics:
             write_text(path, "".join(json.dumps(example._asdict()) + "\n" for example in examples))
         shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))

@@ -19,8 +19,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self, TypeVar
 
+from jaxlm.errors import RunError, UserError
 from jaxlm.parallel.launcher import HUNG
-from jaxlm.reporting.files import write_text
+from jaxlm.remote import is_remote
+from jaxlm.reporting.files import Location, as_path, delete, make_folder, modified, read_bytes, write_atomically, write_text
 from jaxlm.reporting.progress import print_line
 from jaxlm.reporting.units import format_duration
 
@@ -49,7 +51,7 @@ class Watch:
     def __init__(self, run_dir: str | Path, deadlines: Iterable[float | None] = ()):
         """`deadlines`: those that phases will have, in seconds."""
         self.beat = min([BEAT, *(seconds / 10 for seconds in deadlines if seconds is not None)])
-        self.run_dir, self.process, self.num_processes = Path(run_dir), 0, 1
+        self.run_dir, self.process, self.num_processes = as_path(run_dir), 0, 1
         self._phases: list[Phase] = []
         self._over = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -75,9 +77,9 @@ class Watch:
         for thread in self._threads:
             thread.join()
         if self.num_processes > 1:
-            self._sign(self.process).unlink(missing_ok=True)
+            delete(self._sign(self.process))
             for folder in (self._sign(0).parent, self.run_dir):  # a run that was refused leaves nothing behind
-                if folder.is_dir() and not any(folder.iterdir()):
+                if not is_remote(folder) and folder.is_dir() and not any(folder.iterdir()):
                     with suppress(OSError):  # another process was faster, there or away
                         folder.rmdir()
 
@@ -111,7 +113,7 @@ class Watch:
 
     # ---- signs of life -----------------------------------------------------------------------------------------------
 
-    def _sign(self, process: int) -> Path:
+    def _sign(self, process: int) -> Location:
         return self.run_dir / ".alive" / f"{process:05d}.json"
 
     def _live(self) -> None:
@@ -120,17 +122,17 @@ class Watch:
             self._beat()
 
     def _beat(self) -> None:
-        self._sign(0).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._sign(0).parent)
         sign = {"process": self.process, "host": socket.gethostname(), "pid": os.getpid(), "doing": self.doing()}
         write_text(self._sign(self.process), json.dumps(sign))
 
     def others(self) -> list[str]:
         """What is known of every other process, the one that most likely holds up the rest first."""
-        now = self._sign(self.process).stat().st_mtime  # by the clock of the file system, which all hosts share
+        now = modified(self._sign(self.process))
         missing, silent, busy = [], [], []
         for process in set(range(self.num_processes)) - {self.process}:
             try:
-                age, sign = now - self._sign(process).stat().st_mtime, json.loads(self._sign(process).read_bytes())
+                age, sign = now - modified(self._sign(process)), json.loads(read_bytes(self._sign(process)))
             except (OSError, ValueError):
                 missing.append(f"process {process} has not come, or has ended")
                 continue
@@ -149,15 +151,23 @@ class Watch:
         last.daemon = True
         last.start()
         doing, others = self.doing(), []
-        if self.num_processes > 1:
-            self._beat()
-            others = self.others()
         path = self.run_dir / "hangs" / f"{self.process:05d}-{time.strftime('%Y%m%d-%H%M%S')}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(f"{doing}: more than {phase.seconds} s\n" + "".join(f"{line}\n" for line in others) + "\n")
-            file.flush()
-            faulthandler.dump_traceback(file, all_threads=True)
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(f"{doing}: more than {phase.seconds} s\n" + "".join(f"{line}\n" for line in others) + "\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+
+        try:
+            if self.num_processes > 1:
+                self._beat()
+                others = self.others()
+            make_folder(path.parent)
+            write_atomically(path, write)
+        except (OSError, RunError, UserError) as error:  # a disk that is full or gone, a bucket that does not answer
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            path = f"above ({error})"
         shown = f"; {'; '.join(others[:3])}" + (f"; and {len(others) - 3} more" if len(others) > 3 else "") if others else ""
         print_line(f"jaxlm: HUNG: process {self.process} at '{doing}' for more than {format_duration(phase.seconds)}{shown}; "
                    f"stacks of all threads: {path}")

@@ -1,0 +1,86 @@
+"""How Orbax is used: uncompressed, and what it needs to keep checkpoints in a bucket.
+
+Orbax 0.12 keeps its small files by etils.epath (fsspec), and arrays by TensorStore, in gs:// too, but not in s3:// (google/orbax,
+issue 359), though TensorStore can: the three functions that turn a path into TensorStore's words know gs:// and nothing else.
+They are taught s3:// here. Every process writes its own arrays straight into the bucket, and reads only the ranges it needs.
+"""
+
+import functools
+import importlib.metadata
+import os
+import posixpath
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from orbax.checkpoint import v1 as ocp
+
+from jaxlm import remote
+from jaxlm.errors import UserError
+
+METADATA_RETRIES = {"retries": {"mode": "standard", "total_max_attempts": 10}}  # by botocore; epath itself repeats nothing
+
+
+@contextmanager
+def in_context(path: Any) -> Iterator[None]:
+    """Inside, Orbax saves and loads as jaxlm wants it, at `path`, also a remote one. A save that begins inside may end outside.
+
+    Raises:
+      UserError: a package is missing, or Orbax has changed too much.
+    """
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # zstd: a twelfth smaller, and five times as long (docs/lab-notes.md)
+    if remote.is_remote(path):
+        remote.file_system(str(path)[:2])  # or say which package is missing
+        context.atomicity.mode = ocp.options.AtomicityMode.COMMIT_FILE  # buckets cannot rename
+        context.array.saving.use_ocdbt = False  # its list of contents is replaced on a condition: a lost answer ends the save
+    if str(path).startswith("s3://"):
+        _teach_s3()
+    with context:
+        yield
+
+
+@functools.cache
+def _teach_s3() -> None:
+    """Once for each process."""
+    import fsspec
+    from orbax.checkpoint._src.path import gcs_utils
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
+    try:
+        use_driver, normalize = tensorstore_utils._use_gcs_driver, tensorstore_utils._normalize_path
+        key_value_store = gcs_utils.get_kvstore_for_gcs
+    except AttributeError as error:
+        version = importlib.metadata.version("orbax-checkpoint")
+        raise UserError(f"s3:// checkpoints need orbax-checkpoint 0.12, here is {version} ({error}); "
+                        "pip install 'orbax-checkpoint==0.12.*', or use gs:// or a folder") from None
+
+    fsspec.config.conf.setdefault("s3", {}).setdefault("config_kwargs", METADATA_RETRIES)
+
+    def is_s3(path: str) -> bool:
+        return path.startswith("s3://")
+
+    tensorstore_utils._use_gcs_driver = lambda path: is_s3(path) or use_driver(path)
+    tensorstore_utils._normalize_path = lambda path: f"s3:/{posixpath.normpath(path[4:])}" if is_s3(path) else normalize(path)
+    gcs_utils.get_kvstore_for_gcs = lambda path: s3_key_value_store(path) if is_s3(path) else key_value_store(path)
+
+
+def s3_key_value_store(url: str) -> dict[str, Any]:
+    """TensorStore's specification of a folder: endpoint, region and credentials as s3fs found them (it knows ~/.aws/config)."""
+    client = _s3_client()
+    endpoint, region = client.meta.endpoint_url, client.meta.region_name
+    specification = {
+        "driver": "s3", "bucket": remote.bucket_of(url), "path": url.partition("://")[2].partition("/")[2],
+        "context": {"s3_request_retries": {"max_retries": remote.ATTEMPTS["s3"], "initial_delay": f"{remote.FIRST_WAIT}s",
+                                           "max_delay": f"{remote.LONGEST_WAIT}s"}}}
+    if not endpoint.rstrip("/").endswith(".amazonaws.com"):  # else TensorStore finds the bucket's region and endpoint itself
+        specification |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    if "AWS_ACCESS_KEY_ID" in os.environ:
+        specification["aws_credentials"] = {"type": "environment"}  # else it complains on stderr where there is no ~/.aws
+    return specification
+
+
+def _s3_client() -> Any:
+    files = remote.file_system("s3")
+    files.connect()
+    return files.s3
