@@ -29,7 +29,7 @@ from fuzzed import KINDS, Kind
 from fuzzed.world import World
 
 EVERY = 30.0  # seconds between lines of progress
-SLOW = 3.0  # seconds after which an example is shown
+SLOW = 10.0  # seconds after which an example is shown
 
 
 class Result(NamedTuple):
