@@ -78,7 +78,7 @@ RAW_TEXTS = st.tuples(raw_files(), st.tuples(
     st.sampled_from(["data.tokenizer=characters", "data.tokenizer=bytes"]),
     st.sampled_from(["data.document=line", "data.document=file"]),
     st.sampled_from(["data.validation=0.2", "data.validation=0", "data.validation_split=tail"]),
-    st.sampled_from(["data.sequence_length=2", "data.shard_tokens=7", "data.cleaning.max_bytes=30",
+    st.sampled_from(["data.sequence_length=2", "data.shard_tokens=77", "data.cleaning.max_bytes=30",
                      "data.cleaning.exact_duplicates=true", "data.cleaning.near_duplicates=0.5",
                      "data.cleaning.repair_unicode=true", "data.cleaning.scripts=[latin]", "data.cleaning.max_repetition=0.5"])))
 
