@@ -164,8 +164,10 @@ LAYOUTS = {
     **dict.fromkeys(["mesh.fsdp", "mesh.tensor", "mesh.context", "mesh.stage", "mesh.expert"], POWERS),
 }
 CHANGES = st.lists(st.sampled_from(sorted(LAYOUTS)).flatmap(lambda name: st.tuples(st.just(name), LAYOUTS[name])), max_size=8)
+LARGE_BATCH = ("data.global_batch_size", 512)
+COMPILED = st.tuples(nested(CHANGES.map(lambda fitting: [LARGE_BATCH, *fitting])), st.just("cpu:8"), st.just(()))
 PLANS = st.tuples(
-    nested(st.builds(lambda fitting, any_: [("data.global_batch_size", 512), *fitting, *any_],
+    nested(st.builds(lambda fitting, other: [LARGE_BATCH, *fitting, *other],
                      CHANGES, st.lists(assignments(odd=False), max_size=1))),
     st.sampled_from([TARGETS] * 4 + [ODD_TARGETS]).flatmap(lambda targets: targets), HOW)
 
