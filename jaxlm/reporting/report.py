@@ -158,11 +158,11 @@ def compare(run_dirs: list[str | Path]) -> "Table":
 
     Raises UserError when a folder is no run.
     """
+    from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
-    def cell(text: str) -> Text:  # not markup: [/b] stands for itself
-        return Text(encodable(text))
+    def cell(text: str) -> str:  # [/b] stands for itself
+        return escape(encodable(text))
 
     runs = [read_run(run_dir) for run_dir in run_dirs]
     grid = Table(show_edge=False)
