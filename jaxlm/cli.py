@@ -244,6 +244,8 @@ def _run(arguments: list[str]) -> int:
         return 0
     if verb not in ALL_VERBS:
         raise UserError(f"unknown verb '{verb}', expected one of {', '.join(ALL_VERBS)}{nearest(verb, ALL_VERBS)}")
+    if empty := next((argument for argument in arguments if argument.startswith("--") and argument.endswith("=--")), None):
+        raise UserError(f"'{empty}': expected a value")  # before Python 3.13 argparse makes [] of it
     parsed = _parser(verb).parse_intermixed_args(arguments[1:])
     if verb == "report":
         report(parsed.runs)

@@ -12,7 +12,7 @@ import pydantic
 import yaml
 
 from jaxlm.checks import check
-from jaxlm.errors import UserError, nearest, shown, without_secrets
+from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
 from jaxlm.remote import check_url, is_remote
 from jaxlm.reporting.files import Location, as_path, exists, names_in, read_text
 from jaxlm.settings import Settings, flatten, parse_yaml, sections
@@ -120,18 +120,18 @@ def _key_lines(tree: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
 def _apply_override(values: dict[str, Any], override: str) -> str:
     """Sets the key that the override names, and returns its name."""
     name, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"'{override}': expected key=value, for example train.steps=100")
+    if not equals or not name.strip():
+        raise UserError(f"'{clipped(override)}': expected key=value, for example train.steps=100")
     known = [full for full, *_ in key_table()]
     if name not in known:
         if any(full.startswith(f"{name}.") for full in known):
-            raise UserError(f"'{override}': {name} is a section; set one of its keys, for example "
+            raise UserError(f"'{clipped(override)}': {name} is a section; set one of its keys, for example "
                             f"{next(full for full in known if full.startswith(f'{name}.'))}=...")
-        raise UserError(f"unknown key '{name}'{_suggestion(name, known)}")
+        raise UserError(f"unknown key '{clipped(name)}'{_suggestion(name, known)}")
     try:
         value = parse_yaml(text)[0] if text else ""
     except yaml.YAMLError:
-        raise UserError(f"'{override}': the value is not valid YAML; quote it") from None
+        raise UserError(f"'{clipped(override)}': the value is not valid YAML; quote it") from None
     *path, last = name.split(".")
     for section in path:
         if values.get(section) is None:

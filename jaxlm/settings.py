@@ -349,7 +349,13 @@ def dump(settings: Settings) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, but for scalars that are not what they look like (2001-99-99, !!int x): it raises whatever it met."""
+    """PyYAML's, but for scalars that are not what they look like (2001-99-99, !!int x): it raises whatever it met; and for deep
+    nesting: it takes the square of the depth in time."""
+
+    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
+        if self.flow_level == 100:
+            raise RecursionError
+        super().fetch_flow_collection_start(token)
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:

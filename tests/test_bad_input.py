@@ -128,7 +128,9 @@ AT_ONCE = {
     "train run.yaml --processes -1": ("--processes", "'-1'"),
     "train run.yaml --processes x": ("--processes", "'x'"),
     "prepare run.yaml --json": ("--json",),
+    "train run.yaml --restart=--": ("'--restart=--'", "expected a value"),
     f"{NEW} train.steps": ("'train.steps'", "key=value"),
+    f"{NEW} =5": ("'=5'", "key=value"),
     # the run file
     "train rum.yaml": ("rum.yaml: no such run file", "did you mean 'run.yaml'?"),
     "train run.yaml/below": ("run.yaml/below: cannot be read",),

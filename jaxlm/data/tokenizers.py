@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from jaxlm.errors import UserError, nearest
+from jaxlm.errors import UserError, nearest, shown
 from jaxlm.reporting.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 
@@ -111,7 +111,7 @@ class Tokenizer(ABC):
                      for name, content in value["files"].items()}
             return build(value["kind"], files, SpecialTokens(**value["special"]))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"tokenizer: the saved description is damaged ({error!r})") from error
+            raise UserError(f"tokenizer: the saved description is damaged ({shown(error)})") from error
 
     def __reduce__(self) -> tuple[Callable, tuple]:
         return Tokenizer.from_dict, (self.to_dict(),)
@@ -335,7 +335,7 @@ def load_saved(folder: Location) -> Tokenizer:
         tokenizer = build(description["kind"], files, SpecialTokens(**description["special"]))
         digest = description["digest"]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{DESCRIPTION} is damaged ({error!r})") from error
+        raise UserError(f"{DESCRIPTION} is damaged ({shown(error)})") from error
     if tokenizer.digest != digest:
         raise UserError(f"the files are not those that were saved: digest {tokenizer.digest[:12]}, expected {digest[:12]}")
     return tokenizer

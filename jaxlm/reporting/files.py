@@ -156,10 +156,13 @@ def move(folder: str | os.PathLike, target: str | os.PathLike) -> None:
 
 
 def is_below(folder: Location, name: str | Path) -> bool:
-    """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link that leads out."""
+    """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link out or to itself."""
     if is_remote(folder):
         return not {"", ".", ".."}.intersection(str(name).split("/"))
-    return (folder / name).resolve().is_relative_to(folder.resolve())
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # before Python 3.13: a link that leads to itself
+        return False
 
 
 def make_folder(folder: str | os.PathLike) -> None:

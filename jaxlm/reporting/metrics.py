@@ -31,7 +31,7 @@ def parse_row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if isinstance(row, dict) and type(row.get("step")) is int else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int and abs(row["step"]) < 2**63 else None
 
 
 def is_number(value: Any) -> bool:

@@ -1,13 +1,12 @@
 """loss.png, and the loss curves of several runs in one picture. matplotlib is imported when a picture is made."""
 
-import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxlm.reporting.files import Location, as_path, name_of, write_atomically
-from jaxlm.reporting.metrics import read_metrics
+from jaxlm.reporting.metrics import is_number, read_metrics
 
 TRAIN_COLOR, VALIDATION_COLOR = "tab:blue", "tab:orange"
 
@@ -53,7 +52,7 @@ def plot_comparison(run_dirs: list[str | Path], path: str | Path) -> None:
 
 def series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     """Steps and finite values of one key, as arrays of equal length."""
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    points = [(row["step"], row[key]) for row in rows if is_number(row.get(key))]
     steps, values = zip(*points, strict=True) if points else ((), ())
     return np.array(steps, int), np.array(values, float)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm.reporting.files import Location, exists, read_text, write_text
 from jaxlm.reporting.goodput import goodput
+from jaxlm.reporting.metrics import is_number
 from jaxlm.reporting.runs import Run, read_run
 from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds
 
@@ -38,7 +39,7 @@ def write_report(run_dir: str | Path) -> Location:
     if exists(samples):
         sections += ["## Samples", fenced(read_text(samples))]
     path = run.path / "report.md"
-    write_text(path, "\n\n".join(sections) + "\n")
+    write_text(path, encodable("\n\n".join(sections) + "\n"))
     return path
 
 
@@ -139,7 +140,7 @@ def fenced(text: str) -> str:
 
 def plain(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {size}" for key, size in value.items() if size > 1) or "one device"
+        return ", ".join(f"{key} {size}" for key, size in value.items() if is_number(size) and size > 1) or "one device"
     return UNKNOWN if value is None else str(value)
 
 
@@ -147,23 +148,32 @@ def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+def encodable(text: str) -> str:
+    """JSON and YAML can name half a character (\\ud800), which no file and no terminal takes."""
+    return text.encode(errors="replace").decode()
+
+
 def compare(run_dirs: list[str | Path]) -> "Table":
     """A rich table, one column a run: the config keys in which they differ, then results and speed.
 
     Raises UserError when a folder is no run.
     """
+    from rich.markup import escape
     from rich.table import Table
+
+    def cell(text: str) -> str:  # [/b] stands for itself
+        return escape(encodable(text))
 
     runs = [read_run(run_dir) for run_dir in run_dirs]
     grid = Table(show_edge=False)
     grid.add_column("")
     for run in runs:
-        grid.add_column(str(run.path) if len({other.name for other in runs}) < len(runs) else run.name, overflow="fold")
+        grid.add_column(cell(str(run.path) if len({other.name for other in runs}) < len(runs) else run.name), overflow="fold")
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     for key in keys:
         values = [run.config.get(key, "-") for run in runs]
         if key != "run_dir" and any(value != values[0] for value in values):
-            grid.add_row(key, *(yaml_scalar(value) for value in values))
+            grid.add_row(*map(cell, [key, *map(yaml_scalar, values)]))
     grid.add_section()
     for key, write in COMPARED.items():
         figures = [run.steps if key == "steps" else run.figure(key) for run in runs]

@@ -47,7 +47,7 @@ class Run:
     def figure(self, key: str) -> Any:
         """A figure of summary.json; before that file exists, the same figure from the rows so far; else None."""
         if key == "val_bits_per_byte":  # what runs with different tokenizers can be compared by
-            return self.evaluations[-1].get(key) if self.evaluations else None
+            return next(iter(self.values(key)[-1:]), None)
         if self.summary is not None:
             return self.summary.get(key)
         if key == "val_loss":

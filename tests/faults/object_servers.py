@@ -1,4 +1,4 @@
-"""Object servers on this machine (moto speaks S3, gcp-storage-emulator speaks GCS), and a proxy that makes them fail at random."""
+"""Object servers on this machine (moto speaks S3, gcp-storage-emulator GCS), and a proxy that makes them fail at random."""
 
 import http.client
 import logging
