@@ -6,9 +6,8 @@ Of a shard in a bucket, just the blocks that are needed are fetched.
 
 import errno
 import hashlib
-import io
 import os
-import tokenize
+import re
 import weakref
 import zlib
 from collections.abc import Iterator
@@ -24,7 +23,10 @@ from jaxlm.reporting.files import Location, file_size, read_bytes, read_range
 
 BLOCK_TOKENS = 4096  # under one checksum
 CHECKSUM = np.dtype("<u4")
-HEADER = 256  # bytes: a longer .npy header is no header of ours, and NumPy gives it to Python's parser
+# As `np.save` writes it. NumPy's own reader gives it to Python's parser, which trusts too much, and not in several threads.
+HEADER = re.compile(rb"\x93NUMPY\x01\x00(?P<length>..){'descr': '(?P<type><[iu][248])', 'fortran_order': False, "
+                    rb"'shape': \((?P<elements>\d{1,18}),\), } *\n", re.DOTALL)
+PREFIX, HEADER_BYTES = 10, 256  # bytes: before the braces, and of all of it at most
 
 
 def block_checksums(tokens: np.ndarray) -> np.ndarray:
@@ -139,13 +141,13 @@ def check_array(path: Location, length: int, dtype: np.dtype) -> int:
     DamagedData unless the file is a whole one-dimensional .npy of this length and type.
     """
     with _as_damage(path):
-        size, file = file_size(path), io.BytesIO(read_range(path, 0, HEADER))
-        np.lib.format.read_magic(file)
-        shape, _, found = np.lib.format.read_array_header_1_0(file, max_header_size=HEADER)
-        expected = file.tell() + length * dtype.itemsize
-        if (shape, found, size) == ((length,), dtype, expected):
-            return file.tell()
-    raise DamagedData(path, f"{size:,} bytes, expected {expected:,} ({length:,} of {dtype})")
+        size, header = file_size(path), HEADER.match(read_range(path, 0, HEADER_BYTES))
+    if header is None or header.end() != PREFIX + int.from_bytes(header["length"], "little"):
+        raise DamagedData(path, "not a .npy file")
+    expected = header.end() + length * dtype.itemsize
+    if (header["type"].decode(), int(header["elements"]), size) != (dtype.str, length, expected):
+        raise DamagedData(path, f"{size:,} bytes, expected {expected:,} ({length:,} of {dtype})")
+    return header.end()
 
 
 def load_array(path: Location, length: int, dtype: np.dtype, digest: str) -> np.ndarray:
@@ -164,13 +166,8 @@ def _as_damage(path: Location) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        problem = "missing"
-    except (ValueError, SyntaxError, tokenize.TokenError):  # NumPy parses the header as Python
-        problem = "not a .npy file"
+        raise DamagedData(path, "missing") from None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):  # nothing is wrong with the file
             raise
-        problem = error.strerror
-    else:
-        return
-    raise DamagedData(path, problem)
+        raise DamagedData(path, error.strerror) from None

@@ -11,9 +11,11 @@ from pathlib import Path
 from subprocess import run
 
 import numpy as np
-from harness import INTERVAL, Started, arguments_of, copied, half_written, kill, last_step, newest, recorded, rows
+from harness import INTERVAL, Started, arguments_of, copied, differences, half_written, kill, last_step, newest, recorded, rows
+from object_servers import failing_bucket
 
 from jaxlm.errors import UserError
+from jaxlm.reporting.files import read_bytes, sizes_below, write_bytes
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.manifest import finished_steps
@@ -243,3 +245,37 @@ def every_mesh_sees_the_same_examples(run_file: Path, folder: Path, parts: list[
     assert deviation < 1e-5, deviation
     return (" -> ".join(f"{processes} x {devices}" for processes, devices in parts)
             + f" (processes x devices): {16 * steps} rows of {steps} steps the same; losses within {deviation:.1e}")
+
+
+# ---- storage ---------------------------------------------------------------------------------------------------------
+
+def a_run_in_a_bucket_is_the_run_in_a_folder(run_file: Path, folder: Path, scheme: str, seed: int) -> str:
+    """Corpus, checkpoints and metrics in a bucket, every tenth request failing; killed after its first checkpoint, and gone on
+    with. Then a byte of its last checkpoint is changed."""
+    local, name = Started(arguments_of(run_file, folder / "local"), folder / "local.log"), f"{scheme}_{seed}"
+    assert local.wait() == 0, local.text()[-3000:]
+    with failing_bucket(scheme) as (url, proxy):
+        url = f"{url}/run"
+        arguments = [f"run_dir={url}" if part.startswith("run_dir=") else part for part in arguments_of(run_file, folder)]
+        proxy.fail(0.1, seed)
+        killed = Started(arguments, folder / f"{name}_killed.log")
+        assert killed.wait_for(lambda: finished_steps(url), pause=0.3), killed.text()[-3000:]
+        killed.end()
+        second = Started(arguments, folder / f"{name}.log")
+        assert second.wait() == 0, second.text()[-3000:]
+        assert "resuming from step" in second.text()
+        told = (f"{scheme}://: {proxy.failed():,} of the {len(proxy.requests):,} requests of a killed and resumed run failed; "
+                "its bits are those of a run in a folder; a byte turned in the bucket is found")
+        proxy.fail(0)
+        for below in sizes_below(url):
+            (folder / name / below).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name / below).write_bytes(read_bytes(f"{url}/{below}"))
+        assert not differences(folder / name, folder / "local")
+        *_, before, last = finished_steps(url)
+        damaged = next(below for below in sizes_below(url) if below.startswith(f"checkpoints/{last}/") and "/c/" in below)
+        content = bytearray(read_bytes(f"{url}/{damaged}"))
+        content[len(content) // 2] ^= 1
+        write_bytes(f"{url}/{damaged}", bytes(content))
+        with Checkpoints(url) as checkpoints:
+            assert checkpoints.choose(None) == before
+    return told

@@ -89,7 +89,7 @@ class Started:
         """The exit code, once it has ended."""
         return self.process.wait(seconds)
 
-    def wait_for(self, condition: Callable[[], Any], seconds: float = PATIENCE) -> bool:
+    def wait_for(self, condition: Callable[[], Any], seconds: float = PATIENCE, pause: float = 0.002) -> bool:
         """Until the condition holds; False when it ended before. Raises TimeoutError."""
         end = time.monotonic() + seconds
         while not condition():
@@ -97,7 +97,7 @@ class Started:
                 return False
             if time.monotonic() > end:
                 raise TimeoutError(f"it never came: {self.text()[-2000:]}")
-            time.sleep(0.002)
+            time.sleep(pause)
         return True
 
     def end(self) -> None:

@@ -1,7 +1,9 @@
 """Object servers on this machine (moto speaks S3, gcp-storage-emulator GCS), and a proxy that makes them fail at random."""
 
 import http.client
+import itertools
 import logging
+import os
 import random
 import socket
 import struct
@@ -10,10 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
+from unittest import mock
+
+from jaxlm import remote
 
 # refused (500, 503), the connection reset before the request is done or after it is, and an answer that breaks off half-way
 BEFORE = ("500", "503", "reset")
 AFTER = ("lost", "cut")
+NUMBERS = itertools.count()
 
 
 class Request(NamedTuple):
@@ -172,3 +178,20 @@ def gcs_server(bucket: str) -> Iterator[FailingProxy]:
             yield proxy
     finally:
         server.stop()
+
+
+@contextmanager
+def failing_bucket(scheme: str) -> Iterator[tuple[str, FailingProxy]]:
+    """The URL of an empty bucket of `s3` or `gs`, for this process and those that it starts, and what makes its server fail."""
+    bucket = f"bucket{next(NUMBERS)}"  # moto's servers of one process share their buckets
+    with s3_server() if scheme == "s3" else gcs_server(bucket) as proxy:
+        names = {"NO_PROXY": "127.0.0.1", "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "testing",
+                 "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+                 "STORAGE_EMULATOR_HOST": proxy.url, "TENSORSTORE_GCS_HTTP_URL": proxy.url,
+                 "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+        with mock.patch.dict(os.environ, names):
+            files = remote.file_system(scheme)
+            if scheme == "s3":
+                files.mkdir(bucket)
+            yield f"{scheme}://{bucket}", proxy
+            files.clear_instance_cache()

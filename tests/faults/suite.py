@@ -22,6 +22,7 @@ import jax
 from breaking import (
     a_full_disk_is_one_line,
     a_lost_permission_is_one_line,
+    a_run_in_a_bucket_is_the_run_in_a_folder,
     a_slow_process_is_only_slow,
     a_spike_is_skipped,
     a_stuck_process_is_named,
@@ -35,7 +36,7 @@ from breaking import (
 from harness import INTERVAL, LAYOUTS, write_workload
 from kills import Kill, Reference, Stop, kill_until_done, stop_until_done
 
-PARTS = ("kills", "stops", "elastic", "flips", "numbers", "processes", "disks")
+PARTS = ("kills", "stops", "elastic", "flips", "numbers", "processes", "disks", "storage")
 PER_RUN = 10  # kills of one run, at most
 
 
@@ -105,6 +106,8 @@ def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, 
         "processes": lambda: [
             *(a_stuck_process_is_named(run_file, folder, phase) for phase in ("step", "save", "start-up")),
             a_slow_process_is_only_slow(run_file, folder), told_twice_it_ends_at_once(run_file, folder)],
+        "storage": lambda: [a_run_in_a_bucket_is_the_run_in_a_folder(run_file, folder, scheme, seed)
+                            for scheme in ("s3", "gs") for seed in range(2)],
         "disks": lambda: [a_full_disk_is_one_line(run_file, folder), a_lost_permission_is_one_line(run_file, folder)],
     }
 
