@@ -99,7 +99,7 @@ def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, 
         "flips": lambda: flips(reference, folder, draw, arguments.flips),
         "numbers": lambda: [
             *(bad_steps_are_skipped(run_file, folder, kind, layout) for kind, layout in (
-                ("loss", "1x2"), ("gradient", "2x2"), ("tokens", "1x4"))),
+                ("loss", "1x2"), ("gradient", "1x4"), ("row", "2x2"))),
             a_spike_is_skipped(run_file, folder),
             *(repeatable_faults_are_told_from_transient_ones(run_file, folder, transient) for transient in (False, True)),
             a_wrong_copy_is_named(run_file, folder)],

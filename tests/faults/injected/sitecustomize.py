@@ -1,7 +1,7 @@
 """Breaks a jaxlm process from outside: put this folder on PYTHONPATH and say what to break in JAXLM_TEST_FAULTS (JSON).
 
     {"record": FOLDER}              every row that goes to the devices is written down
-    {"nan": "loss", "steps": [7]}   the loss, the "gradient", or the "tokens" (out of the vocabulary) of these steps are bad
+    {"nan": "loss", "steps": [7]}   the loss, the "gradient", or one "row" of the batch of these steps is not a number
     {"spike": 50, "steps": [70]}    the loss of these steps is 50 times as large
     {"transient": true}             the batch of the diagnosis is good again
     {"slow": 0.2, "process": 1}     a process takes so many seconds longer for every batch
@@ -50,10 +50,11 @@ def break_it(stepping):
     plain_next, plain_shapes, plain_bind = stepping.Stepping._next, stepping.batch_shapes, Model.bind
     steps = set(FAULTS.get("steps", ()))
 
-    def factor(batch, value):
+    def factor(batch, value, only_one_row=False):
         rows = batch["tokens"]
-        return jax.make_array_from_callback((rows.shape[0],), rows.sharding, lambda index: np.full(
-            len(range(*index[0].indices(rows.shape[0]))), value, np.float32))
+        values = np.full(rows.shape[0], value, np.float32)
+        values[1 if only_one_row else len(values):] = 1
+        return jax.make_array_from_callback(values.shape, rows.sharding, lambda index: values[index[0]])
 
     def next_batch(self, source, step):
         if "slow" in FAULTS and jax.process_index() == FAULTS.get("process", 0):
@@ -61,10 +62,8 @@ def break_it(stepping):
         batch = plain_next(self, source, step)
         if "record" in FAULTS:
             record(step, batch)
-        if FAULTS.get("nan") == "tokens" and step in steps:
-            batch = batch | {"tokens": batch["tokens"] + 10**6}
-        if FAULTS.get("nan") in ("loss", "gradient"):
-            batch = batch | {"factor": factor(batch, np.nan if step in steps else 1.0)}
+        if "nan" in FAULTS:
+            batch = batch | {"factor": factor(batch, np.nan if step in steps else 1.0, FAULTS["nan"] == "row")}
         if "spike" in FAULTS:
             batch = batch | {"factor": factor(batch, FAULTS["spike"] if step in steps else 1.0)}
         return batch
@@ -79,7 +78,7 @@ def break_it(stepping):
 
     def shapes(settings):
         found = plain_shapes(settings)
-        if FAULTS.get("nan") in ("loss", "gradient") or "spike" in FAULTS:
+        if "nan" in FAULTS or "spike" in FAULTS:
             found |= {"factor": jax.ShapeDtypeStruct(found["tokens"].shape[:1], np.float32)}
         return found
 
@@ -131,7 +130,7 @@ def break_it(stepping):
 
     stepping.Stepping._next, stepping.batch_shapes = next_batch, shapes
     stepping.Stepping._diagnose, stepping.Stepping._pause = diagnose, pause
-    if FAULTS.get("nan") in ("loss", "gradient") or "spike" in FAULTS:
+    if "nan" in FAULTS or "spike" in FAULTS:
         Model.bind = lambda self, params: Broken(plain_bind(self, params))
 
 
