@@ -112,6 +112,11 @@ class Started:
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
+    def ending(self) -> str:
+        """What jaxlm said, and the last that anybody said."""
+        said = [line for line in self.text().splitlines() if "jaxlm:" in line]
+        return "\n".join([str(self.log), *said[-4:], self.text()[-2000:]])
+
 
 def children_of(process: int) -> list[int]:
     try:

@@ -53,7 +53,7 @@ class Reference:
             started.wait_for(lambda: last_step(run_dir) > 0)
             self.startup[layout] = time.monotonic() - began
             if code := started.wait():
-                raise AssertionError(f"exit code {code}: {started.text()[-3000:]}")
+                raise AssertionError(f"exit code {code}: {started.ending()}")
         return run_dir
 
 
@@ -80,7 +80,7 @@ def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, 
             started = Started(arguments, log)
     code = started.wait()
     started.end()
-    assert code == 0, f"exit code {code}: {started.text()[-3000:]}"
+    assert code == 0, f"exit code {code}: {started.ending()}"
     found = differences(run_dir, want)
     assert not found, f"{run_dir}: {found[:5]}"
     assert not half_written(run_dir)
@@ -148,13 +148,13 @@ def stop_until_done(name: str, layout: str, reference: Reference, folder: Path, 
         saved = newest(run_dir)
         stops.append(Stop(layout, "all" if everyone else "one", logged, saved, code, time.monotonic() - since))
         report(f"{name} {stops[-1]}")
-        assert code == 143, f"exit code {code}: {started.text()[-3000:]}"
+        assert code == 143, f"exit code {code}: {started.ending()}"
         assert saved == last_step(run_dir), f"saved at {saved}, logged up to {last_step(run_dir)}"
         assert "resume with" in started.text()
         started.end()
     code = started.wait()
     started.end()
-    assert code == 0, f"exit code {code}: {started.text()[-3000:]}"
+    assert code == 0, f"exit code {code}: {started.ending()}"
     found = differences(run_dir, want)
     assert not found, f"{run_dir}: {found[:5]}"
     return stops

@@ -9,11 +9,12 @@ import argparse
 import os
 import platform
 import random
+import shutil
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -40,7 +41,9 @@ PARTS = ("kills", "stops", "elastic", "flips", "numbers", "processes", "disks", 
 PER_RUN = 10  # kills of one run, at most
 
 
-def kills(reference: Reference, folder: Path, draw: random.Random, count: int, say: Callable[[str], None]) -> list[str]:
+def kills(reference: Reference, folder: Path, draw: random.Random, count: int, say: Callable[[str], None]
+          ) -> Iterator[list[str]]:
+    """What is found so far, after each run."""
     found: list[Kill] = []
     runs = 0
     while len(found) < count:
@@ -48,6 +51,10 @@ def kills(reference: Reference, folder: Path, draw: random.Random, count: int, s
         found += kill_until_done(f"killed_{runs}", layout, reference, folder, draw, say, min(PER_RUN, count - len(found)))
         runs += 1
         say(f"{len(found)} kills, {runs} runs: all ended with the bits of the undisturbed run")
+        yield about_kills(found, runs)
+
+
+def about_kills(found: list[Kill], runs: int) -> list[str]:
     phases, victims = Counter(kill.phase for kill in found), Counter("all" if kill.victim == "all" else "one" for kill in found)
     layouts = Counter(kill.layout for kill in found)
     more = max(kill.repeated for kill in found)
@@ -60,13 +67,19 @@ def kills(reference: Reference, folder: Path, draw: random.Random, count: int, s
     ]
 
 
-def stops(reference: Reference, folder: Path, draw: random.Random, count: int, say: Callable[[str], None]) -> list[str]:
+def stops(reference: Reference, folder: Path, draw: random.Random, count: int, say: Callable[[str], None]
+          ) -> Iterator[list[str]]:
+    """The same."""
     found: list[Stop] = []
     runs = 0
     while len(found) < count:
         layout = list(LAYOUTS)[runs % len(LAYOUTS)]
         found += stop_until_done(f"stopped_{runs}", layout, reference, folder, draw, say, min(PER_RUN, count - len(found)))
         runs += 1
+        yield about_stops(found, runs)
+
+
+def about_stops(found: list[Stop], runs: int) -> list[str]:
     more = Counter(stop.more for stop in found)
     seconds = sorted(stop.seconds for stop in found)
     return [
@@ -89,26 +102,27 @@ def _counts(counter: Counter) -> str:
 
 
 def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, draw: random.Random, say: Callable[[str], None]
-             ) -> dict[str, Callable[[], list[str]]]:
+             ) -> dict[str, Callable[[], Iterable[list[str]]]]:
+    """What each part finds, as far as it has come."""
     run_file = reference.run_file
     return {
         "kills": lambda: kills(reference, folder, draw, arguments.kills, say),
         "stops": lambda: stops(reference, folder, draw, arguments.stops, say),
-        "elastic": lambda: [every_mesh_sees_the_same_examples(run_file, folder, parts) for parts in (
-            [(1, 8), (1, 4), (1, 2), (1, 8)], [(1, 8), (4, 2), (2, 4)])],
-        "flips": lambda: flips(reference, folder, draw, arguments.flips),
-        "numbers": lambda: [
+        "elastic": lambda: [[every_mesh_sees_the_same_examples(run_file, folder, parts) for parts in (
+            [(1, 8), (1, 4), (1, 2), (1, 8)], [(1, 8), (4, 2), (2, 4)])]],
+        "flips": lambda: [flips(reference, folder, draw, arguments.flips)],
+        "numbers": lambda: [[
             *(bad_steps_are_skipped(run_file, folder, kind, layout) for kind, layout in (
                 ("loss", "1x2"), ("gradient", "1x4"), ("row", "2x2"))),
             a_spike_is_skipped(run_file, folder),
             *(repeatable_faults_are_told_from_transient_ones(run_file, folder, transient) for transient in (False, True)),
-            a_wrong_copy_is_named(run_file, folder)],
-        "processes": lambda: [
+            a_wrong_copy_is_named(run_file, folder)]],
+        "processes": lambda: [[
             *(a_stuck_process_is_named(run_file, folder, phase) for phase in ("step", "save", "start-up")),
-            a_slow_process_is_only_slow(run_file, folder), told_twice_it_ends_at_once(run_file, folder)],
-        "storage": lambda: [a_run_in_a_bucket_is_the_run_in_a_folder(run_file, folder, scheme, seed)
-                            for scheme in ("s3", "gs") for seed in range(2)],
-        "disks": lambda: [a_full_disk_is_one_line(run_file, folder), a_lost_permission_is_one_line(run_file, folder)],
+            a_slow_process_is_only_slow(run_file, folder), told_twice_it_ends_at_once(run_file, folder)]],
+        "disks": lambda: [[a_full_disk_is_one_line(run_file, folder), a_lost_permission_is_one_line(run_file, folder)]],
+        "storage": lambda: [[a_run_in_a_bucket_is_the_run_in_a_folder(run_file, folder, scheme, seed)
+                             for scheme in ("s3", "gs") for seed in range(2)]],
     }
 
 
@@ -127,20 +141,24 @@ def main() -> None:
     def say(line: str) -> None:
         print(f"{time.monotonic() - began:7.0f} s  {line}", flush=True)
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        reference = Reference(folder, write_workload(folder))
-        command = " ".join(["python tests/faults/suite.py", *(f"--{name} {getattr(arguments, name)}" for name in (
-            "seed", "kills", "stops", "flips")), "--only", *arguments.only])
-        lines = [f"`{command}`, jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores", ""]
-        for part, run in sections(reference, folder, arguments, draw, say).items():
-            if part in arguments.only:
-                since, found = time.monotonic(), run()
-                lines += [f"**{part}** ({(time.monotonic() - since) / 60:.0f} min)", "",
-                          *(f"- {line.replace(str(folder), '...')}" for line in found), ""]
-                say("\n".join(found))
-                if arguments.report:
-                    arguments.report.write_text("\n".join(lines), encoding="utf-8")
+    folder = Path(tempfile.mkdtemp(prefix="jaxlm-faults-"))  # stays where something was not as promised
+    say(f"everything is below {folder}")
+    reference = Reference(folder, write_workload(folder))
+    command = " ".join(["python tests/faults/suite.py", *(f"--{name} {getattr(arguments, name)}" for name in (
+        "seed", "kills", "stops", "flips")), "--only", *arguments.only])
+    lines = [f"`{command}`, jax {jax.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores", ""]
+    for part, run in sections(reference, folder, arguments, draw, say).items():
+        if part not in arguments.only:
+            continue
+        since = time.monotonic()
+        for found in run():
+            about = [f"**{part}** ({(time.monotonic() - since) / 60:.0f} min)", "",
+                     *(f"- {line.replace(str(folder), '...')}" for line in found), ""]
+            if arguments.report:
+                arguments.report.write_text("\n".join(lines + about), encoding="utf-8")
+        say("\n".join(found))
+        lines += about
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
