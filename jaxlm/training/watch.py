@@ -79,8 +79,8 @@ class Watch:
         if self.num_processes > 1:
             delete(self._sign(self.process))
             for folder in (self._sign(0).parent, self.run_dir):  # a run that was refused leaves nothing behind
-                if not is_remote(folder) and folder.is_dir() and not any(folder.iterdir()):
-                    with suppress(OSError):  # another process was faster, there or away
+                if not is_remote(folder):
+                    with suppress(OSError):  # not empty; or another process was faster, there or away
                         folder.rmdir()
 
     @contextmanager
@@ -122,9 +122,10 @@ class Watch:
             self._beat()
 
     def _beat(self) -> None:
-        make_folder(self._sign(0).parent)
         sign = {"process": self.process, "host": socket.gethostname(), "pid": os.getpid(), "doing": self.doing()}
-        write_text(self._sign(self.process), json.dumps(sign))
+        with suppress(FileNotFoundError):  # another process that ends has just removed the folder; the next beat makes it again
+            make_folder(self._sign(0).parent)
+            write_text(self._sign(self.process), json.dumps(sign))
 
     def others(self) -> list[str]:
         """What is known of every other process, the one that most likely holds up the rest first."""

@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -68,3 +70,18 @@ def test_nothing_is_left_of_a_run_that_was_refused(number, tmp_path):
         watch.one_of(0, number)
         time.sleep(0.1)
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_may_end_at_the_same_moment(tmp_path):
+    """Each removes its sign, and whoever is last the folders, which another may just have removed."""
+    def live(process: int, start: threading.Barrier) -> None:
+        with Watch(tmp_path / "run") as watch:
+            watch.one_of(process, 8)
+            start.wait()
+
+    for _ in range(30):
+        start = threading.Barrier(8)
+        with ThreadPoolExecutor(8) as pool:
+            for ended in [pool.submit(live, process, start) for process in range(8)]:
+                ended.result()
+        assert not (tmp_path / "run").exists()
