@@ -24,7 +24,7 @@ from jaxlm.reporting.files import Location, file_size, read_bytes, read_range
 BLOCK_TOKENS = 4096  # under one checksum
 CHECKSUM = np.dtype("<u4")
 # As `np.save` writes it. NumPy's own reader gives it to Python's parser, which trusts too much, and not in several threads.
-HEADER = re.compile(rb"\x93NUMPY\x01\x00(?P<length>..){'descr': '(?P<type><[iu][248])', 'fortran_order': False, "
+HEADER = re.compile(rb"\x93NUMPY\x01\x00(?P<length>..){'descr': '(?P<type>[^']{1,8})', 'fortran_order': False, "
                     rb"'shape': \((?P<elements>\d{1,18}),\), } *\n", re.DOTALL)
 PREFIX, HEADER_BYTES = 10, 256  # bytes: before the braces, and of all of it at most
 
