@@ -145,7 +145,7 @@ def check_array(path: Location, length: int, dtype: np.dtype) -> int:
     if header is None or header.end() != PREFIX + int.from_bytes(header["length"], "little"):
         raise DamagedData(path, "not a .npy file")
     expected = header.end() + length * dtype.itemsize
-    if (header["type"].decode(), int(header["elements"]), size) != (dtype.str, length, expected):
+    if (header["type"], int(header["elements"]), size) != (dtype.str.encode(), length, expected):
         raise DamagedData(path, f"{size:,} bytes, expected {expected:,} ({length:,} of {dtype})")
     return header.end()
 
