@@ -123,7 +123,7 @@ class Watch:
 
     def _beat(self) -> None:
         sign = {"process": self.process, "host": socket.gethostname(), "pid": os.getpid(), "doing": self.doing()}
-        with suppress(FileNotFoundError):  # another process that ends has just removed the folder; the next beat makes it again
+        with suppress(FileNotFoundError, FileExistsError):  # another has just removed the folder; the next beat makes it again
             make_folder(self._sign(0).parent)
             write_text(self._sign(self.process), json.dumps(sign))
 

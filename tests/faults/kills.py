@@ -64,7 +64,7 @@ def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, 
     want, run_dir, log = reference[layout], folder / name, folder / f"{name}.log"
     arguments, kills = arguments_of(reference.run_file, run_dir, layout, "--restart", "1000"), []
     started, begun = Started(arguments, log), time.time()
-    while len(kills) < at_most and _moment(started, run_dir, reference.startup[layout], draw):
+    while len(kills) < at_most and _moment(started, run_dir, layout, reference, draw):
         workers = started.workers()
         launcher = draw.random() < 0.2
         victim = started.process.pid if launcher else draw.choice(workers)
@@ -87,8 +87,9 @@ def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, 
     return kills
 
 
-def _moment(started: Started, run_dir: Path, startup: float, draw: random.Random) -> bool:
+def _moment(started: Started, run_dir: Path, layout: str, reference: Reference, draw: random.Random) -> bool:
     """Waits for a random moment; False when the run has ended before."""
+    since, startup = time.monotonic(), reference.startup[layout]
     if not started.wait_for(lambda: started.workers() != [started.process.pid]):
         return False
     before, kind = last_step(run_dir), draw.choice(MOMENTS)
@@ -99,6 +100,7 @@ def _moment(started: Started, run_dir: Path, startup: float, draw: random.Random
     else:
         if not started.wait_for(lambda: last_step(run_dir) > newest(run_dir) and last_step(run_dir) != before):
             return False
+        reference.startup[layout] = min(startup, time.monotonic() - since)  # the first start compiled
         seconds = draw.uniform(0, 2)
         if kind == "saving":
             if not started.wait_for(lambda: half_written(run_dir)):
