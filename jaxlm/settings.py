@@ -132,7 +132,7 @@ class DataSettings:
     text_field: str = key("text", "field or column that holds the text (jsonl, parquet)")
     document: Literal["file", "line"] = key("file", "what one document is in a text file")
     corpus: str | dict[str, PositiveFloat] | None = key(
-        None, "folder of the prepared corpus, or {folder: weight} for a mixture; null: RUN_DIR/corpus")
+        None, "folder of the prepared corpus (also in s3:// or gs://), or {folder: weight} for a mixture; null: RUN_DIR/corpus")
     validation: Annotated[Number, Ge(0), Lt(1)] | str = key(
         0.01, "share of the text held out, or raw text (path or glob) to use instead")
     validation_split: Literal["documents", "tail"] = key(
@@ -307,7 +307,7 @@ class BenchSettings:
 class Settings:
     """One run."""
 
-    run_dir: str = key("runs/default", "folder of everything the run writes")
+    run_dir: str = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     data: DataSettings = key(DataSettings(), "")

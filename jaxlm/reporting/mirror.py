@@ -8,6 +8,7 @@ together by every reader, and listed; a metrics.jsonl of 100,000 rows has 30 MB.
 import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from jaxlm.errors import RunError, UserError
@@ -38,12 +39,10 @@ class Mirror:
     def fetch(self, name: str) -> Path:
         """A file that may be there from before, to be appended to."""
         if self._target is not None:
-            try:
-                (self.folder / name).write_bytes(read_bytes(self._target / name))
-            except FileNotFoundError:
-                pass
-            else:
-                self._copied[name] = (self.folder / name).stat().st_size
+            with suppress(FileNotFoundError):  # the first start has none
+                content = read_bytes(self._target / name)
+                (self.folder / name).write_bytes(content)
+                self._copied[name] = len(content)
         return self.folder / name
 
     def changed(self) -> None:

@@ -6,6 +6,7 @@ Linux, as root for the small disks; on 2 cores some two hours. Anything that is 
 """
 
 import argparse
+import itertools
 import os
 import platform
 import random
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -41,17 +43,16 @@ PARTS = ("kills", "stops", "elastic", "flips", "numbers", "processes", "disks", 
 PER_RUN = 10  # kills of one run, at most
 
 
-def kills(reference: Reference, folder: Path, draw: random.Random, count: int, say: Callable[[str], None]
-          ) -> Iterator[list[str]]:
-    """What is found so far, after each run."""
-    found: list[Kill] = []
-    runs = 0
-    while len(found) < count:
-        layout = list(LAYOUTS)[runs % len(LAYOUTS)]
-        found += kill_until_done(f"killed_{runs}", layout, reference, folder, draw, say, min(PER_RUN, count - len(found)))
-        runs += 1
-        say(f"{len(found)} kills, {runs} runs: all ended with the bits of the undisturbed run")
-        yield about_kills(found, runs)
+def again_and_again(name: str, until_done: Callable, about: Callable[[list, int], list[str]], count: int, reference: Reference,
+                    folder: Path, draw: random.Random, say: Callable[[str], None]) -> Iterator[list[str]]:
+    """Run after run, on one layout after the other, until so many were broken; what is found so far, after each run."""
+    found: list[Any] = []
+    for run, layout in enumerate(itertools.cycle(LAYOUTS)):
+        found += until_done(f"{name}_{run}", layout, reference, folder, draw, say, min(PER_RUN, count - len(found)))
+        say(f"{len(found)} of {count}")
+        yield about(found, run + 1)
+        if len(found) == count:
+            return
 
 
 def about_kills(found: list[Kill], runs: int) -> list[str]:
@@ -65,18 +66,6 @@ def about_kills(found: list[Kill], runs: int) -> list[str]:
         f"steps done again: median {statistics.median(kill.repeated for kill in found):.0f}, at most {more} (checkpoints every "
         f"{INTERVAL} steps; a kill during a save goes back to the one before)",
     ]
-
-
-def stops(reference: Reference, folder: Path, draw: random.Random, count: int, say: Callable[[str], None]
-          ) -> Iterator[list[str]]:
-    """The same."""
-    found: list[Stop] = []
-    runs = 0
-    while len(found) < count:
-        layout = list(LAYOUTS)[runs % len(LAYOUTS)]
-        found += stop_until_done(f"stopped_{runs}", layout, reference, folder, draw, say, min(PER_RUN, count - len(found)))
-        runs += 1
-        yield about_stops(found, runs)
 
 
 def about_stops(found: list[Stop], runs: int) -> list[str]:
@@ -106,8 +95,8 @@ def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, 
     """What each part finds, as far as it has come."""
     run_file = reference.run_file
     return {
-        "kills": lambda: kills(reference, folder, draw, arguments.kills, say),
-        "stops": lambda: stops(reference, folder, draw, arguments.stops, say),
+        "kills": lambda: again_and_again("killed", kill_until_done, about_kills, arguments.kills, reference, folder, draw, say),
+        "stops": lambda: again_and_again("stopped", stop_until_done, about_stops, arguments.stops, reference, folder, draw, say),
         "elastic": lambda: [[every_mesh_sees_the_same_examples(run_file, folder, parts) for parts in (
             [(1, 8), (1, 4), (1, 2), (1, 8)], [(1, 8), (4, 2), (2, 4)])]],
         "flips": lambda: [flips(reference, folder, draw, arguments.flips)],
