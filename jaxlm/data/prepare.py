@@ -25,7 +25,7 @@ from jaxlm.data.corpus import SPLITS, TOKENIZER, Corpus, checksum_file, offsets_
 from jaxlm.data.manifest import FORMAT, MANIFEST, REPORT
 from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
-from jaxlm.data.work import Result, Workers, exclusive
+from jaxlm.data.work import Result, Workers, exclusive, remove_exclusive
 from jaxlm.errors import UserError
 from jaxlm.remote import is_remote
 from jaxlm.reporting.files import (
@@ -84,9 +84,9 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
                 build(plan, folder, processes or data.prepare_processes or os.cpu_count() or 1)
                 accept(Corpus(folder / "corpus"))
                 put_in_place(folder / "corpus", directory)
-            shutil.rmtree(partial)
+            remove_exclusive(partial)
         except UserError:
-            shutil.rmtree(partial)
+            remove_exclusive(partial)
             with suppress(OSError):  # not empty: another process of this run is about to prepare the same
                 for folder in created:
                     folder.rmdir()

@@ -8,20 +8,22 @@ import fcntl
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from jaxlm.reporting.files import write_json
 from jaxlm.reporting.progress import print_line, progress_bar
 
 Result = dict[str, Any]
+LOCK = "lock"
 
 
 class Workers:
@@ -102,15 +104,41 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     The processes of one run all come here: the first prepares, the others find the corpus finished.
     """
-    while True:
+    while (file := _locked(folder)) is None:  # its last owner has just removed it
+        continue
+    with file:
+        yield
+
+
+def remove_exclusive(folder: Path) -> None:
+    """Removes a folder that is held with `exclusive`; the lock goes last, so that those who wait find all of it or nothing."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK:
+            entry.unlink()
+    (folder / LOCK).unlink()
+    with suppress(OSError):  # not empty, or gone: one who waited has made it its own already
+        folder.rmdir()
+
+
+def _locked(folder: Path) -> IO | None:
+    """The lock in the folder, once it is this process's; None when it was removed meanwhile."""
+    path = folder / LOCK
+    try:
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "lock"
-        with open(path, "w", encoding="ascii") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print_line(f"{folder}: waiting for the process that is preparing this corpus")
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):  # else its last owner just removed it
-                yield
-                return
+        file = open(path, "w", encoding="ascii")  # noqa: SIM115 (whoever holds it closes it)
+    except (FileNotFoundError, FileExistsError):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print_line(f"{folder}: waiting for the process that is preparing this corpus")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    with suppress(FileNotFoundError):
+        if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            return file
+    file.close()
+    return None

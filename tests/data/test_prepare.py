@@ -20,7 +20,7 @@ import pytest
 from jaxlm.data import sources, stages
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.prepare import prepare
-from jaxlm.data.work import exclusive
+from jaxlm.data.work import exclusive, remove_exclusive
 from jaxlm.errors import UserError
 from jaxlm.settings import CleaningSettings, DataSettings
 
@@ -328,6 +328,23 @@ def test_two_do_not_prepare_the_same_corpus(folder):
             with pytest.raises(TimeoutError):
                 waiting.result(timeout=0.5)
         assert waiting.result().train.num_documents > 0
+
+
+def test_many_come_and_go_and_one_at_a_time_is_inside(folder):
+    inside, seen = [], []
+
+    def come_and_go() -> None:
+        for _ in range(200):
+            with exclusive(folder / "a" / "corpus.partial"):
+                inside.append(1)
+                seen.append(len(inside))
+                inside.pop()
+                remove_exclusive(folder / "a" / "corpus.partial")
+
+    with ThreadPoolExecutor(8) as pool:
+        for one in [pool.submit(come_and_go) for _ in range(8)]:
+            one.result()
+    assert seen == [1] * 1600 and not list((folder / "a").iterdir())
 
 
 def test_folders_that_are_no_corpus(folder):
