@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -129,8 +130,9 @@ def _locked(folder: Path) -> IO | None:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(path, "w", encoding="ascii")  # noqa: SIM115 (whoever holds it closes it)
     except (FileNotFoundError, FileExistsError):
-        if os.path.lexists(folder) and not folder.is_dir():
-            raise
+        with suppress(FileNotFoundError):
+            if not stat.S_ISDIR(folder.stat().st_mode):
+                raise
         return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
