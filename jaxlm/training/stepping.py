@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from orbax.checkpoint import multihost
 
 from jaxlm.data.loading import Batches
 from jaxlm.errors import Preempted, RunError
@@ -40,6 +41,7 @@ from jaxlm.training.step import Batch, TrainState, batch_sharding
 from jaxlm.training.watch import Watch
 
 SHOWN_EXAMPLES = 4
+WEEK = 7 * 24 * 3600 * 1000  # milliseconds; guards.compile_seconds is what ends a wait
 
 
 class Output(NamedTuple):
@@ -100,6 +102,9 @@ class Stepping:
         self.skipped_rows = SkippedRows(self.batches, self.run.mesh, saved.get("skipped_rows", 0))
         with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
             step_function = self._compile(state)
+            # Through the coordinator, which waits: the devices' first exchange gives up (Gloo's after 30 s) where one process
+            # still compiles what another has found in its cache.
+            multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=WEEK)
         self.clock.restart(first)
         with self.preemption, on_devices(self.batches, first, total, self.run.mesh, self.settings.data.prefetch) as source:
             source, pending = iter(source), None

@@ -26,9 +26,9 @@ TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "mfu")
 INJECTED = Path(__file__).parent / "injected"
 PATIENCE = 240.0  # seconds that anything may take on a busy machine
 INTERVAL = 20  # steps between checkpoints
-# Restarts are what takes time here: what has been compiled is kept, and compiled quickly. (The tests' conftest sets the same.)
-QUICK = {"JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/jaxlm/faults"), "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
-         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+# Restarts are what takes time here: what has been compiled is kept. (The tests' conftest goes first: it compiles quickly.)
+KEEP = {"JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/jaxlm/faults"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # processes x devices of each, and the mesh over them
 LAYOUTS = {"1x2": (1, 2, {"data": 2}), "1x4": (1, 4, {"data": 2, "fsdp": 2}), "2x2": (2, 2, {"data": 2, "fsdp": 2}),
            "2x4": (2, 4, {"fsdp": 4, "tensor": 2}), "4x2": (4, 2, {"data": 4, "fsdp": 2})}
@@ -71,10 +71,8 @@ class Started:
     faults: dict[str, Any] = field(default_factory=dict)  # see injected/sitecustomize.py
 
     def __post_init__(self) -> None:
-        environment = QUICK | os.environ
-        if self.faults:
-            environment |= {"JAXLM_TEST_FAULTS": json.dumps(self.faults),
-                            "PYTHONPATH": os.pathsep.join([str(INJECTED), os.environ.get("PYTHONPATH", "")])}
+        environment = KEEP | os.environ | {"PYTHONPATH": os.pathsep.join([str(INJECTED), os.environ.get("PYTHONPATH", "")]),
+                                            "JAXLM_TEST_FAULTS": json.dumps(self.faults)}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.output = open(self.log, "ab")  # noqa: SIM115 (closed by end)
         self.process = subprocess.Popen([sys.executable, "-m", "jaxlm", *self.arguments], stdout=self.output, stderr=self.output,
