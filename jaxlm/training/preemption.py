@@ -1,41 +1,47 @@
 """SIGTERM, Ctrl-C and the cloud's notice: every process agrees on the step after which the run is saved and ends.
 
-A process that is told to stop raises its flag. The flags of all processes go round in a tiny program of their own, started before
-each step and read after the step before has ended: all read the same answer at the same step, and no device waits for it.
+A process asks here before it begins a step (or a batch of an evaluation): that is a turn, and all processes take the same turns.
+One that is told to stop says so through the coordinator; all then hold still between two turns, say how many they have taken, and
+take no more than the one that has taken the most. Until somebody is told, nothing is sent, and no device ever has a part in it.
 """
 
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from types import FrameType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import multihost
 
 from jaxlm.reporting.progress import print_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+KEY = "jaxlm/preemption"  # at the coordinator
+STOP, OVER = "stop", "over"  # who says one of them first, says it for all
+WEEK = 7 * 24 * 3600 * 1000  # milliseconds
 Item = TypeVar("Item")
 
 
 class Preemption:
-    """Listens while it is entered. The first signal asks the run to save and end, the second ends the process at once."""
+    """Listens while it is entered, once in a process. The first signal asks the run to save and end, the second ends the process
+    at once."""
 
-    def __init__(self, mesh: Mesh):
+    def __init__(self):
         self.signal: signal.Signals | None = None
-        self.agreed = False  # the same on every process
-        if jax.process_count() > 1:
-            everywhere = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-            self._flags = [jax.make_array_from_callback((mesh.size,), everywhere, lambda index, flag=flag: np.full(
-                len(range(*index[0].indices(mesh.size))), flag)) for flag in (False, True)]
-            self._any = jax.jit(jnp.any, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.agreed = False  # not to go on; after the same turn on every process
+        self._turns = 0  # that this process has taken
+        self._last: int | None = None  # that any may take
+        self._between_turns = threading.Lock()
+        self._coordinator = multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
+        self._agreeing = threading.Thread(target=self._agree, daemon=True, name="preemption")
 
     def __enter__(self) -> Self:
+        if self._coordinator:
+            self._agreeing.start()
         if threading.current_thread() is not threading.main_thread():  # only there can signals be listened to
             self._before = {}
             return self
@@ -47,6 +53,9 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._coordinator:
+            self._say(OVER)
+            self._agreeing.join()
         if not self._before:
             return
         signal.set_wakeup_fd(self._wakeup)
@@ -65,6 +74,7 @@ class Preemption:
                 os._exit(128 + number)
             self.signal = number
             print_line(f"{number.name}: saving after the step that is under way; once more ends at once")
+            threading.Thread(target=self._say, args=[STOP], daemon=True).start()  # the coordinator may be the one that hangs
         os.close(ear)
 
     @property
@@ -72,25 +82,37 @@ class Preemption:
         """As shells count: 143 for SIGTERM, 130 for Ctrl-C; 143 where another process had the notice."""
         return 128 + (self.signal or signal.SIGTERM)
 
-    def ask(self, step: int) -> Any:
-        """Starts asking all processes, before `step` is started."""
-        if jax.process_count() == 1:
-            return None
-        notice = multihost_utils.reached_preemption_sync_point(step)  # of a platform that tells JAX by other ways than a signal
-        return self._any(self._flags[self.signal is not None or notice])
+    def may_go_on(self) -> bool:
+        """Takes a turn, if there is one more; the same on every process that asks at the same place."""
+        if self._coordinator and multihost_utils.reached_preemption_sync_point(self._turns):
+            self.agreed = True  # a platform that tells JAX by other ways than a signal; JAX has counted turns likewise
+        with self._between_turns:
+            self.agreed = self.agreed or (self._last is not None and self._turns >= self._last)
+            self._turns += not self.agreed
+        return not self.agreed
 
-    def answer(self, asked: Any) -> bool:
-        """Whether the run is to end, the same on every process that asked at the same place."""
-        self.agreed = self.agreed or (self.signal is not None if asked is None else bool(asked))
-        return self.agreed
-
-    def until_agreed(self, items: Iterable[Item], step: int) -> Iterator[Item]:
+    def until_agreed(self, items: Iterable[Item]) -> Iterator[Item]:
         """The items, up to the one during which the processes agree to stop."""
         for item in items:
-            asked = self.ask(step)
             yield item
-            if self.answer(asked):
+            if not self.may_go_on():
                 return
+
+    def _say(self, word: str) -> None:
+        if not self._coordinator:
+            self._last = self._turns
+            return
+        with suppress(jax.errors.JaxRuntimeError):  # said by another already; or the coordinator is gone, and JAX ends us
+            self._coordinator.key_value_set(KEY, word)
+
+    def _agree(self) -> None:
+        """In a thread: waits until a word is said, and where it is to stop, finds the last turn."""
+        with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, and JAX ends this process
+            if self._coordinator.blocking_key_value_get(KEY, WEEK) == STOP:
+                with self._between_turns:
+                    self._coordinator.key_value_set(f"{KEY}/turns/{jax.process_index()}", str(self._turns))
+                    self._coordinator.wait_at_barrier(f"{KEY}/turns", WEEK)
+                    self._last = max(int(turns) for _, turns in self._coordinator.key_value_dir_get(f"{KEY}/turns"))
 
 
 def _left_to_the_listener(number: int, frame: FrameType | None) -> None:

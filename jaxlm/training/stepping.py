@@ -79,7 +79,7 @@ class Stepping:
         self.settings, self.guards, self.account = run.settings, run.settings.guards, output.account
         self.batches = make_training_batches(run.settings, corpora)
         self.validation = make_validation_batches(run.settings, corpora)
-        self.preemption = Preemption(run.mesh)
+        self.preemption = Preemption()
         self.clock = Clock(run, self.batches)
         self.compare = None
         if self.guards.compare_every_steps:
@@ -115,11 +115,10 @@ class Stepping:
                 with self.watch.phase(f"step {step}", self._deadline(step, first)):
                     batch = self._next(source, step)
                     with self.account.spending("steps"):
-                        asked = self.preemption.ask(step)
                         state, metrics = step_function(state, batch)
                         before, pending = pending, Pending(step, metrics, batch)
                         self._finish(before)
-                        self.preemption.answer(asked)
+                        self.preemption.may_go_on()
                 if self._skipped_too_many(before):
                     self._diagnose(step_function, state, pending)
                 if self._pauses_after(step):
@@ -208,7 +207,7 @@ class Stepping:
             row = evaluate_run(
                 self.run, params, self.validation, self.corpora, whole=step == self.settings.train.steps,
                 through=lambda source: self.watch.each(
-                    self.preemption.until_agreed(source, step), f"evaluation after step {step}: batch", self.guards.step_seconds))
+                    self.preemption.until_agreed(source), f"evaluation after step {step}: batch", self.guards.step_seconds))
         if self.preemption.agreed:
             return None
         self.val_row = row

@@ -145,8 +145,9 @@ def stop_until_done(name: str, layout: str, reference: Reference, folder: Path, 
         since, logged = time.monotonic(), last_step(run_dir)
         kill(started.process.pid if everyone else draw.choice(workers), signal.SIGTERM)
         code = started.wait()
-        if code == 0:  # it came during the last words
-            break
+        if logged == last_step(want):  # it came during the last words, which a start more says again
+            started.end()
+            continue
         saved = newest(run_dir)
         stops.append(Stop(layout, "all" if everyone else "one", logged, saved, code, time.monotonic() - since))
         report(f"{name} {stops[-1]}")
