@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -206,7 +207,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs `jaxlm ARGUMENTS`. Exit codes: see EXIT_CODES."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         return _failed(str(error), 2)
     except RunError as error:
@@ -215,6 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if str(error):
             print(f"jaxlm: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds of it
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.filename is None:
             raise

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -137,6 +140,14 @@ def test_the_overview_names_every_verb(capsys, arguments):
     assert cli.main(arguments) == 0
     out = capsys.readouterr().out
     assert all(f"\n  {verb} " in out for verb in cli.ALL_VERBS)
+
+
+def test_a_reader_that_leaves_early_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-m", "jaxlm", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals
