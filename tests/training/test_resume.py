@@ -119,9 +119,9 @@ def test_a_pipeline_and_one_device_take_over_from_each_other(folder, run_file, j
         ["devices.count=1"], ["devices.count=4", "mesh.stage=4", "train.gradient_accumulation=8"])
     for steps, mesh in zip((4, 8, 12), meshes, strict=True):
         train(config.load(run_file, [f"run_dir={run_dir}", f"train.steps={steps}", *deep, *mesh]))
-    np.testing.assert_allclose(losses(run_dir), losses(want), rtol=1e-5)
+    np.testing.assert_allclose(losses(run_dir), losses(want), rtol=1e-4)  # sums in another order, twelve steps long
     assert [row["val_loss"] for row in read_metrics(run_dir) if "val_loss" in row][-1] == pytest.approx(
-        read_metrics(want)[-1]["val_loss"], rel=1e-5)
+        read_metrics(want)[-1]["val_loss"], rel=1e-4)
     texts = []
     for directory in (run_dir, want):
         assert jaxlm("generate", directory, "generate.temperature=0", "--json") == 0
