@@ -171,16 +171,6 @@ def half_written(run_dir: Path) -> list[Path]:
     return [path for path in run_dir.glob("checkpoints/*") if not (path / "manifest.json").exists()]
 
 
-def phase_of(run_dir: Path, corpus: Path, begun: float) -> str:
-    """What a run that was started at `begun` (time.time()) is most likely doing."""
-    if not (corpus / "manifest.json").exists():
-        return "preparing data" if corpus.with_name(corpus.name + ".partial").exists() else "starting"
-    lines = (run_dir / "goodput.jsonl").read_text().splitlines() if (run_dir / "goodput.jsonl").exists() else []
-    if not lines or json.loads(lines[-1])["began"] < begun - 1:
-        return "starting or restoring" if newest(run_dir) else "starting"
-    return "saving" if half_written(run_dir) else "training"
-
-
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """Every row of metrics, without the times."""
     return [{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(run_dir)]

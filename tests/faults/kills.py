@@ -16,11 +16,11 @@ from harness import (
     kill,
     last_step,
     newest,
-    phase_of,
     wait_until,
 )
 
-MOMENTS = ("starting", "restoring", "training", "saving")
+# Seconds, at most, between the moment at which a process begins with something and the kill.
+DELAYS = {"starting": 2.0, "preparing data": 0.3, "restoring": 0.5, "compiling": 1.0, "training": 3.0, "saving": 0.8}
 
 
 class Kill(NamedTuple):
@@ -43,41 +43,53 @@ class Reference:
 
     def __init__(self, folder: Path, run_file: Path):
         self.folder, self.run_file = folder, run_file
-        self.startup: dict[str, float] = {}
 
     def __getitem__(self, layout: str) -> Path:
         run_dir = self.folder / f"undisturbed_{layout}"
         if not (run_dir / "summary.json").exists():
-            began = time.monotonic()
             started = Started(arguments_of(self.run_file, run_dir, layout), self.folder / f"undisturbed_{layout}.log")
-            started.wait_for(lambda: last_step(run_dir) > 0)
-            self.startup[layout] = time.monotonic() - began
             if code := started.wait():
                 raise AssertionError(f"exit code {code}: {started.ending()}")
         return run_dir
+
+
+def phase_of(worker: int, phases: Path, run_dir: Path) -> str:
+    """What a process is doing; `phases`: see injected/sitecustomize.py."""
+    path = phases / str(worker)
+    name = path.read_text() if path.exists() else ""
+    if not name or name.startswith("joining"):
+        return "starting"
+    if name.startswith("opening"):
+        return "starting" if (run_dir / "corpus" / "manifest.json").exists() else "preparing data"
+    if name.startswith("reading"):
+        return "restoring" if newest(run_dir) else "starting"
+    if name.startswith("compiling"):
+        return "compiling"
+    return "saving" if half_written(run_dir) else "training"
 
 
 def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, draw: random.Random,
                     report: Callable[[str], None], at_most: int) -> list[Kill]:
     """One run, killed again and again at random moments, at most so many times, or until it has ended; the last time it goes on
     undisturbed. Raises AssertionError unless it ends with the bits of the reference."""
-    want, run_dir, log = reference[layout], folder / name, folder / f"{name}.log"
+    want, run_dir, log, phases = reference[layout], folder / name, folder / f"{name}.log", folder / f"{name}.phases"
+    phases.mkdir()
     arguments, kills = arguments_of(reference.run_file, run_dir, layout, "--restart", "1000"), []
-    started, begun = Started(arguments, log), time.time()
-    while len(kills) < at_most and _moment(started, run_dir, layout, reference, draw):
+    faults = {"phases": str(phases), "longest_pause": 1.0}
+    started = Started(arguments, log, faults)
+    while len(kills) < at_most and _moment(started, phases, run_dir, draw):
         workers = started.workers()
         launcher = draw.random() < 0.2
         victim = started.process.pid if launcher else draw.choice(workers)
-        phase = phase_of(run_dir, run_dir / "corpus", begun)
+        phase = phase_of(workers[0] if launcher else victim, phases, run_dir)
         kill(victim)
         wait_until(lambda workers=workers: not any(map(is_running, workers)))  # the others follow
-        begun = time.time()
         kills.append(Kill(layout, "all" if launcher else f"process {workers.index(victim)}", phase, last_step(run_dir),
                           newest(run_dir)))
         report(f"{name} {kills[-1]}")
         if launcher:
             started.end()
-            started = Started(arguments, log)
+            started = Started(arguments, log, faults)
     code = started.wait()
     started.end()
     assert code == 0, f"exit code {code}: {started.ending()}"
@@ -87,26 +99,16 @@ def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, 
     return kills
 
 
-def _moment(started: Started, run_dir: Path, layout: str, reference: Reference, draw: random.Random) -> bool:
-    """Waits for a random moment; False when the run has ended before."""
-    since, startup = time.monotonic(), reference.startup[layout]
+def _moment(started: Started, phases: Path, run_dir: Path, draw: random.Random) -> bool:
+    """Waits for a process to do something that was drawn, and then a random time; False when the run has ended before."""
     if not started.wait_for(lambda: started.workers() != [started.process.pid]):
         return False
-    before, kind = last_step(run_dir), draw.choice(MOMENTS)
-    if kind == "starting":
-        seconds = draw.uniform(0, startup)
-    elif kind == "restoring":
-        seconds = draw.uniform(0.6, 1.1) * startup
-    else:
-        if not started.wait_for(lambda: last_step(run_dir) > newest(run_dir) and last_step(run_dir) != before):
-            return False
-        reference.startup[layout] = min(startup, time.monotonic() - since)  # the first start compiled
-        seconds = draw.uniform(0, 2)
-        if kind == "saving":
-            if not started.wait_for(lambda: half_written(run_dir)):
-                return False
-            seconds = draw.uniform(0, 0.3)
-    end = time.monotonic() + seconds
+    not_now = {"restoring"} if not newest(run_dir) else set()
+    not_now |= {"preparing data"} if (run_dir / "corpus" / "manifest.json").exists() else set()
+    wanted = draw.choice([phase for phase in DELAYS if phase not in not_now])
+    if not started.wait_for(lambda: wanted in (phase_of(worker, phases, run_dir) for worker in started.workers())):
+        return False
+    end = time.monotonic() + draw.uniform(0, DELAYS[wanted])
     return started.wait_for(lambda: time.monotonic() > end) and started.process.poll() is None
 
 

@@ -6,11 +6,14 @@
     {"transient": true}             the batch of the diagnosis is good again
     {"slow": 0.2, "process": 1}     a process takes so many seconds longer for every batch
     {"corrupt": 2, "steps": [9]}    one bit of the parameters on device 2 is turned after these steps
+    {"phases": FOLDER}              what each process began to do last stands in FOLDER/PID
+    {"longest_pause": 1.0}          the supervisor waits no longer than so many seconds
 
 In any case every process keeps what it has compiled: JAX lets only the first write its cache, and the key of a CPU program
 differs between processes, so that the others would compile everything again at every start.
 """
 
+import contextlib
 import importlib.abc
 import importlib.util
 import json
@@ -54,6 +57,23 @@ def keep_all_programs(compiler):
             compiler.distributed.global_state.process_id = process
 
     compiler._cache_write = write
+
+
+def tell_phases(watch):
+    plain = watch.Watch.phase
+
+    @contextlib.contextmanager
+    def phase(self, name, seconds=None):
+        with plain(self, name, seconds) as inner:
+            with open(os.path.join(FAULTS["phases"], str(os.getpid())), "w") as file:
+                file.write(name)
+            yield inner
+
+    watch.Watch.phase = phase
+
+
+def hurry(supervisor):
+    supervisor.LONGEST_PAUSE = FAULTS["longest_pause"]
 
 
 def break_it(stepping):
@@ -150,6 +170,11 @@ def break_it(stepping):
         Model.bind = lambda self, params: Broken(plain_bind(self, params))
 
 
-sys.meta_path.insert(0, Patched("jax._src.compiler", keep_all_programs))
-if FAULTS:
-    sys.meta_path.insert(0, Patched("jaxlm.training.stepping", break_it))
+CHANGES = {"jax._src.compiler": keep_all_programs}
+if "phases" in FAULTS:
+    CHANGES["jaxlm.training.watch"] = tell_phases
+if "longest_pause" in FAULTS:
+    CHANGES["jaxlm.training.supervisor"] = hurry
+if FAULTS.keys() - {"phases", "longest_pause"}:
+    CHANGES["jaxlm.training.stepping"] = break_it
+sys.meta_path[:0] = [Patched(name, change) for name, change in CHANGES.items()]
