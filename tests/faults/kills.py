@@ -103,9 +103,11 @@ def _moment(started: Started, phases: Path, run_dir: Path, draw: random.Random) 
     """Waits for a process to do something that was drawn, and then a random time; False when the run has ended before."""
     if not started.wait_for(lambda: started.workers() != [started.process.pid]):
         return False
-    not_now = {"restoring"} if not newest(run_dir) else set()
-    not_now |= {"preparing data"} if (run_dir / "corpus" / "manifest.json").exists() else set()
-    wanted = draw.choice([phase for phase in DELAYS if phase not in not_now])
+    prepared = (run_dir / "corpus" / "manifest.json").exists()
+    wanted = draw.choice([phase for phase in DELAYS if phase != "preparing data" or not prepared])
+    if wanted == "restoring" and not newest(run_dir):  # the next time, then
+        wanted = "training"
+        started.wait_for(lambda: newest(run_dir))
     if not started.wait_for(lambda: wanted in (phase_of(worker, phases, run_dir) for worker in started.workers())):
         return False
     end = time.monotonic() + draw.uniform(0, DELAYS[wanted])
