@@ -22,7 +22,7 @@ from jaxlm.reporting.progress import print_line
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KEY = "jaxlm/preemption"  # at the coordinator
 STOP, OVER = "stop", "over"  # who says one of them first, says it for all
-WEEK = 7 * 24 * 3600 * 1000  # milliseconds
+WEEK = 7 * 24 * 3600 * 1000  # milliseconds: what waits for others waits until the hang watch ends it
 Item = TypeVar("Item")
 
 
@@ -73,7 +73,7 @@ class Preemption:
                 print_line(f"{number.name} again: ended at once")
                 os._exit(128 + number)
             self.signal = number
-            print_line(f"{number.name}: saving after the step that is under way; once more ends at once")
+            print_line(f"{number.name}: saving after this step or the next; once more ends at once")
             threading.Thread(target=self._say, args=[STOP], daemon=True).start()  # the coordinator may be the one that hangs
         os.close(ear)
 

@@ -27,7 +27,7 @@ from jaxlm.reporting.progress import TrainingProgress
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.copies import find_differences, has_copies, make_digests
 from jaxlm.training.evaluation import evaluate_run
-from jaxlm.training.preemption import Preemption
+from jaxlm.training.preemption import WEEK, Preemption
 from jaxlm.training.setup import (
     Corpora,
     Run,
@@ -41,7 +41,6 @@ from jaxlm.training.step import Batch, TrainState, batch_sharding
 from jaxlm.training.watch import Watch
 
 SHOWN_EXAMPLES = 4
-WEEK = 7 * 24 * 3600 * 1000  # milliseconds; guards.compile_seconds is what ends a wait
 
 
 class Output(NamedTuple):
@@ -104,7 +103,7 @@ class Stepping:
             step_function = self._compile(state)
             # Through the coordinator, which waits: the devices' first exchange gives up (Gloo's after 30 s) where one process
             # still compiles what another has found in its cache.
-            multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=WEEK)
+            multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=WEEK)  # the watch ends it before
         self.clock.restart(first)
         with self.preemption, on_devices(self.batches, first, total, self.run.mesh, self.settings.data.prefetch) as source:
             source, pending = iter(source), None
