@@ -6,6 +6,7 @@ role): none stands in a path or a config. Writing an object is atomic: it is the
 
 import errno
 import io
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ Result = TypeVar("Result")
 SCHEMES = ("s3", "gs")
 ATTEMPTS = {"s3": 10, "gs": 4}  # at a call; gcsfs tries six times by itself, over half a minute, before it counts as one
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts, at most: doubled each time; a random part of that is waited
+PATIENCE = 5.0  # seconds before a user is told
 READ_AHEAD = 8 * 2**20  # bytes
 OPTIONS: dict[str, dict[str, Any]] = {  # listings are never remembered: other processes write, too
     "s3": {"use_listings_cache": False, "config_kwargs": {"retries": {"total_max_attempts": 1}}},  # they are repeated here
@@ -194,7 +196,8 @@ def repeat(url: Any, call: Callable[[Any], Result], writing: bool = False) -> Re
     attempts = tenacity.Retrying(
         retry=tenacity.retry_if_exception(lambda error: is_transient(error, scheme)), reraise=True,
         stop=tenacity.stop_after_attempt(ATTEMPTS[scheme]),
-        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT))
+        wait=tenacity.wait_random_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT),
+        before_sleep=lambda state: _say(url, state))
     try:
         return attempts(call, files)
     except FileNotFoundError as error:
@@ -208,6 +211,13 @@ def repeat(url: Any, call: Callable[[Any], Result], writing: bool = False) -> Re
             raise RunError(f"{url}: failed {ATTEMPTS[scheme]} times in {time.monotonic() - began:.0f} s ({first_line(error)}); "
                            "what has been written stays, start again when the store answers") from error
         raise UserError(f"{url}: {first_line(error)}") from error
+
+
+def _say(url: Any, state: Any) -> None:
+    """Once it takes long: single failures are everyday life."""
+    if state.seconds_since_start > PATIENCE:
+        said = f"{url}: failed {state.attempt_number} times ({first_line(state.outcome.exception())})"
+        print(without_secrets(f"{said}; once more in {state.next_action.sleep:.0f} s"), file=sys.stderr)
 
 
 def no_bucket(url: Any) -> UserError:

@@ -142,6 +142,13 @@ def test_the_overview_names_every_verb(capsys, arguments):
     assert all(f"\n  {verb} " in out for verb in cli.ALL_VERBS)
 
 
+def test_another_store_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", str(CONFIGS[0]), "run_dir=hdfs://name/runs"]) == 2
+    assert "hdfs://name/runs: expected a folder or file of this machine, or s3://" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_reader_that_leaves_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)

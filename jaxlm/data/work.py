@@ -5,12 +5,12 @@ them as `stem.json`, last and atomically: where that file is, the task is done, 
 """
 
 import fcntl
+import itertools
 import json
 import multiprocessing
 import os
 import shutil
 import signal
-import stat
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -25,6 +25,7 @@ from jaxlm.reporting.progress import print_line, progress_bar
 
 Result = dict[str, Any]
 LOCK = "lock"
+ATTEMPTS = 1000  # to make a folder that others remove: somebody gets in each time
 
 
 class Workers:
@@ -105,8 +106,13 @@ def exclusive(folder: Path) -> Iterator[None]:
 
     The processes of one run all come here: the first prepares, the others find the corpus finished.
     """
-    while (file := _locked(folder)) is None:  # its last owner has just removed it
-        continue
+    for attempt in itertools.count(1):  # until no owner has just removed it
+        try:
+            if file := _locked(folder):
+                break
+        except (FileNotFoundError, FileExistsError):
+            if attempt == ATTEMPTS:
+                raise
     with file:
         yield
 
@@ -124,16 +130,11 @@ def remove_exclusive(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> IO | None:
-    """The lock in the folder, once it is this process's; None when it was removed meanwhile."""
+    """The lock in the folder, once it is this process's; None when it was removed meanwhile. Raises FileNotFoundError and
+    FileExistsError, too, when it was removed at that very moment."""
     path = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w", encoding="ascii")  # noqa: SIM115 (whoever holds it closes it)
-    except (FileNotFoundError, FileExistsError):
-        with suppress(FileNotFoundError):
-            if not stat.S_ISDIR(folder.stat().st_mode):
-                raise
-        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(path, "w", encoding="ascii")  # noqa: SIM115 (whoever holds it closes it)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

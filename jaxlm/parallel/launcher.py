@@ -84,8 +84,10 @@ class Launcher:
         code = next((told for told in (2, HUNG) if told in codes), code)  # what hits all alike, each of them may say
         if code == -signal.SIGKILL and self.stopped is not None:
             return 128 + self.stopped  # told twice: it was killed from here
-        if len(self._processes) > 1 and code != 2 and code not in STOPPED:
-            print_line(f"process {self._processes.index(failed[0])} (pid {failed[0].pid}) ended first: {_told(code)}")
+        several = len(self._processes) > 1
+        if (several or code < 0) and code != 2 and code not in STOPPED:
+            number, pid = self._processes.index(failed[0]), failed[0].pid
+            print_line(f"process {number} (pid {pid}) ended{' first' * several}: {_told(code)}")
         return code if code > 0 else 128 + signal.SIGTERM if code == -signal.SIGTERM else 1
 
     def _end(self) -> None:

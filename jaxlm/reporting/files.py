@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -10,15 +11,18 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from jaxlm import remote
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, without_secrets
 from jaxlm.remote import is_remote
 
 Location: TypeAlias = Any  # pathlib.Path, or etils.epath.Path for a remote one: `/`, name, parent and str() are alike
+SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 
 
 def as_path(location: str | os.PathLike) -> Location:
-    """What file names can be appended to. (pathlib makes s3:/bucket of s3://bucket.)"""
+    """What file names can be appended to. (pathlib makes s3:/bucket of s3://bucket.) Raises UserError: another store's URL."""
     if not is_remote(location):
+        if SCHEME.match(str(location)):
+            raise UserError(f"{without_secrets(str(location))}: expected a folder or file of this machine, or s3://... or gs://...")
         return Path(location)
     from etils import epath
 
@@ -27,7 +31,7 @@ def as_path(location: str | os.PathLike) -> Location:
 
 def absolute(location: str | os.PathLike) -> Location:
     """The same place, whatever the current directory will be."""
-    return as_path(location) if is_remote(location) else Path(location).absolute()
+    return as_path(location) if is_remote(location) else as_path(location).absolute()
 
 
 def name_of(folder: str | os.PathLike) -> str:

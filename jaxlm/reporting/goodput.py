@@ -17,7 +17,8 @@ from jaxlm.reporting.metrics import is_number
 from jaxlm.reporting.mirror import Mirror
 
 FILE_NAME = "goodput.jsonl"
-INTERVAL = 10.0  # seconds between lines, at least, but at checkpoints and ends
+INTERVAL = 10.0  # seconds between lines, at least, but at checkpoints and ends; less in the first minutes of a start:
+SHARE = 0.01  # of its time
 PARTS = ("startup", "compile", "steps", "data_wait", "evaluation", "checkpoint")
 
 
@@ -57,7 +58,7 @@ class Account:
     def reached(self, step: int, skipped: int) -> None:
         """`step` steps of the run are done, of which this start has skipped so many. Writes a line if one is due."""
         self.step, self.skipped = step, skipped
-        if time.monotonic() - self._written > INTERVAL:
+        if time.monotonic() - self._written > min(INTERVAL, SHARE * (time.time() - self.began)):
             self.write()
 
     def write(self) -> None:

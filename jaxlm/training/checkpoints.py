@@ -81,9 +81,11 @@ class Checkpoints:
         self._background = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future | None = None
         self._val_losses: dict[int, float | None] = {}  # of the complete ones, where something is to be kept or removed
+        self._permanent: set[int] = set()  # those that an earlier start made to stay
         if keep and jax.process_index() == 0:
             self._remove_unfinished()
             self._val_losses = {step: self._val_loss(step) for step in self.steps}
+            self._permanent = {step for step in self.steps if self._is_permanent(step)}
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -151,7 +153,7 @@ class Checkpoints:
                 time.sleep(pause)
             commit(folder, about, files, processes)
             self._val_losses[about["step"]] = about["val_loss"]
-            for step in _not_kept(self._val_losses, self._keep):
+            for step in set(_not_kept(self._val_losses, self._keep)) - self._permanent:
                 del self._val_losses[step]
                 self._remove(self.directory / str(step))
 
@@ -170,8 +172,16 @@ class Checkpoints:
         except Damaged:  # `choose` tells it, where it matters
             return None
 
+    def _is_permanent(self, step: int) -> bool:
+        try:
+            every = flatten(self._read(step)["metadata"].get("settings", {})).get("checkpoint.keep_every_steps")
+        except Damaged:
+            return False
+        return bool(every) and step % every == 0
+
     def _remove_unfinished(self) -> None:
         for step in set(started_steps(self.directory.parent)) - set(self.steps):
+            print_line(f"{self.directory / str(step)}: without {MANIFEST}, so its save was interrupted; removed")
             delete(self.directory / str(step))
 
     def _remove(self, folder: Location) -> None:
@@ -289,7 +299,7 @@ class Checkpoints:
                 return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
         except (KeyError, ValueError, OSError) as error:
             raise UserError(f"{self.directory / str(step)}: not a checkpoint of this model ({_reason(error)}); "
-                            "delete it to go on from the one before") from error
+                            "expected one that was made with the same model and optimizer") from error
 
 
 def _reason(error: Exception) -> str:
@@ -342,5 +352,6 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
     for key, reason in keys.items():
         # a key that is not there is younger than the checkpoint
         if key in before and before[key] != now[key] and key not in now["checkpoint.allow"]:
-            raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; "
-                            f"set it back, choose another run_dir, or insist with checkpoint.allow=[{key}]")
+            ways = "set it back or choose another run_dir" if key in MODEL_KEYS else (
+                f"set it back, choose another run_dir, or insist with checkpoint.allow=[{key}]")
+            raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; {ways}")

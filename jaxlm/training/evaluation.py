@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.loading import Batches
+from jaxlm.errors import RunError
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Params
 from jaxlm.training.setup import Corpora, Run, SkippedRows, on_devices
@@ -31,6 +32,8 @@ def evaluate(trainer: Trainer, params: dict, batches: Iterable[Batch], bytes_per
       params: on the mesh.
       batches: of device arrays; padded rows and positions carry a false mask and count nothing.
       bytes_per_token: UTF-8 bytes of text per predicted token, for bits per byte (gpt); None: not reported.
+
+    Raises RunError: there are batches, and nothing in them to predict.
     """
     totals: dict[str, np.ndarray] = {}
     pending = None
@@ -41,6 +44,9 @@ def evaluate(trainer: Trainer, params: dict, batches: Iterable[Batch], bytes_per
         pending = sums
     if pending is not None:
         _add(totals, pending)
+    if totals and not any(Sums(*values).count for values in totals.values()):
+        raise RunError("validation: nothing to predict in any row; with data.damaged=skip, all of them may be damaged: see "
+                       "the warnings, and prepare the corpus again", exit_code=3)
     return _metrics({name: Sums(*values) for name, values in totals.items()}, bytes_per_token)
 
 

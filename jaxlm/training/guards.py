@@ -25,10 +25,11 @@ def nothing_yet() -> Recent:
     return Recent(ring, ring, zero, zero, zero)
 
 
-def is_good(recent: Recent, loss: jax.Array, grad_norm: jax.Array, spike_sigma: float | None) -> jax.Array:
-    """Whether a step may be taken: its loss and its gradient are finite and, with `spike_sigma`, neither lies more than so many
-    standard deviations above its mean over the window. A sum of squares that overflows counts as not finite."""
-    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+def is_good(recent: Recent, loss: jax.Array, grad_norm: jax.Array, count: jax.Array, spike_sigma: float | None) -> jax.Array:
+    """Whether a step may be taken: it has predicted something (`count`; not so where all rows were damaged), its loss and its
+    gradient are finite and, with `spike_sigma`, neither lies more than so many standard deviations above its mean over the
+    window. A sum of squares that overflows counts as not finite."""
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (count > 0)
     if spike_sigma is not None:
         for value, ring in ((loss, recent.losses), (grad_norm, recent.grad_norms)):
             mean, deviation = _moments(ring, recent.good)

@@ -56,6 +56,9 @@ def train(settings: Settings) -> dict[str, Any]:
     account = Account(_process_start())
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
+    if settings.checkpoint.step is not None:
+        raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
+                        "is for `evaluate` and `generate`")
     guards = settings.guards
     with Watch(settings.run_dir, (guards.start_seconds, guards.step_seconds, guards.save_seconds)) as watch:
         watch.one_of(*distributed.place())
@@ -152,10 +155,10 @@ def _start_or_resume(run: Run, checkpoints: Checkpoints, own: dict[str, Any]) ->
         return run.trainer.init(run.settings.seed), 0, {}
     step = checkpoints.choose(None)
     saved = checkpoints.metadata(step)
-    refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
     if saved["corpora"] != own["corpora"] and "data.corpus" not in run.settings.checkpoint.allow:
         raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
                         "trained on; set it back, choose another run_dir, or insist with checkpoint.allow=[data.corpus]")
+    refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
     if step > run.settings.train.steps:
         raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps "
                         "already; expected at least as many, or choose another run_dir")

@@ -130,7 +130,8 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
             rate = jnp.asarray(schedule(state.step), jnp.float32)
             params = jax.tree.map(lambda param, update: param - rate * update, state.params, direction)
         metrics = training_metrics(sums) | {"learning_rate": rate, "grad_norm": norm}
-        good = is_good(state.recent, metrics["loss"], norm, settings.guards.spike_sigma)
+        predicted = sum(term.count for term in sums.values() if isinstance(term, Sums))
+        good = is_good(state.recent, metrics["loss"], norm, predicted, settings.guards.spike_sigma)
         params, after = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, after), (state.params, before))
         recent = remembered(state.recent, metrics["loss"], norm, good)
         metrics |= {"skipped_steps": recent.skipped, "skipped_in_a_row": recent.in_a_row}

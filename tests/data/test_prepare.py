@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -345,6 +346,11 @@ def test_many_come_and_go_and_one_at_a_time_is_inside(folder):
         for one in [pool.submit(come_and_go) for _ in range(8)]:
             one.result()
     assert seen == [1] * 1600 and not list((folder / "a").iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_an_error():
+    with pytest.raises(FileNotFoundError), exclusive(Path("/proc/nowhere/corpus.partial")):
+        pass
 
 
 def test_folders_that_are_no_corpus(folder):

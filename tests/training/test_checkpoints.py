@@ -43,6 +43,15 @@ def test_the_newest_the_regular_and_the_best_are_kept(tmp_path, keep, kept):
             checkpoints.choose(2)
 
 
+def test_what_was_made_to_stay_stays_whatever_a_later_start_keeps(tmp_path):
+    for keep, some in ((CheckpointSettings(keep_every_steps=6), [4, 6]), (CheckpointSettings(keep_last=1, keep_best=0), [8, 10])):
+        with Checkpoints(tmp_path, keep) as checkpoints:
+            for step in some:
+                checkpoints.save(small_state(step), step, {"settings": to_dict(Settings(checkpoint=keep))}, None)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps == [6, 10]
+
+
 def test_reading_needs_a_folder_and_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="no checkpoints folder"):
         Checkpoints(tmp_path)

@@ -105,6 +105,16 @@ def test_a_skipped_row_counts_nothing_in_an_evaluation(whole, tmp_path, run_file
     assert summary(run_dir)["skipped_rows"] == 0 and not any("skipped_rows" in row for row in step_rows(run_dir))
 
 
+def test_where_nothing_is_left_nothing_is_learned(whole, tmp_path, run_file, jaxlm, capsys):
+    for number, (split, message) in enumerate((("train", "4 steps in a row were skipped"), ("validation", "nothing to predict"))):
+        damaged = shutil.copytree(whole, tmp_path / split)
+        for path in damaged.glob(f"{split}-*.tokens.npy"):
+            path.unlink()
+        assert jaxlm("train", run_file, f"data.corpus={damaged}", *SMALL, "data.damaged=skip", "guards.most_skipped=2",
+                     f"run_dir={tmp_path / str(number)}") == 3
+        assert message in capsys.readouterr().err
+
+
 def test_without_damage_nothing_is_said(finished, folder, run_file, jaxlm):
     run_dir = folder / "nothing_to_skip"
     assert jaxlm("train", run_file, f"run_dir={run_dir}", "data.damaged=skip") == 0

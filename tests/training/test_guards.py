@@ -64,7 +64,7 @@ def test_a_spike_is_measured_by_the_last_good_steps():
     losses, norms = random.normal(5, 1, 3 * WINDOW).astype(np.float32), random.normal(2, 0.3, 3 * WINDOW).astype(np.float32)
     kept = []
     for loss, norm in zip(losses, norms, strict=True):
-        good = bool(is_good(recent, loss, norm, 2.0))
+        good = bool(is_good(recent, loss, norm, 1, 2.0))
         window = np.array(kept[-WINDOW:])
         limits = window.mean(0) + 2 * window.std(0) if len(kept) >= LEAST else [np.inf, np.inf]
         assert good == bool((np.array([loss, norm]) <= limits).all())
@@ -77,6 +77,7 @@ def test_whoever_falls_below_the_mean_is_no_spike():
     recent = nothing_yet()
     for step in range(LEAST):
         recent = remembered(recent, np.float32(5 + step % 2), np.float32(1 + step % 2), np.bool_(True))
-    assert is_good(recent, np.float32(0.1), np.float32(0.0), 3.0)
-    assert not is_good(recent, np.float32(50), np.float32(1.0), 3.0)
-    assert not is_good(recent, np.float32(5), np.float32(50), 3.0)
+    assert is_good(recent, np.float32(0.1), np.float32(0.0), 1, 3.0)
+    assert not is_good(recent, np.float32(0.1), np.float32(0.0), 0, 3.0)  # nothing was predicted
+    assert not is_good(recent, np.float32(50), np.float32(1.0), 1, 3.0)
+    assert not is_good(recent, np.float32(5), np.float32(50), 1, 3.0)
