@@ -210,7 +210,7 @@ class Checkpoints:
                 self._set_aside(found, candidate)
                 return candidate
             found[candidate] = problem
-        others = "; put it back from a copy, or " + ("delete the folder to start from the beginning" if step is None else
+        others = "; put it back from a copy, or " + (f"delete {self.directory} to start from the beginning" if step is None else
                                                      "choose another checkpoint.step")
         raise UserError(f"{next(iter(found.values()))}{', and no other checkpoint is good' if len(found) > 1 else ''}{others}")
 
