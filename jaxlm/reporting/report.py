@@ -59,6 +59,9 @@ def results(run: Run) -> dict[str, str]:
         figures["validation loss"] = f"{run.figure('val_loss'):.4f}"
     if losses:
         figures["training loss"] = f"{losses[-1]:.4f} (first logged: {losses[0]:.4f})"
+    skipped = run.figure("skipped_rows")
+    if is_number(skipped) and skipped:
+        figures["rows skipped for damage"] = f"{skipped:,}"
     return figures or {"loss": "nothing logged yet"}
 
 

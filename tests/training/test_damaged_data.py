@@ -82,6 +82,7 @@ def test_skipped_rows_are_counted_and_named(damaged, skipped_by_step, tmp_path, 
     so_far = np.cumsum(skipped_by_step).tolist()
     assert [row.get("skipped_rows") for row in step_rows(run_dir)] == [count or None for count in so_far]
     assert summary(run_dir)["skipped_rows"] == so_far[-1] and f"{so_far[-1]} rows skipped" in captured.out
+    assert f"| rows skipped for damage | {so_far[-1]} |" in (run_dir / "report.md").read_text()
     for path, problem in ((shard(damaged, 1), "differ from their checksum"), (shard(damaged, 4), "missing")):
         assert [problem in line for line in captured.err.splitlines() if line.startswith(f"{path}: ")] == [True]
     assert all(np.isfinite(losses(run_dir))) and losses(run_dir)[-1] < 0.9 * losses(run_dir)[0]
