@@ -200,6 +200,11 @@ def starts(run_dir: Path) -> int:
     return goodput(run_dir)["starts"]
 
 
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Every file below a folder."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def copied(path: Path, to: Path) -> Path:
     """A copy of a folder, in place of what was there."""
     shutil.rmtree(to, ignore_errors=True)

@@ -1,5 +1,6 @@
 """kill -9 and SIGTERM at random moments of real runs."""
 
+import itertools
 import random
 import signal
 import time
@@ -10,6 +11,7 @@ from typing import NamedTuple
 from harness import (
     Started,
     arguments_of,
+    contents,
     differences,
     half_written,
     is_running,
@@ -97,6 +99,34 @@ def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, 
     assert not found, f"{run_dir}: {found[:5]}"
     assert not half_written(run_dir)
     return kills
+
+
+def kill_preparations(reference: Reference, folder: Path, draw: random.Random, at_most: int) -> str:
+    """`jaxlm prepare`, killed at random moments and started again, until so many kills have hit it. Raises AssertionError unless
+    the corpus is the undisturbed one, byte for byte."""
+    text = folder / "long.txt"
+    text.write_text((folder / "text.txt").read_text() * 500)
+    arguments, kills, seconds = ["prepare", str(reference.run_file), f"data.raw={text}"], 0, 0.0
+    for number in itertools.count():
+        corpus, log = folder / "prepared" / str(number), folder / f"prepared_{number}.log"
+        partial = corpus.with_name(f"{number}.partial")
+        while True:
+            began, started = time.monotonic(), Started([*arguments, f"run_dir={folder / 'unused'}", f"data.corpus={corpus}"], log)
+            if number and kills < at_most and started.wait_for(partial.exists):
+                end = time.monotonic() + draw.uniform(0, seconds)
+                if started.wait_for(lambda end=end: time.monotonic() > end):
+                    started.end()
+                    kills += 1
+                    continue
+            assert started.wait() == 0, started.ending()
+            started.end()
+            break
+        seconds = seconds or time.monotonic() - began - 1.0  # imports apart
+        assert contents(corpus) == contents(folder / "prepared" / "0")
+        assert not partial.exists()
+        if kills == at_most:
+            return (f"{kills} kills of {number} preparations ({text.stat().st_size / 2**20:.0f} MiB of text): each corpus is the "
+                    "undisturbed one, byte for byte, and nothing else is left")
 
 
 def _moment(started: Started, phases: Path, run_dir: Path, draw: random.Random) -> bool:

@@ -37,9 +37,9 @@ from breaking import (
     told_twice_it_ends_at_once,
 )
 from harness import INTERVAL, LAYOUTS, write_workload
-from kills import Kill, Reference, Stop, kill_until_done, stop_until_done
+from kills import Kill, Reference, Stop, kill_preparations, kill_until_done, stop_until_done
 
-PARTS = ("kills", "stops", "elastic", "flips", "numbers", "processes", "disks", "storage")
+PARTS = ("kills", "preparations", "stops", "elastic", "flips", "numbers", "processes", "disks", "storage")
 PER_RUN = 10  # kills of one run, at most
 
 
@@ -96,6 +96,7 @@ def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, 
     run_file = reference.run_file
     return {
         "kills": lambda: again_and_again("killed", kill_until_done, about_kills, arguments.kills, reference, folder, draw, say),
+        "preparations": lambda: [[kill_preparations(reference, folder, draw, arguments.kills // 10)]],
         "stops": lambda: again_and_again("stopped", stop_until_done, about_stops, arguments.stops, reference, folder, draw, say),
         "elastic": lambda: [[every_mesh_sees_the_same_examples(run_file, folder, parts) for parts in (
             [(1, 8), (1, 4), (1, 2), (1, 8)], [(1, 8), (4, 2), (2, 4)])]],
