@@ -189,7 +189,8 @@ def guards(arguments: argparse.Namespace) -> None:
                     state, metrics = guarded(state, batch)
                     with watch.phase(f"waiting for step {number}"):
                         jax.block_until_ready(pending)
-                    preemption.may_go_on()
+                    if not preemption.may_go_on():
+                        raise SystemExit("told to stop")
                 if pending is not None and int(pending["skipped_in_a_row"]) > 10:
                     raise SystemExit("bad numbers")
                 pending = metrics

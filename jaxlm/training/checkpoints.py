@@ -84,8 +84,8 @@ class Checkpoints:
         self._permanent: set[int] = set()  # those that an earlier start made to stay
         if keep and jax.process_index() == 0:
             self._remove_unfinished()
-            self._val_losses = {step: self._val_loss(step) for step in self.steps}
-            self._permanent = {step for step in self.steps if self._is_permanent(step)}
+            for step in self.steps:
+                self._remember(step)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -166,18 +166,18 @@ class Checkpoints:
             last = f"; step {self.steps[-1]} is the last that is saved" if self.steps else ""
             raise RunError(f"{folder}: cannot be saved ({_reason(error)}){last}") from error
 
-    def _val_loss(self, step: int) -> float | None:
+    def _remember(self, step: int) -> None:
+        """What decides, later, whether the checkpoint stays."""
         try:
-            return self._read(step)["val_loss"]
+            manifest = self._read(step)
         except Damaged:  # `choose` tells it, where it matters
-            return None
-
-    def _is_permanent(self, step: int) -> bool:
-        try:
-            every = flatten(self._read(step)["metadata"].get("settings", {})).get("checkpoint.keep_every_steps")
-        except Damaged:
-            return False
-        return bool(every) and step % every == 0
+            self._val_losses[step] = None
+            return
+        self._val_losses[step] = manifest["val_loss"]
+        settings = manifest["metadata"].get("settings")
+        every = flatten(settings).get("checkpoint.keep_every_steps") if isinstance(settings, dict) else None
+        if isinstance(every, int) and every > 0 and step % every == 0:
+            self._permanent.add(step)
 
     def _remove_unfinished(self) -> None:
         for step in set(started_steps(self.directory.parent)) - set(self.steps):

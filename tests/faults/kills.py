@@ -22,7 +22,7 @@ from harness import (
 )
 
 # Seconds, at most, between the moment at which a process begins with something and the kill.
-DELAYS = {"starting": 2.0, "preparing data": 0.3, "restoring": 0.5, "compiling": 1.0, "training": 3.0, "saving": 0.8}
+DELAYS = {"starting": 2.0, "restoring": 0.5, "compiling": 1.0, "training": 3.0, "saving": 0.8}
 
 
 class Kill(NamedTuple):
@@ -59,10 +59,8 @@ def phase_of(worker: int, phases: Path, run_dir: Path) -> str:
     """What a process is doing; `phases`: see injected/sitecustomize.py."""
     path = phases / str(worker)
     name = path.read_text() if path.exists() else ""
-    if not name or name.startswith("joining"):
+    if not name or name.startswith(("joining", "opening")):
         return "starting"
-    if name.startswith("opening"):
-        return "starting" if (run_dir / "corpus" / "manifest.json").exists() else "preparing data"
     if name.startswith("reading"):
         return "restoring" if newest(run_dir) else "starting"
     if name.startswith("compiling"):
@@ -133,8 +131,7 @@ def _moment(started: Started, phases: Path, run_dir: Path, draw: random.Random) 
     """Waits for a process to do something that was drawn, and then a random time; False when the run has ended before."""
     if not started.wait_for(lambda: started.workers() != [started.process.pid]):
         return False
-    prepared = (run_dir / "corpus" / "manifest.json").exists()
-    wanted = draw.choice([phase for phase in DELAYS if phase != "preparing data" or not prepared])
+    wanted = draw.choice(list(DELAYS))
     if wanted == "restoring" and not newest(run_dir):  # the next time, then
         wanted = "training"
         started.wait_for(lambda: newest(run_dir))
