@@ -336,7 +336,7 @@ def test_places_without_secrets_and_prompts_are_taken(here):
 
 
 def test_a_message_repeats_no_secret_and_no_terminal_codes(here, refused):
-    assert "https:/***@host/run.yaml" in refused("train", "https://someone:hunter2@host/run.yaml")
+    assert "https://***@host/run.yaml" in refused("train", "https://someone:hunter2@host/run.yaml")
     assert "https://***@host" in refused("train", "run.yaml", "https://someone:hunter2@host/run.yaml")
     assert "hunter2" not in refused("train", "run.yaml", "data.rw=https://someone:hunter2@host/run.yaml")
     (here / "bad.jsonl").write_text(json.dumps({"\x1b]0;owned\x07\x1b[2J": "text"}) + "\n")
