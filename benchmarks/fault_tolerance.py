@@ -2,9 +2,10 @@
 
     python benchmarks/fault_tolerance.py saves [--hidden-size 512] [--layers 8] [--steps 12]    # stall, bandwidths
     python benchmarks/fault_tolerance.py memory [--processes 2]                                 # host memory of each process
-    python benchmarks/fault_tolerance.py guards --rounds 200 --steps 4 [--hidden-size 256]      # step time with and without
+    python benchmarks/fault_tolerance.py guards --rounds 60 --steps 2 [--batch-size 32]         # step time with and without
+    python benchmarks/fault_tolerance.py compiled --target v5p:2x2x1 --config configs/gpt2_124m.yaml  # what compilers make of it
 
-All on emulated CPU devices, whose memory is the host's. Ratios are of one run, alternating.
+All but the last on emulated CPU devices, whose memory is the host's. Ratios are of one run, alternating.
 """
 
 import argparse
@@ -17,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,7 +27,10 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
+from jaxlm import config
 from jaxlm.parallel.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from jaxlm.planning.compilation import compile_step, lay
+from jaxlm.planning.targets import find_target
 from jaxlm.reporting.files import sizes_below
 from jaxlm.settings import (
     CheckpointSettings,
@@ -47,7 +52,7 @@ from jaxlm.training.watch import Watch
 def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
     model = ModelSettings(num_layers=arguments.layers, num_heads=8, hidden_size=arguments.hidden_size, vocab_size=8192,
                           max_length=128)
-    return Settings(model=model, data=DataSettings(global_batch_size=8, sequence_length=128),
+    return Settings(model=model, data=DataSettings(global_batch_size=arguments.batch_size, sequence_length=128),
                     devices=DevicesSettings(platform="cpu", count=arguments.devices), **changes)
 
 
@@ -164,10 +169,17 @@ def worker(arguments: argparse.Namespace) -> None:
 
 # ---- guards ----------------------------------------------------------------------------------------------------------
 
-def guards(arguments: argparse.Namespace) -> None:
-    settings = settings_of(arguments, mesh=MeshSettings(data=arguments.devices), guards=GuardSettings(spike_sigma=6.0))
+@contextmanager
+def without_guards() -> Iterator[None]:
+    """Steps that are traced meanwhile take every step as good, and remember nothing."""
     with (mock.patch("jaxlm.training.step.is_good", lambda *_: jnp.bool_(True)),
           mock.patch("jaxlm.training.step.remembered", lambda recent, *_: recent)):
+        yield
+
+
+def guards(arguments: argparse.Namespace) -> None:
+    settings = settings_of(arguments, mesh=MeshSettings(data=arguments.devices), guards=GuardSettings(spike_sigma=6.0))
+    with without_guards():
         run, state, batch = prepared(settings)
         with jax.set_mesh(run.mesh):
             bare = run.trainer.step.lower(state, batch).compile()
@@ -211,19 +223,37 @@ def guards(arguments: argparse.Namespace) -> None:
           f"{len(ratios)} rounds of {arguments.steps} steps (95 % interval of the median: {low:.4f} to {high:.4f})")
 
 
+def compiled(arguments: argparse.Namespace) -> None:
+    """The step for a TPU or GPU that is not here (needs the compiler's package, and jax 0.12 to read its programs)."""
+    target, settings = find_target(arguments.target), config.load(arguments.config, arguments.overrides)
+    for name, guarded in (("without", without_guards), ("with", nullcontext)):
+        with guarded():
+            step = compile_step(settings, lay(settings, target)[0])
+        text = step.as_text()
+        entry = text[text.index("\nENTRY"):]
+        moved = (step.cost_analysis() or {}).get("bytes accessed")
+        print(f"{name} guards: {step.memory_analysis().temp_size_in_bytes / 2**20:,.2f} MiB of temporary memory, "
+              f"{entry.count(' fusion(')} fusions and {entry.count(' copy(')} copies outside of loops"
+              + (f", {moved / 1e9:.2f} GB read and written, loops counted once" if moved else ""))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("saves", "memory", "guards"))
+    parser.add_argument("what", choices=("saves", "memory", "guards", "compiled"))
+    parser.add_argument("overrides", nargs="*", help="compiled: keys of the config, as for `jaxlm`")
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=8, help="sequences of 128 tokens a step")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--folder", type=Path, help="where to write (default: the system's folder of temporary files)")
+    parser.add_argument("--target", help="compiled: as for `jaxlm plan`")
+    parser.add_argument("--config")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    {"saves": saves, "memory": memory, "guards": guards}[arguments.what](arguments)
+    arguments = parser.parse_intermixed_args()
+    {"saves": saves, "memory": memory, "guards": guards, "compiled": compiled}[arguments.what](arguments)
 
 
 if __name__ == "__main__":

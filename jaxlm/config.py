@@ -159,10 +159,11 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
 
 
 def _suggestion(name: str, known: Sequence[str]) -> str:
-    """A much like key of the same section, else the key of the same last name in another section, else the nearest of all."""
+    """A key of the same section that begins so or is much alike, else that of the same last name elsewhere, else the nearest."""
     section, _, last = name.rpartition(".")
     siblings = {full.rpartition(".")[2]: full for full in known if full.rpartition(".")[0] == section}
-    alike = [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
+    alike = [full for sibling, full in siblings.items() if sibling.startswith(f"{last}_")]
+    alike += [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
     namesakes = [full for full in known if full.rpartition(".")[2] == last]
     return f"; did you mean '{(alike + namesakes)[0]}'?" if alike + namesakes else nearest(name, known)
 

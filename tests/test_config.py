@@ -162,6 +162,7 @@ def test_a_reader_that_leaves_early_is_no_error():
 @pytest.mark.parametrize(("name", "nearest"), [
     ("train.step", "train.steps"), ("trian.steps", "train.steps"), ("learning_rate", "optimizer.learning_rate"),
     ("train.learning_rate", "optimizer.learning_rate"), ("model.n_heads", "model.num_heads"), ("modle.bias", "model.bias"),
+    ("checkpoint.keep", "checkpoint.keep_last"),
     ("data.cleaning.min_chars", "data.cleaning.min_characters"), ("sed", "seed")])
 def test_an_unknown_key_is_answered_with_the_nearest(load, name, nearest):
     assert refusal(load, "", f"{name}=1") == f"unknown key '{name}'; did you mean '{nearest}'?"

@@ -174,6 +174,7 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "tokens_per_second": lambda value: f"{format_count(value)} tokens/s",
     "mfu": lambda value: f"mfu {100 * value:.1f}%",
     "step_seconds": lambda value: f"{format_milliseconds(value)}/step",
+    "skipped_steps": lambda value: f"{value:,} steps skipped",
     "skipped_rows": lambda value: f"{value:,} rows skipped",
 }
 NOT_SHOWN = ("step", "grad_norm", "data_wait_seconds")

@@ -77,6 +77,8 @@ class Checkpoints:
         self.directory = absolute(run_dir) / CHECKPOINTS  # Orbax writes in the background: relative paths fail there
         if keep is None and not exists(self.directory):
             raise UserError(f"{run_dir}: no {CHECKPOINTS} folder; expected the run directory of a `jaxlm train`")
+        if not is_remote(self.directory) and self.directory.is_file():
+            raise UserError(f"{self.directory}: a file; expected the folder of the run's checkpoints, or nothing")
         self._keep, self._phase = keep, phase
         self._background = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future | None = None
@@ -212,7 +214,7 @@ class Checkpoints:
             found[candidate] = problem
         others = "; put it back from a copy, or " + (f"delete {self.directory} to start from the beginning" if step is None else
                                                      "choose another checkpoint.step")
-        raise UserError(f"{next(iter(found.values()))}{', and no other checkpoint is good' if len(found) > 1 else ''}{others}")
+        raise UserError(f"{'; '.join(found.values())}{': no checkpoint is good' if len(found) > 1 else ''}{others}")
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a checkpoint's files, the same on every process; None: nothing."""

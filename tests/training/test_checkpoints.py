@@ -59,6 +59,22 @@ def test_reading_needs_a_folder_and_a_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match="no complete checkpoint yet"):
         checkpoints.choose(None)
+    (tmp_path / "checkpoints").rmdir()
+    (tmp_path / "checkpoints").write_text("")
+    with pytest.raises(UserError, match="checkpoints: a file; expected the folder of the run's checkpoints"):
+        Checkpoints(tmp_path, CheckpointSettings())
+
+
+def test_where_none_is_good_each_is_named(tmp_path):
+    with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(small_state(step), step, {}, None)
+    for step in (1, 2):
+        (tmp_path / "checkpoints" / str(step) / "manifest.json").write_text("{")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
+        checkpoints.choose(None)
+    assert all(f"checkpoints/{step}/manifest.json: " in str(error.value) for step in (1, 2))
+    assert ": no checkpoint is good; " in str(error.value) and (tmp_path / "checkpoints" / "2").exists()
 
 
 def test_saving_does_not_wait_for_the_state_to_stay(tmp_path):
