@@ -19,8 +19,6 @@ import yaml
 from jaxlm import cli
 from jaxlm.parallel import distributed
 
-pytestmark = pytest.mark.xdist_group("bad_input")  # the run below is trained once
-
 RUN = {
     "run_dir": "run",
     "model": {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "max_length": 32},

@@ -33,8 +33,6 @@ from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.manifest import commit, digest_files
 from jaxlm.training.step import make_trainer
 
-pytestmark = pytest.mark.xdist_group("security")  # the run below is trained once
-
 RUN = {
     "model": {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "max_length": 32},
     "data": {"raw": "text.txt", "document": "line", "tokenizer": "characters", "validation": 0.2, "sequence_length": 16,

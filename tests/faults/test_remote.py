@@ -77,6 +77,7 @@ def test_a_store_that_never_answers_ends_in_one_line(bucket):
     proxy.fail(0)
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(tmp_path):
     """The long form has gs://, and other seeds."""
     run_file = write_workload(tmp_path, train__steps=16, checkpoint__every_steps=8, eval__every_steps=8)

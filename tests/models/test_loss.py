@@ -68,7 +68,6 @@ def test_sums_and_gradients(head):
     assert_same(compiled(ours, head)(*arguments()), compiled(reference, head)(*arguments()))
 
 
-@pytest.mark.xdist_group("loss")
 @pytest.mark.parametrize(("mesh", "head"), [("data8", EVERYTHING), ("fsdp8", EVERYTHING), ("tensor8", EVERYTHING),
                                             ("2x2x2", EVERYTHING), ("2x2x2", PLAIN)])
 def test_on_a_mesh(mesh, head, meshes):

@@ -17,7 +17,6 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.loading import training_batches
 from jaxlm.reporting.metrics import read_metrics
 
-pytestmark = pytest.mark.xdist_group("runs")  # what one compiles, the others use
 SHARD_TOKENS, STEPS, ROWS = 1000, 12, 8
 SMALL = (f"data.shard_tokens={SHARD_TOKENS}", "logging.tensorboard=false")
 PATIENCE = 120.0  # seconds that a process on a busy machine may take to get where it should be
@@ -165,6 +164,7 @@ def test_damage_that_one_process_meets_ends_them_all(whole, tmp_path, run_file, 
     assert f"{shard(corpus, 1)}: bytes 128 to 2,128 differ from their checksum" in first
 
 
+@pytest.mark.slow
 def test_processes_whose_copies_are_damaged_in_different_places_stay_together(
         whole, damaged, skipped_by_step, tmp_path, run_file, jaxlm):
     """Both hold every row (tensor=2); the first one's reading counts."""

@@ -17,7 +17,6 @@ from jaxlm.models.layers import Context
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.training.loop import train
 
-pytestmark = pytest.mark.xdist_group("runs")  # what one compiles, the others use
 STEP_KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds"}
 SUMMARY_KEYS = {"steps", "tokens", "val_loss", "tokens_per_second", "mfu", "devices", "mesh", "parameters", "wall_seconds",
                 "compile_seconds"}

@@ -21,7 +21,6 @@ from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.loop import train
 from jaxlm.training.setup import on_devices
 
-pytestmark = pytest.mark.xdist_group("runs")  # what one compiles, the others use
 TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
 STEPS = 60
 LONG = (f"train.steps={STEPS}", "checkpoint.every_steps=6", "checkpoint.keep_last=3", "eval.every_steps=20", "eval.steps=2",
@@ -108,6 +107,7 @@ def test_another_mesh_gives_the_same_losses(finished, folder, run_file, devices_
     np.testing.assert_allclose(losses(run_dir), losses(finished), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_pipeline_and_one_device_take_over_from_each_other(folder, run_file, jaxlm, capsys):
     """Layers stand in another order in an interleaved pipeline; cut sequences in another order, too."""
     deep, run_dir = ["model.num_layers=4", "data.global_batch_size=16"], folder / "pipeline"
@@ -156,6 +156,7 @@ def test_two_runs_cannot_share_a_directory(finished, devices_are_there):
 
 # ---- several processes -----------------------------------------------------------------------------------------------
 
+@pytest.mark.slow
 def test_two_processes_go_on_where_one_device_stopped(finished, folder, run_file, start_jaxlm, jaxlm, capsys):
     run_dir = folder / "two_processes"
     train(config.load(run_file, [f"run_dir={run_dir}", "train.steps=4"]))

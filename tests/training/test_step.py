@@ -68,7 +68,7 @@ def reference(models, make_batch, meshes, random_params):
 
 
 MESHES_OF_MOE = [("2x2x2", 1), ("one", 4), ("expert4data2", 1), ("stage2expert2tensor2", 4), ("fsdp2context2tensor2", 1)]
-FAMILIES = [pytest.param(family, marks=pytest.mark.xdist_group(f"step-{family}")) for family in ("gpt", "bert")]
+FAMILIES = ["gpt", pytest.param("bert", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -80,7 +80,6 @@ def test_every_mesh_and_cut_gives_the_curve_of_one_device(mesh, micro_batches, f
     same_curve(mesh, micro_batches, family, reference, meshes, capfd)
 
 
-@pytest.mark.xdist_group("step-moe")
 @pytest.mark.parametrize(("mesh", "micro_batches"), MESHES_OF_MOE)
 def test_experts_too(mesh, micro_batches, reference, meshes, capfd):
     same_curve(mesh, micro_batches, "moe", reference, meshes, capfd)
@@ -179,7 +178,6 @@ def steps_of(settings, batch, count):
     return rows
 
 
-@pytest.mark.xdist_group("step-gpt")
 @pytest.mark.parametrize("micro_batches", [1, 2])
 def test_gradients_that_travel_in_bfloat16_are_nearly_the_same(micro_batches, models, make_batch, meshes, random_params):
     rows = {}
