@@ -11,7 +11,20 @@ from pathlib import Path
 from subprocess import run
 
 import numpy as np
-from harness import INTERVAL, Started, arguments_of, copied, differences, half_written, kill, last_step, newest, recorded, rows
+from harness import (
+    INTERVAL,
+    PATIENCE,
+    Started,
+    arguments_of,
+    copied,
+    differences,
+    half_written,
+    kill,
+    last_step,
+    newest,
+    recorded,
+    rows,
+)
 from object_servers import failing_bucket
 
 from jaxlm.errors import UserError
@@ -261,7 +274,7 @@ def a_run_in_a_bucket_is_the_run_in_a_folder(run_file: Path, folder: Path, schem
         assert killed.wait_for(lambda: finished_steps(url), pause=0.3), killed.text()[-3000:]
         killed.end()
         second = Started(arguments, folder / f"{name}.log")
-        assert second.wait() == 0, second.text()[-3000:]
+        assert second.wait(4 * PATIENCE) == 0, second.text()[-3000:]  # gcsfs waits long before it asks again
         assert "resuming from step" in second.text()
         told = (f"{scheme}://: {proxy.failed():,} of the {len(proxy.requests):,} requests of a killed and resumed run failed; "
                 "its bits are those of a run in a folder; a byte turned in the bucket is found")

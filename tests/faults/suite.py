@@ -86,6 +86,13 @@ def flips(reference: Reference, folder: Path, draw: random.Random, count: int) -
             "each found before anything was loaded, its file named, and the checkpoint before it taken"]
 
 
+def one_by_one(lines: Iterable[str]) -> Iterator[list[str]]:
+    found: list[str] = []
+    for line in lines:
+        found.append(line)
+        yield found
+
+
 def _counts(counter: Counter) -> str:
     return ", ".join(f"{name} {number}" for name, number in sorted(counter.items()))
 
@@ -98,8 +105,8 @@ def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, 
         "kills": lambda: again_and_again("killed", kill_until_done, about_kills, arguments.kills, reference, folder, draw, say),
         "preparations": lambda: [[kill_preparations(reference, folder, draw, arguments.kills // 10)]],
         "stops": lambda: again_and_again("stopped", stop_until_done, about_stops, arguments.stops, reference, folder, draw, say),
-        "elastic": lambda: [[every_mesh_sees_the_same_examples(run_file, folder, parts) for parts in (
-            [(1, 8), (1, 4), (1, 2), (1, 8)], [(1, 8), (4, 2), (2, 4)])]],
+        "elastic": lambda: one_by_one(every_mesh_sees_the_same_examples(run_file, folder, parts) for parts in (
+            [(1, 8), (1, 4), (1, 2), (1, 8)], [(1, 8), (4, 2), (2, 4)])),
         "flips": lambda: [flips(reference, folder, draw, arguments.flips)],
         "numbers": lambda: [[
             *(bad_steps_are_skipped(run_file, folder, kind, layout) for kind, layout in (
@@ -111,8 +118,8 @@ def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, 
             *(a_stuck_process_is_named(run_file, folder, phase) for phase in ("step", "save", "start-up")),
             a_slow_process_is_only_slow(run_file, folder), told_twice_it_ends_at_once(run_file, folder)]],
         "disks": lambda: [[a_full_disk_is_one_line(run_file, folder), a_lost_permission_is_one_line(run_file, folder)]],
-        "storage": lambda: [[a_run_in_a_bucket_is_the_run_in_a_folder(run_file, folder, scheme, seed)
-                             for scheme in ("s3", "gs") for seed in range(2)]],
+        "storage": lambda: one_by_one(a_run_in_a_bucket_is_the_run_in_a_folder(run_file, folder, scheme, seed)
+                                      for scheme in ("s3", "gs") for seed in range(2)),
     }
 
 
