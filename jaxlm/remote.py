@@ -6,6 +6,7 @@ role): none stands in a path or a config. Writing an object is atomic: it is the
 
 import errno
 import io
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -50,6 +51,8 @@ def file_system(scheme: str) -> Any:
         import fsspec
         import tenacity  # noqa: F401 (needed by every call)
 
+        logger = logging.getLogger("gcsfs")  # it logs each failure with its traceback; here it is told in a line, once it matters
+        logger.setLevel(logger.level or logging.CRITICAL)
         return fsspec.filesystem(scheme, **OPTIONS[scheme])
     except ImportError as error:
         raise UserError(f"{scheme}:// paths need more packages ({error}): pip install 'jaxlm[remote]'") from None

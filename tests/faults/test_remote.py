@@ -1,6 +1,8 @@
 """Buckets of real object servers that are made to fail at random: files, and a whole run."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -66,6 +68,14 @@ def test_a_bucket_that_is_not_there_is_bad_input(bucket):
         write_bytes(f"{url[:2]}://other/file", b"")
     with pytest.raises(UserError, match=r"run_dir=.*expected s3://BUCKET/FOLDER|run_dir=.*expected gs://BUCKET/FOLDER"):
         remote.check_url(f"{url[:2]}://", "run_dir")
+
+
+@pytest.mark.parametrize("bucket", ["gs"], indirect=True)
+def test_what_is_repeated_shows_no_traceback(bucket):
+    client = "logging.getLogger('gcsfs').error('out of retries', exc_info=OSError('reset'))"
+    done = subprocess.run([sys.executable, "-c", f"import logging; from jaxlm import remote; remote.file_system('gs'); {client}"],
+                          capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("bucket", ["s3"], indirect=True)  # gcsfs has pauses of its own, half a minute each time
