@@ -17,7 +17,7 @@ from breaking import (
 from harness import write_workload
 from kills import Reference, kill_until_done, stop_until_done
 
-pytestmark = pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not Path("/proc").exists(), reason="finds processes in /proc")]
 ROOT = os.name == "posix" and os.geteuid() == 0
 
 
@@ -31,13 +31,11 @@ def reference(faults) -> Reference:
     return Reference(faults, write_workload(faults, train__steps=60))
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bits(reference, faults):
     kills = kill_until_done("killed", "2x2", reference, faults, random.Random(0), print, at_most=2)
     assert kills
 
 
-@pytest.mark.slow
 def test_told_to_stop_it_saves_and_repeats_nothing(reference, faults):
     stops = stop_until_done("stopped", "1x2", reference, faults, random.Random(0), print, at_most=2)
     assert stops and all(stop.more <= 1 for stop in stops)
@@ -52,27 +50,22 @@ def test_bad_gradients_never_reach_the_parameters(reference, faults):
     bad_steps_are_skipped(reference.run_file, faults, "gradient")
 
 
-@pytest.mark.slow
 def test_bad_data_stops_the_run_with_a_diagnosis(reference, faults):
     repeatable_faults_are_told_from_transient_ones(reference.run_file, faults, transient=False)
 
 
-@pytest.mark.slow
 def test_a_device_that_computes_wrongly_is_named(reference, faults):
     a_wrong_copy_is_named(reference.run_file, faults)
 
 
-@pytest.mark.slow
 def test_a_stuck_process_is_named_and_the_run_starts_again(reference, faults):
     a_stuck_process_is_named(reference.run_file, faults, "step")
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not ROOT, reason="mounts a small disk")
 def test_a_full_disk_ends_the_run_with_one_line(reference, faults):
     a_full_disk_is_one_line(reference.run_file, faults)
 
 
-@pytest.mark.slow
 def test_fewer_devices_and_more_processes_see_the_same_examples(reference, faults):
     every_mesh_sees_the_same_examples(reference.run_file, faults, [(1, 8), (1, 2), (2, 2)])

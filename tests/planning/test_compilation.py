@@ -21,7 +21,7 @@ from jaxlm.settings import MeshSettings, ModelSettings, Settings
 from jaxlm.training.guards import WINDOW
 
 # One of each kind; all of them: benchmarks/plans.py
-CONFIGS = ["moe_8x7b", "bert_large", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2_124m", "llama_8b"))]
+CONFIGS = ["moe_8x7b", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bert_large", "gpt2_124m", "llama_8b"))]
 # What the compiler says when it can cut an array no better than by copying the whole of it to every device
 COMPLAINT = "Involuntary full rematerialization"
 

@@ -1,6 +1,7 @@
 """What is kept, and what a run that goes on may not change."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jaxlm import config
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.reporting.files import sizes_below
 from jaxlm.settings import CheckpointSettings, MeshSettings, OptimizerSettings, Settings, TrainSettings, to_dict
 from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes
 from jaxlm.training.guards import nothing_yet
@@ -65,10 +67,32 @@ def test_reading_needs_a_folder_and_a_checkpoint(tmp_path):
         Checkpoints(tmp_path, CheckpointSettings())
 
 
-def test_where_none_is_good_each_is_named(tmp_path):
-    with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
+def save_two(run_dir: Path) -> None:
+    with Checkpoints(run_dir, CheckpointSettings()) as checkpoints:
         for step in (1, 2):
             checkpoints.save(small_state(step), step, {}, None)
+
+
+def test_a_turned_bit_in_any_file_is_noticed_and_the_one_before_taken(tmp_path, capsys):
+    save_two(tmp_path)
+    newest = tmp_path / "checkpoints" / "2"
+    for name in sizes_below(newest):
+        content = (newest / name).read_bytes()
+        (newest / name).write_bytes(bytes([content[0] ^ 1]) + content[1:] if content else b"\0")
+        with Checkpoints(tmp_path) as checkpoints:
+            assert checkpoints.choose(None) == 1
+        assert f"checkpoints/2/{name}: damaged" in capsys.readouterr().err
+        (newest / name).write_bytes(content)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.choose(None) == 2
+    (newest / "manifest.json").write_text("{")
+    with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
+        assert checkpoints.choose(None) == 1 and checkpoints.steps == [1]
+    assert (tmp_path / "checkpoints" / "2.damaged" / "manifest.json").exists()
+
+
+def test_where_none_is_good_each_is_named(tmp_path):
+    save_two(tmp_path)
     for step in (1, 2):
         (tmp_path / "checkpoints" / str(step) / "manifest.json").write_text("{")
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError) as error:
