@@ -85,9 +85,9 @@ def saves(arguments: argparse.Namespace) -> None:
     run, state, batch = prepared(settings)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name, jax.set_mesh(run.mesh):
         step = run.trainer.step.lower(state, batch).compile()
-        plain, beside, stalls, seconds = [], [], [], []
+        plain, beside, stalls, seconds, alone = [], [], [], [], []
         with Checkpoints(name, CheckpointSettings(keep_last=1)) as checkpoints:
-            for number in range(1, arguments.rounds + 1):
+            for number in range(1, 2 * arguments.rounds, 2):
                 for _ in range(arguments.steps):
                     began = time.monotonic()
                     state, metrics = step(state, batch)
@@ -103,21 +103,27 @@ def saves(arguments: argparse.Namespace) -> None:
                     beside.append(time.monotonic() - since)
                 seconds.append(time.monotonic() - began)
                 checkpoints.wait()
-        folder = Path(name) / "checkpoints" / str(arguments.rounds)
+                alone.append(timed(lambda: saved(checkpoints, state, number + 1, metadata(settings, run))))  # noqa: B023 (called here)
+        folder = Path(name) / "checkpoints" / str(2 * arguments.rounds)
         on_disk = sum((folder / file).stat().st_size for file in sizes_below(folder))
         copies = [timed(lambda: copied(folder, Path(name) / "copy")) for _ in range(arguments.rounds)]
         with Checkpoints(name) as checkpoints:
             checks = [timed(lambda: checkpoints.choose(None)) for _ in range(arguments.rounds)]
-            restores = [timed(lambda: checkpoints.restore(arguments.rounds, run.trainer)) for _ in range(arguments.rounds)]
+            restores = [timed(lambda: checkpoints.restore(2 * arguments.rounds, run.trainer)) for _ in range(arguments.rounds)]
     usual, size = statistics.median(plain), state_bytes(state)
-    stall, whole, copy, check, restore = map(statistics.median, (stalls, seconds, copies, checks, restores))
+    stall, whole, single, copy, check, restore = map(statistics.median, (stalls, seconds, alone, copies, checks, restores))
     print(f"state of {size / 2**20:,.0f} MiB, {on_disk / 2**20:,.0f} on disk; step {1000 * usual:,.0f} ms")
     print(f"the step waits {1000 * stall:,.0f} ms for a save: {stall / usual:.2f} steps")
     print(f"steps while it is written: {statistics.median(beside) / usual if beside else float('nan'):.2f} times as long")
-    print(f"save, complete and digested: {whole:.2f} s, {size / whole / 2**20:,.0f} MiB/s, {whole / copy:.2f} times a plain copy "
-          f"with fsync ({on_disk / copy / 2**20:,.0f} MiB/s)")
+    print(f"save, complete and digested: {whole:.2f} s beside the steps; alone {single:.2f} s, {size / single / 2**20:,.0f} "
+          f"MiB/s, {single / copy:.2f} times a plain copy with fsync ({on_disk / copy / 2**20:,.0f} MiB/s)")
     print(f"restore: {check:.2f} s to check every byte, {restore:.2f} s to read, together {(check + restore) / copy:.2f} times "
           "that copy")
+
+
+def saved(checkpoints: Checkpoints, state: Any, number: int, about: dict[str, Any]) -> None:
+    checkpoints.save(state, number, about, None)
+    checkpoints.wait()
 
 
 def copied(folder: Path, to: Path) -> None:

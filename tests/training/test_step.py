@@ -178,7 +178,7 @@ def steps_of(settings, batch, count):
     return rows
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("micro_batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gradients_that_travel_in_bfloat16_are_nearly_the_same(micro_batches, models, make_batch, meshes, random_params):
     rows = {}
     for kind in ("float32", "bfloat16"):
