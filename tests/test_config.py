@@ -1,6 +1,7 @@
 """The run file: what is read, what is refused and how, and what is written back."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -158,6 +159,18 @@ def test_a_reader_that_leaves_early_is_no_error():
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals
+
+def test_aliases_to_aliases_are_refused_before_they_grow(load):
+    letters = "abcdefghijkl"
+    lines = ["a: &a [x,x,x,x,x,x,x,x,x]", *(f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]"
+                                            for before, name in itertools.pairwise(letters))]
+    assert "not valid YAML: too long once its aliases are written out" in refusal(load, "\n".join([*lines, "seed: *l"]))
+    assert "the value is not valid YAML" in refusal(load, "", f"bench.steps={{{', '.join(lines)}}}")
+    merged = "\n".join(["a: &a {x: 1}", *(f"{name}: &{name} {{<<: [{','.join([f'*{before}'] * 9)}]}}"
+                                          for before, name in itertools.pairwise(letters))])
+    assert "too long" in refusal(load, merged)
+    assert load("train: {steps: &n 7}\nlogging: {every_steps: *n}\n").logging.every_steps == 7
+
 
 @pytest.mark.parametrize(("name", "nearest"), [
     ("train.step", "train.steps"), ("trian.steps", "train.steps"), ("learning_rate", "optimizer.learning_rate"),
