@@ -114,8 +114,9 @@ def time_spent(spent: dict[str, Any]) -> dict[str, str]:
     wall = spent["wall_seconds"]
     figures = {"goodput": f"{spent['goodput']:.1%} of {format_duration(wall)}, in {counted(spent['starts'], 'start')}"}
     for key, name in TIME_SPENT.items():
-        if spent[key] >= 0.0005 * wall:
-            figures[name] = f"{format_duration(spent[key])} ({spent[key] / wall:.1%})"
+        share = spent[key] / wall if wall > 0 else 0.0
+        if share >= 0.0005:
+            figures[name] = f"{format_duration(spent[key])} ({share:.1%})"
     for kind in ("repeated", "skipped"):
         if spent[f"{kind}_steps"]:
             figures[f"{kind} steps"] = f"{spent[f'{kind}_steps']:,}"

@@ -13,6 +13,11 @@ def line(began, seconds, first, last, skipped=0, **parts):
                        **{part: parts.get(part, 0.0) for part in PARTS}})
 
 
+def test_no_time_at_all_has_no_shares(tmp_path):
+    (tmp_path / FILE_NAME).write_text(line(1000.0, 0.0, 0, 0))
+    assert time_spent(goodput(tmp_path))["goodput"].startswith("0.0% of 0")
+
+
 def test_every_second_is_accounted_for_once(tmp_path):
     (tmp_path / FILE_NAME).write_text("\n".join([
         line(1000.0, 5.0, 0, 0, startup=5.0),

@@ -126,7 +126,7 @@ def change(path: Path, what: Damage | tuple[str, Any, int] | str) -> None:
         path.write_text(yaml.safe_dump(replaced(yaml.safe_load(path.read_bytes()), *what[:2])), encoding="utf-8")
     else:
         lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        place = what[2] % len(lines)
+        place = what[2] % max(1, len(lines))
         lines[place] = json.dumps(replaced(json.loads(lines[place]), *what[:2]))
         path.write_text("\n".join(lines) + "\n")
 
