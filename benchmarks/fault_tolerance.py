@@ -103,7 +103,10 @@ def saves(arguments: argparse.Namespace) -> None:
                     beside.append(time.monotonic() - since)
                 seconds.append(time.monotonic() - began)
                 checkpoints.wait()
-                alone.append(timed(lambda: saved(checkpoints, state, number + 1, metadata(settings, run))))  # noqa: B023 (called here)
+                began = time.monotonic()
+                checkpoints.save(state, number + 1, metadata(settings, run), None)
+                checkpoints.wait()
+                alone.append(time.monotonic() - began)
         folder = Path(name) / "checkpoints" / str(2 * arguments.rounds)
         on_disk = sum((folder / file).stat().st_size for file in sizes_below(folder))
         copies = [timed(lambda: copied(folder, Path(name) / "copy")) for _ in range(arguments.rounds)]
@@ -119,11 +122,6 @@ def saves(arguments: argparse.Namespace) -> None:
           f"MiB/s, {single / copy:.2f} times a plain copy with fsync ({on_disk / copy / 2**20:,.0f} MiB/s)")
     print(f"restore: {check:.2f} s to check every byte, {restore:.2f} s to read, together {(check + restore) / copy:.2f} times "
           "that copy")
-
-
-def saved(checkpoints: Checkpoints, state: Any, number: int, about: dict[str, Any]) -> None:
-    checkpoints.save(state, number, about, None)
-    checkpoints.wait()
 
 
 def copied(folder: Path, to: Path) -> None:
