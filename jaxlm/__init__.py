@@ -1,1 +1,1 @@
-"""jaxlm: pretrain and fine-tune BERT and GPT models on any mesh."""
+"""jaxlm: pretrain BERT and GPT models on any mesh."""
