@@ -13,6 +13,7 @@ import random
 import shutil
 import statistics
 import tempfile
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -123,6 +124,11 @@ def sections(reference: Reference, folder: Path, arguments: argparse.Namespace, 
     }
 
 
+def item(text: str) -> str:
+    """A line of the report, as wide as the docs are."""
+    return textwrap.fill(f"- {text}", 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
@@ -150,7 +156,7 @@ def main() -> None:
         since = time.monotonic()
         for found in run():
             about = [f"**{part}** ({(time.monotonic() - since) / 60:.0f} min)", "",
-                     *(f"- {line.replace(str(folder), '...')}" for line in found), ""]
+                     *(item(line.replace(str(folder), "...")) for line in found), ""]
             if arguments.report:
                 arguments.report.write_text("\n".join(lines + about), encoding="utf-8")
         say("\n".join(found))
