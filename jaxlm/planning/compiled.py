@@ -17,7 +17,7 @@ from jaxlm.planning.plan import Plan, model_flops
 from jaxlm.planning.roofline import network_of_mesh, roofline
 from jaxlm.planning.targets import Target
 from jaxlm.planning.traffic import memory_traffic
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import Settings
 from jaxlm.training.step import Trainer
@@ -38,7 +38,7 @@ def compiled_plan(settings: Settings, target: Target) -> Plan:
     found, traffic = collectives(module, mesh), memory_traffic(module)
     visible = visible_blocks(settings.model, settings.data.sequence_length) if target.platform == "tpu" else 1.0
     executed = executed_flops(traced.jaxpr, mesh.size, visible)
-    chip, peak = CHIPS.get(target.device_kind), peak_flops(target.device_kind)
+    chip, peak = CHIPS.get(target.device_kind), products_peak(target.device_kind, settings.train.precision)
     speed = roofline(executed, peak, traffic, found, chip, network_of_mesh(mesh, chip, island)) if peak and chip else None
     return Plan(settings, target, dict(mesh.shape), num_parameters(settings.model), state_sizes(trainer), memory_of(program),
                 found, model_flops(settings) / mesh.size, executed, traffic, speed, largest_live(module), seconds)
