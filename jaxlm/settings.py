@@ -151,6 +151,9 @@ class DataSettings:
     packing: Literal["concatenate", "documents"] = key(
         "concatenate", "concatenate: one stream of text cut into sequences (GPT-2); "
                        "documents: whole documents packed together, attention never crosses from one to the next")
+    start_token: bool = key(
+        True, "packing=documents, gpt: each document begins with the tokenizer's start token (its end token where it has none), "
+              "so that its first token is learnt, too; false: as runs were trained before this key was there")
     masking: MaskingSettings = key(MaskingSettings(), "")
     prefetch: Positive = key(4, "batches made ahead of the step", "batches")
     damaged: Literal["stop", "skip"] = key(

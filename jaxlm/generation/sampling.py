@@ -17,7 +17,7 @@ from jaxlm.parallel.distributed import is_main
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
-from jaxlm.training.checkpoints import MODEL_KEYS, Checkpoints, refuse_changes
+from jaxlm.training.checkpoints import MODEL_KEYS, START_KEY, Checkpoints, refuse_changes
 from jaxlm.training.setup import Run, encode_prompts, lay_mesh, resolve, start
 
 
@@ -39,7 +39,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         saved = checkpoints.metadata(step)
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         settings = resolve(settings, tokenizer)
-        refuse_changes(MODEL_KEYS, saved["settings"], to_dict(settings), checkpoints.directory)
+        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
         run = start(settings, mesh)
         return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
 

@@ -27,7 +27,7 @@ from jaxlm.reporting.progress import TrainingProgress, print_line
 from jaxlm.reporting.runs import read_summary
 from jaxlm.reporting.units import counted, format_count
 from jaxlm.settings import Settings, dump, to_dict
-from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, check_allowed, refuse_changes, versions
+from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, START_KEY, Checkpoints, check_allowed, refuse_changes, versions
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.setup import (
     Corpora,
@@ -230,7 +230,7 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))
         run = start(resolve(settings, corpora[0][0].tokenizer), mesh)
         saved = checkpoints.metadata(step)
-        refuse_changes(MODEL_KEYS, saved["settings"], to_dict(run.settings), checkpoints.directory)
+        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(run.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
         validation = make_validation_batches(run.settings, corpora)
