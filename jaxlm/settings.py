@@ -141,6 +141,9 @@ class DataSettings:
     tokenizer: str = key(
         "bpe", "train one (unigram, bpe: SentencePiece; wordpiece), use bytes or characters, or the path of a "
                "SentencePiece .model, a tokenizer.json or a saved tokenizer folder")
+    end_token: str | None = key(
+        None, "the token after each document, e.g. <|im_end|>, where a given tokenizer has several, or an unusual one; null: "
+              "found by what lies beside the tokenizer, or by its spelling")
     lowercase: bool = key(False, "lowercase and strip accents (when training wordpiece, unigram or bpe)")
     tokenizer_sample: Positive = key(64 * 2**20, "text a tokenizer is trained on, at most", "bytes")
     cleaning: CleaningSettings = key(CleaningSettings(), "")

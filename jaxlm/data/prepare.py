@@ -43,7 +43,7 @@ from jaxlm.reporting.progress import progress_bar
 from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings
 
 CACHE = "~/.cache/jaxlm/prepare"  # of corpora that go into a bucket when they are done
-SHAPING = ("raw", "text_field", "document", "validation", "validation_split", "tokenizer", "shard_tokens")
+SHAPING = ("raw", "text_field", "document", "validation", "validation_split", "tokenizer", "end_token", "shard_tokens")
 SHAPING_TRAINED = ("lowercase", "tokenizer_sample")  # where a tokenizer is trained
 
 

@@ -24,7 +24,7 @@ from jaxlm.data.corpus import SPLITS
 from jaxlm.data.shards import block_checksums
 from jaxlm.data.sources import Reading, Unit, read_documents
 from jaxlm.data.tokenizer_training import train_tokenizer
-from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer, with_end_token
 from jaxlm.data.work import Result, beside
 from jaxlm.errors import UserError
 from jaxlm.reporting.files import open_bytes, write_atomically
@@ -187,7 +187,8 @@ def given_tokenizer(data: DataSettings) -> Tokenizer | None:
         return ByteTokenizer({})
     if data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
         return None
-    return load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
+    return tokenizer if data.end_token is None else with_end_token(tokenizer, data.end_token)
 
 
 def make_tokenizer(cleaned: Cleaned, fate: np.ndarray, data: DataSettings, vocab_size: int | None) -> Tokenizer:

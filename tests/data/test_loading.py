@@ -235,7 +235,7 @@ def check_segments(epoch):
 @pytest.mark.parametrize("make", [training, validation])
 @pytest.mark.parametrize("start", [2, 3])
 def test_a_document_of_a_gpt_begins_with_its_start_token(make, start):
-    """Its first token is a target, and so is every other one, once. The start token is bos, or eos where there is none (GPT-2)."""
+    """Its first token is a target, and so is every other one, once. The start token is bos, or eos as for GPT-2."""
     corpus = make_corpus(LENGTHS, special=dataclasses.replace(SPECIAL, bos=start if start != SPECIAL.eos else None))
     batches = make(corpus, packing="documents", size=4)
     epoch = epoch_of(batches) if make is training else all_of(batches)
