@@ -73,6 +73,24 @@ class Tokenizer(ABC):
         """The text of token ids; special ones are dropped."""
         return self.decode_plain([int(token) for token in ids if int(token) not in self.special.ids])
 
+    def decode_after(self, ids: list[int], new: list[int], text: str) -> str:
+        """The text of the tokens `new` behind `ids`, which `text` was encoded to.
+
+        Decoded with them: many tokenizers drop the blank before the first token of a text. Where decoding changes `text` (case,
+        blanks), what follows is found behind as many characters that are not blank.
+        """
+        before, whole = self.decode(ids), self.decode([*ids, *new])
+        if whole.startswith(before):
+            after = whole[len(before):]
+        else:
+            left, place = sum(not letter.isspace() for letter in before), 0
+            while left and place < len(whole):
+                left -= not whole[place].isspace()
+                place += 1
+            after = whole[place:]
+        lost = text[len(text.rstrip()):] if not before[-1:].isspace() else ""  # blanks at its end that no token stands for
+        return after[1:] if lost and after[:1].isspace() else after
+
     @cached_property
     def starts_word(self) -> np.ndarray:
         """bool [vocab_size]: the token begins a word (a blank, punctuation, an ideograph, or marked so by the tokenizer).

@@ -183,6 +183,9 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
+    for corpus, _ in corpora:
+        lines += [f"{corpus.directory}: {corpus.lost}"] if settings.model.family == "gpt" and corpus.loses_text else []
+        lines += corpus.warnings()
     if first:
         lines.append(f"resuming from step {first} of {settings.train.steps} ({as_path(settings.run_dir) / 'checkpoints'})")
     return lines
