@@ -22,10 +22,17 @@ from jaxlm.training.setup import Run, encode_prompts, lay_mesh, resolve, start
 
 
 class Sample(NamedTuple):
-    """One continuation."""
+    """One continuation: `text` goes on where `prompt` ends, blanks included."""
 
     prompt: str
     text: str
+
+    def marked(self) -> str:
+        """Both, for people, with a mark where the prompt ends; an empty one needs none."""
+        return f"{self.prompt}{PROMPT_END}{self.text}" if self.prompt else self.text
+
+
+PROMPT_END = "[prompt ends]"
 
 
 def generate_from_run(settings: Settings) -> list[Sample]:
@@ -76,9 +83,10 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
                      out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
     result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
     samples = []
-    for prompt, length, row in zip(prompts, lengths, result, strict=False):
-        new = row[length : length + settings.max_new_tokens].tolist()
-        samples.append(Sample(prompt, tokenizer.decode(new[: new.index(end_token)] if end_token in new else new)))
+    for prompt, ids, row in zip(prompts, encoded, result, strict=False):
+        new = row[len(ids) : len(ids) + settings.max_new_tokens].tolist()
+        new = new[: new.index(end_token)] if end_token in new else new
+        samples.append(Sample(prompt, tokenizer.decode_after(ids, new, prompt)))
     return samples
 
 

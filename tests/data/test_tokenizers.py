@@ -13,7 +13,15 @@ from hypothesis import strategies as st
 from jaxlm.checks import check
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizer_training import train_tokenizer
-from jaxlm.data.tokenizers import CHARACTERS_FILE, ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.tokenizers import (
+    CHARACTERS_FILE,
+    ByteTokenizer,
+    CharacterTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from jaxlm.errors import UserError
 from jaxlm.settings import DataSettings, ModelSettings, Settings
 
@@ -332,3 +340,74 @@ def test_files_beside_a_tokenizer_that_are_no_json_objects_are_named(tmp_path):
         (word_level(tmp_path, ["</s>"]) / "generation_config.json").write_text(content)
         with pytest.raises(UserError, match=r"generation_config\.json"):
             load_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- the text behind a prompt
+
+def sentencepiece_with_dummy_prefix():
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=330,
+                                             byte_fallback=True, minloglevel=3)
+    return SentencePieceTokenizer({"tokenizer.model": model.getvalue()})
+
+
+def metaspace():
+    """As T5 and Llama have it in their tokenizer.json."""
+    tokenizer = hf.Tokenizer(hf.models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = hf.pre_tokenizers.Metaspace(), hf.decoders.Metaspace()
+    tokenizer.train_from_iterator(TEXTS, hf.trainers.UnigramTrainer(vocab_size=300, show_progress=False, unk_token="<unk>",
+                                                                    special_tokens=["<unk>", "</s>"]))
+    return JsonTokenizer({"tokenizer.json": tokenizer.to_str().encode()})
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(sentencepiece_tokenizer, wordpiece_tokenizer, byte_level_file):
+    return [sentencepiece_tokenizer, wordpiece_tokenizer, load_tokenizer(byte_level_file), sentencepiece_with_dummy_prefix(),
+            metaspace(), ByteTokenizer({}), CharacterTokenizer.of("".join(TEXTS), end_mark=True)]
+
+
+@pytest.mark.parametrize("text", ["The quick brown fox", "it is lazy, and minds", "naïve café: 日本 und Köln", "a  b\n\nc"])
+def test_the_blank_between_a_prompt_and_what_follows(of_all_kinds, text):
+    """Issue 14, line 4: a prompt that ends at any token, and the rest behind it, read as the whole does."""
+    for tokenizer in of_all_kinds:
+        ids = tokenizer.encode(text)
+        whole = tokenizer.decode(ids)
+        for end in range(1, len(ids)):
+            prompt = tokenizer.decode(ids[:end])
+            if "\ufffd" not in prompt:  # no prompt ends inside a character
+                assert prompt + tokenizer.decode_after(ids[:end], ids[end:], prompt) == whole, (type(tokenizer), prompt)
+
+
+def test_a_word_behind_a_prompt_has_its_blank(of_all_kinds):
+    """Which decoding the continuation alone loses for WordPiece, Metaspace, and SentencePiece with its dummy prefix."""
+    lost = 0
+    for tokenizer in of_all_kinds:
+        ids, prompt = tokenizer.encode("the lazy dog"), tokenizer.encode("the lazy")
+        assert ids[:len(prompt)] == prompt
+        assert tokenizer.decode_after(prompt, ids[len(prompt):], "the lazy") == " dog"
+        lost += tokenizer.decode(ids[len(prompt):]) == "dog"
+    assert lost == 3
+
+
+def test_a_blank_that_the_prompt_has_is_not_there_twice(wordpiece_tokenizer):
+    """WordPiece has no token for the blank at a prompt's end, and writes one before the next word."""
+    ids = wordpiece_tokenizer.encode("the lazy ")
+    assert wordpiece_tokenizer.decode_after(ids, wordpiece_tokenizer.encode("dog"), "the lazy ") == "dog"
+    assert wordpiece_tokenizer.decode_after(ids, wordpiece_tokenizer.encode("dog"), "the lazy") == " dog"
+
+
+def test_a_prompt_that_decoding_changes(wordpiece_tokenizer):
+    """The prompt stays as it was typed; what comes after it is found behind its letters."""
+    ids = wordpiece_tokenizer.encode("The lazy , dog")  # "the lazy, dog"
+    assert wordpiece_tokenizer.decode_after(ids, wordpiece_tokenizer.encode("jumps"), "The lazy , dog") == " jumps"
+
+
+def test_a_character_cut_by_the_end_of_the_prompt():
+    """Bytes that go on with no character are none; those before them stay as they are."""
+    tokenizer = ByteTokenizer({})
+    new = [*"日".encode()[1:], *"本".encode()]
+    assert tokenizer.decode_after(tokenizer.encode("é"), new, "é") == "\ufffd\ufffd本"
