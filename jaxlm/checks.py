@@ -9,6 +9,7 @@ from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, 
 from jaxlm.remote import check_url, is_remote
 from jaxlm.settings import (
     AXES,
+    BUILT_IN_TOKENIZERS,
     TRAINED_TOKENIZERS,
     MeshSettings,
     ModelSettings,
@@ -119,6 +120,9 @@ def text_problems(settings: Settings) -> Iterator[str]:
         yield "data.raw cannot be prepared into a mixture; give data.corpus one folder, or drop data.raw"
     if data.tokenizer in TRAINED_TOKENIZERS and data.raw and model.vocab_size is None:
         yield f"model.vocab_size: missing; say to how many tokens the {data.tokenizer} tokenizer is to be trained"
+    if data.end_token is not None and data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
+        yield (f"data.end_token={data.end_token}: data.tokenizer={data.tokenizer} has an end token of its own; the key is for a "
+               "tokenizer that is given as a file or folder")
     if model.family == "bert" and data.tokenizer == "characters" and data.raw:
         yield ("data.tokenizer=characters has no cls, sep and mask tokens, which model.family=bert needs; "
                "use wordpiece, unigram, bpe or bytes")

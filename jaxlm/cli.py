@@ -45,7 +45,7 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
     samples = generate_from_run(settings) if settings.model.family == "gpt" else []
     if is_main():
         if samples:
-            text = SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples)
+            text = SEPARATOR.join(f"{sample.marked()}\n" for sample in samples)
             write_text(as_path(settings.run_dir) / "samples.txt", text)
             print(text)
         print(f"{settings.run_dir}: {_in_short(summary)}; see {write_report(settings.run_dir)}")
@@ -80,7 +80,7 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
         if arguments.json:
             print("\n".join(json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples))
         else:
-            print(SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples), end="")
+            print(SEPARATOR.join(f"{sample.marked()}\n" for sample in samples), end="")
 
 
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:

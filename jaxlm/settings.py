@@ -141,6 +141,9 @@ class DataSettings:
     tokenizer: str = key(
         "bpe", "train one (unigram, bpe: SentencePiece; wordpiece), use bytes or characters, or the path of a "
                "SentencePiece .model, a tokenizer.json or a saved tokenizer folder")
+    end_token: str | None = key(
+        None, "the token after each document, e.g. <|im_end|>, where a given tokenizer has several, or an unusual one; null: "
+              "found by what lies beside the tokenizer, or by its spelling")
     lowercase: bool = key(False, "lowercase and strip accents (when training wordpiece, unigram or bpe)")
     tokenizer_sample: Positive = key(64 * 2**20, "text a tokenizer is trained on, at most", "bytes")
     cleaning: CleaningSettings = key(CleaningSettings(), "")
@@ -151,6 +154,9 @@ class DataSettings:
     packing: Literal["concatenate", "documents"] = key(
         "concatenate", "concatenate: one stream of text cut into sequences (GPT-2); "
                        "documents: whole documents packed together, attention never crosses from one to the next")
+    start_token: bool = key(
+        True, "packing=documents, gpt: each document begins with the tokenizer's start token (its end token where it has none), "
+              "so that its first token is learnt, too; false: as runs were trained before this key was there")
     masking: MaskingSettings = key(MaskingSettings(), "")
     prefetch: Positive = key(4, "batches made ahead of the step", "batches")
     damaged: Literal["stop", "skip"] = key(

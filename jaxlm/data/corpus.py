@@ -13,6 +13,7 @@ A document ends with the tokenizer's eos where it has one.
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -34,6 +35,7 @@ from jaxlm.reporting.units import counted, format_count
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "validation")
 CHECKS = 16  # files at a time: what is far away takes its time to answer
+MOST_UNKNOWN = 0.001  # share of a split's tokens, above which it is a warning
 OPEN_SHARDS = 128  # of a split at a time: some systems let a process open no more than 256 files
 
 
@@ -177,10 +179,68 @@ class Corpus:
             each = f", {documents.num_bytes / documents.num_tokens:.2f} bytes a token" if documents.num_tokens else ""
             lines.append(f"{documents.split:11} {counted(documents.num_documents, 'document')}, "
                          f"{counted(documents.num_tokens, 'token')}{each}")
-        return [*lines, f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, digest {tokenizer['digest'][:12]}"]
+        lines.append(f"unknown     {'; '.join(filter(None, map(unknown_tokens, (self.train, self.validation))))}")
+        lines.append(f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, digest {tokenizer['digest'][:12]}, "
+                     f"{self.end_token}")
+        return [*lines, *([f"lost        {self.lost}"] if self.loses_text else []), *self.warnings()]
+
+    @property
+    def end_token(self) -> str:
+        """Which token ends a document, for people."""
+        token, names = self.tokenizer.special.eos, self.tokenizer.vocabulary
+        if token is None:
+            return "no end token"
+        return f"end token {next((name for name, number in names.items() if number == token), token)}"
+
+    @property
+    def loses_text(self) -> bool:
+        """Whether validation text cannot be had back from its tokens: a share of its bits is then no bits per byte of it.
+
+        Counted when the corpus was prepared; of an older one, whether its tokenizer loses text of some kind.
+        """
+        lost = self.validation.entry.get("lost_characters")
+        return self.validation.num_tokens > 0 and (lost > 0 if lost is not None else not self.tokenizer.lossless)
+
+    @property
+    def lost(self) -> str:
+        """How much of the validation text is lost, for people."""
+        lost = self.validation.entry.get("lost_characters")
+        what = "the tokenizer does not give every text back" if lost is None else (
+            f"{lost:,} characters of the validation text do not come back from its tokens")
+        return f"{what} (unknown, or changed in case, accents or blanks), so bits per byte are null"
+
+    def warnings(self) -> list[str]:
+        """Lines about text that a model cannot learn from this corpus."""
+        lines = []
+        for documents in (self.train, self.validation):
+            unknown = documents.entry.get("unknown_tokens", 0)
+            if unknown > MOST_UNKNOWN * documents.num_tokens:
+                words = read_report(self.directory).get("splits", {}).get(documents.split, {}).get("unknown", {})
+                commonest = ", ".join(f"{word!r} {count:,}" for word, count in itertools.islice(words.items(), 5))
+                lines.append(f"WARNING: {self.directory}: {share(unknown, documents.num_tokens)} of the {documents.split} tokens "
+                             f"are unknown, their text is lost{f' (most often {commonest})' if commonest else ''}; a larger "
+                             "model.vocab_size keeps more, and data.tokenizer=bpe, unigram or bytes keeps all")
+        if self.tokenizer.special.eos is None and self.train.num_documents > 1:
+            lines.append(f"WARNING: {self.directory}: the tokenizer has no end token that is known, so documents run together "
+                         f"({self.train.num_documents:,} of them); name one with data.end_token")
+        return lines
 
     def __reduce__(self) -> tuple:
         return Corpus, (self.directory, self.whole)
+
+
+def unknown_tokens(documents: Documents) -> str:
+    """How much of a split's text has no token, for people; empty for an empty split."""
+    unknown = documents.entry.get("unknown_tokens")
+    if not documents.num_tokens:
+        return ""
+    return f"{documents.split} " + ("not counted" if unknown is None else (
+        f"{unknown:,} of {documents.num_tokens:,} tokens ({share(unknown, documents.num_tokens)})"))
+
+
+def share(part: int, whole: int) -> str:
+    """As a percentage with two digits that count: 0.012 %, 3.4 %."""
+    return f"{float(f'{100 * part / whole:.2g}'):g} %"
 
 
 @contextmanager

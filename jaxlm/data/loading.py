@@ -38,6 +38,7 @@ from jaxlm.data.sequences import (
     Spec,
     empty_rows,
     row_spec,
+    start_token,
 )
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
@@ -268,7 +269,9 @@ def cut(corpus: Corpus, data: DataSettings, family: str, next_sentence: bool, tr
     problem = (f"{corpus.directory}: the {'train' if training else 'validation'} split has {documents.num_tokens:,} tokens in "
                f"{documents.num_documents:,} documents")
     kind = kind_of_sequences(data, family, next_sentence)
-    sequences = kind(documents, special, length, *([training] if kind in (GptWindows, BertWindows) else []))
+    start = start_token(special, data.packing) if data.start_token else None
+    own = {GptWindows: [training], BertWindows: [training], GptDocuments: [start]}.get(kind, [])
+    sequences = kind(documents, special, length, *own)
     if kind is BertPairs and sequences.num_documents < 2:
         raise UserError(f"{problem}; model.next_sentence=true needs at least 2 documents of 2 tokens or more "
                         "(data.document=line makes one of each line)")

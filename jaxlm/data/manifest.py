@@ -30,6 +30,8 @@ class Split(TypedDict):
     documents: Count
     tokens: Count
     bytes: Count
+    unknown_tokens: NotRequired[Count]  # this and the next: older corpora do not say
+    lost_characters: NotRequired[Count]  # in which the text differs from what its tokens decode to
     shards: list[ShardEntry]
     offsets: File
 
@@ -58,11 +60,16 @@ class Manifest(TypedDict):
     sources: list[Source]
 
 
+class ReportedSplit(TypedDict):
+    unknown: NotRequired[dict[str, Count]]  # text that became unknown tokens, the commonest first: how often
+
+
 class Report(TypedDict):
     documents_in: Count
     documents_out: Count
     repaired: Count
     dropped: dict[str, Count]
+    splits: NotRequired[dict[Literal["train", "validation"], ReportedSplit]]
 
 
 def read_manifest(directory: Location) -> dict[str, Any]:

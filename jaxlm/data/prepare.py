@@ -43,7 +43,8 @@ from jaxlm.reporting.progress import progress_bar
 from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings
 
 CACHE = "~/.cache/jaxlm/prepare"  # of corpora that go into a bucket when they are done
-SHAPING = ("raw", "text_field", "document", "validation", "validation_split", "tokenizer", "shard_tokens")
+SHAPING = ("raw", "text_field", "document", "validation", "validation_split", "tokenizer", "end_token", "shard_tokens")
+COUNTS = ("documents", "tokens", "bytes", "unknown_tokens", "lost_characters")  # of a split
 SHAPING_TRAINED = ("lowercase", "tokenizer_sample")  # where a tokenizer is trained
 
 
@@ -181,7 +182,7 @@ def build(plan: Plan, folder: Path, processes: int) -> None:
             dtype = token_type(tokenizer.vocab_size)
             counts = tokenize(plan, workers, cleaned, fate, corpus / TOKENIZER, dtype)
             splits = {split: write_split(split, workers, counts, corpus, plan.data.shard_tokens, dtype) for split in SPLITS}
-        write_json(corpus / REPORT, report(clean_results, fate, splits))
+        write_json(corpus / REPORT, report(clean_results, fate, splits, commonest_unknown(counts)))
         write_json(corpus / MANIFEST, {
             "format": FORMAT,
             "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
@@ -233,12 +234,21 @@ def write_split(split: str, workers: Workers, counts: list[Result], corpus: Path
     shards = workers.run(f"write {split}", stages.write_shard, tasks, [task.tokens for task in tasks], "tokens")
     path = corpus / offsets_file(split)
     write_atomically(path, lambda temporary: np.save(temporary, stages.document_offsets(stems, split)))
-    totals = {key: sum(count[split][key] for count in counts) for key in ("documents", "tokens", "bytes")}
+    totals = {key: sum(count[split][key] for count in counts) for key in COUNTS}
     return totals | {"shards": shards, "offsets": {"file": path.name, "sha256": stages.file_digest(path)}}
 
 
-def report(clean_results: list[Result], fate: np.ndarray, splits: dict[str, Result]) -> Result:
-    """What became of every document: documents_in = the sum of dropped + documents_out."""
+def commonest_unknown(counts: list[Result]) -> dict[str, dict[str, int]]:
+    """For each split, what its unknown tokens stand for most often, and how often."""
+    found = {split: Counter() for split in SPLITS}
+    for count in counts:
+        for split in SPLITS:
+            found[split].update(count[split]["unknown"])
+    return {split: dict(sorted(unknown.items(), key=lambda item: (-item[1], item[0]))[:20]) for split, unknown in found.items()}
+
+
+def report(clean_results: list[Result], fate: np.ndarray, splits: dict[str, Result], unknown: dict[str, Result]) -> Result:
+    """What became of every document: documents_in = the sum of dropped + documents_out; and what of the text has no token."""
     dropped = Counter(dict.fromkeys(cleaning.REASONS, 0))
     for result in clean_results:
         dropped.update(result["dropped"])
@@ -249,5 +259,5 @@ def report(clean_results: list[Result], fate: np.ndarray, splits: dict[str, Resu
         "dropped": dict(dropped),
         "repaired": sum(result["repaired"] for result in clean_results),
         "documents_out": int(np.count_nonzero(fate <= stages.VALIDATION)),
-        "splits": {split: {key: splits[split][key] for key in ("documents", "tokens", "bytes")} for split in SPLITS},
+        "splits": {split: {key: splits[split][key] for key in COUNTS} | {"unknown": unknown[split]} for split in SPLITS},
     }

@@ -47,13 +47,28 @@ class GptWindows:
         return batch
 
 
+def start_token(special: SpecialTokens, packing: str) -> int | None:
+    """What a document of a gpt begins after: the only statement of it, for batches and for prompts. None: nothing.
+
+    documents: the tokenizer's start token, which opens every document; its end token where it has none, as GPT-2 does.
+    concatenate: the end token, since in the stream it closes the document before.
+    """
+    order = (special.bos, special.eos) if packing == "documents" else (special.eos, special.bos)
+    return next((token for token in order if token is not None), None)
+
+
 class GptDocuments:
-    """Whole documents packed together. A token's target is the next one of its document; the last one has none."""
+    """Whole documents packed together; every token is predicted once, from those before it in its document.
+
+    The targets of a piece are its tokens. What predicts them stands one place earlier: the start token before the first of a
+    document, and where a document goes on in another sequence, the last token of the piece before. With `start` None the first
+    token of a document is no target, and its last one has none.
+    """
 
     ARRAYS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 
-    def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int):
-        self.plan = pack_documents(documents.offsets, sequence_length)
+    def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int, start: int | None):
+        self.plan, self.start = pack_documents(documents.offsets, sequence_length), start
         self.documents, self.pad, self.sequence_length = documents, special.pad or 0, sequence_length
         self.count = len(self.plan)
         self.padding_share = share_padded(int(self.plan.pieces.lengths.sum()), self.count * sequence_length)
@@ -65,18 +80,23 @@ class GptDocuments:
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
         batch = empty_rows(self.spec, len(indices), self.pad)
         row_of_piece, pieces = self.plan.pieces_of(indices)
-        lengths = pieces.lengths + pieces.continues  # where the document goes on, with the last token's target
-        stream = read_spans(self.documents, pieces.starts, pieces.starts + lengths)
-        is_token = np.ones(len(stream), bool)
-        is_token[np.cumsum(lengths)[pieces.continues] - 1] = False
-        targets = np.roll(stream, -1)[is_token]
-        has_target = np.ones(len(targets), bool)
-        has_target[np.cumsum(pieces.lengths)[~pieces.continues] - 1] = False
-        targets[~has_target] = 0
+        continued = pieces.starts > self.documents.offsets[pieces.documents]
+        before, after = (continued, 0) if self.start is not None else (0, pieces.continues)  # what else of the stream is needed
+        text = read_spans(self.documents, pieces.starts - before, pieces.starts + pieces.lengths + after)
+
+        # One more token than there are targets, for each piece: the first has nothing before it, the last nothing after it.
+        ends = np.cumsum(pieces.lengths + 1)
+        begins = ends - pieces.lengths - 1
+        chain = np.full(ends[-1] if len(ends) else 0, self.start or 0, np.int32)
+        skipped = ~continued if self.start is not None else 0  # the place of the start token
+        chain[joined_ranges(begins + skipped, pieces.lengths + before + after)] = text
+        has_target = np.ones(int(pieces.lengths.sum()), bool)
+        if self.start is None:
+            has_target[np.cumsum(pieces.lengths)[~pieces.continues] - 1] = False
 
         filled = place_pieces(batch, row_of_piece, pieces.lengths)
-        batch["tokens"][filled] = stream[is_token]
-        batch["targets"][filled] = targets
+        batch["tokens"][filled] = np.delete(chain, ends - 1)
+        batch["targets"][filled] = np.delete(chain, begins)
         batch["loss_mask"][filled] = has_target
         return batch
 

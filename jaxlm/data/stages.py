@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from itertools import chain
+from itertools import chain, repeat
 from math import floor
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from jaxlm.data.corpus import SPLITS
 from jaxlm.data.shards import block_checksums
 from jaxlm.data.sources import Reading, Unit, read_documents
 from jaxlm.data.tokenizer_training import train_tokenizer
-from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer, with_end_token
 from jaxlm.data.work import Result, beside
 from jaxlm.errors import UserError
 from jaxlm.reporting.files import open_bytes, write_atomically
@@ -33,6 +33,8 @@ from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, CleaningSett
 
 TRAIN, VALIDATION, EXACT_DUPLICATE, NEAR_DUPLICATE = range(4)  # what becomes of a cleaned document
 STRETCH_CHARACTERS = 2**20  # longer documents are tokenized in stretches: tokenizers need a hundred bytes of memory a character
+SHOWN_CHARACTERS = 20  # of a word that became an unknown token
+KEPT_UNKNOWN = 1000  # different ones that a unit remembers
 
 
 # ---------------------------------------------------------------------------------------------------------------- clean
@@ -187,7 +189,8 @@ def given_tokenizer(data: DataSettings) -> Tokenizer | None:
         return ByteTokenizer({})
     if data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
         return None
-    return load_tokenizer(data.tokenizer)
+    tokenizer = load_tokenizer(data.tokenizer)
+    return tokenizer if data.end_token is None else with_end_token(tokenizer, data.end_token)
 
 
 def make_tokenizer(cleaned: Cleaned, fate: np.ndarray, data: DataSettings, vocab_size: int | None) -> Tokenizer:
@@ -236,19 +239,49 @@ def tokenize_unit(task: TokenizeTask, stem: Path) -> Result:
     wanted = np.flatnonzero(task.fate <= VALIDATION)
     lengths = {split: array("q") for split in SPLITS}
     num_bytes = dict.fromkeys(SPLITS, 0)
+    losses = {split: Losses() for split in SPLITS}
     with ExitStack() as stack:
         files = {split: stack.enter_context(open(beside(stem, f".{split}.tokens"), "wb")) for split in SPLITS}
         for number, text in zip(wanted, unit_texts(task.cleaned, wanted), strict=True):
             for split, piece in zip(SPLITS, split_text(text, task.fate[number], task.tail), strict=True):
                 if piece:
-                    stretches = chain(token_stretches(tokenizer, piece), [end])
-                    size = sum(files[split].write(np.array(ids, task.dtype)) for ids in stretches)
+                    encoded = map(losses[split].encode, repeat(tokenizer), stretches(piece))
+                    size = sum(files[split].write(np.array(ids, task.dtype)) for ids in chain(encoded, [end]))
                     lengths[split].append(size // task.dtype.itemsize)
                     num_bytes[split] += len(piece.encode())
     for split in SPLITS:
         np.save(beside(stem, f".{split}.lengths.npy"), np.array(lengths[split], np.int64))
-    return {split: {"documents": len(lengths[split]), "tokens": sum(lengths[split]), "bytes": num_bytes[split]}
-            for split in SPLITS}
+    return {split: {"documents": len(lengths[split]), "tokens": sum(lengths[split]), "bytes": num_bytes[split],
+                    **losses[split].result()} for split in SPLITS}
+
+
+class Losses:
+    """Counts what of a split's text its tokens no longer say."""
+
+    def __init__(self):
+        self.unknown_tokens = self.lost_characters = 0
+        self.unknown: Counter[str] = Counter()  # what the unknown tokens stand for
+
+    def encode(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        ids = tokenizer.encode(text)
+        if not tokenizer.lossless:
+            self.lost_characters += count_lost(text, tokenizer.decode(ids))
+            if unknown := ids.count(tokenizer.special.unk):
+                self.unknown_tokens += unknown
+                self.unknown.update(piece[:SHOWN_CHARACTERS] for piece in tokenizer.unknown_pieces(text))
+        return ids
+
+    def result(self) -> Result:
+        return {"unknown_tokens": self.unknown_tokens, "lost_characters": self.lost_characters,
+                "unknown": dict(self.unknown.most_common(KEPT_UNKNOWN))}
+
+
+def count_lost(text: str, decoded: str) -> int:
+    """Characters in which two texts differ, whatever their order; at least 1 if they differ at all."""
+    if text == decoded:
+        return 0
+    before, after = Counter(text), Counter(decoded)
+    return max((before - after).total(), (after - before).total(), 1)
 
 
 @lru_cache(maxsize=1)
@@ -256,15 +289,15 @@ def tokenizer_at(folder: Path) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def token_stretches(tokenizer: Tokenizer, text: str) -> Iterator[list[int]]:
-    """The ids of a text; those of a very long one in stretches that end with a line or a word."""
+def stretches(text: str) -> Iterator[str]:
+    """The text; a very long one in stretches that end with a line or a word."""
     start = 0
     while len(text) - start > STRETCH_CHARACTERS:
         limit = start + STRETCH_CHARACTERS
         stop = text.rfind("\n", start, limit) + 1 or max(text.rfind(" ", start + 1, limit), 0) or limit
-        yield tokenizer.encode(text[start:stop])
+        yield text[start:stop]
         start = stop
-    yield tokenizer.encode(text[start:])
+    yield text[start:]
 
 
 # --------------------------------------------------------------------------------------------------------------- shards

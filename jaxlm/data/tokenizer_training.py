@@ -7,24 +7,33 @@ import io
 import re
 import tempfile
 import unicodedata
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from itertools import accumulate
 from typing import Any
 
 from jaxlm.data import tokenizers as ours
 from jaxlm.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, SpecialTokens
 from jaxlm.errors import UserError
+from jaxlm.reporting.progress import print_line
 
 LINE_CHARACTERS = 16384  # longer lines are cut for training: the trainers drop or choke on very long ones
 THREADS = 8  # fixed: the number of threads decides the order of summation, and stands in the trained model
 WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-WORDPIECE_ALPHABET = 1000  # characters that get a token of their own, as in BERT's vocabularies
+# Of the characters that occur, those that make up this share of the text always get tokens of their own: what SentencePiece
+# recommends for scripts of many characters (its character_coverage). The others do as far as half of the vocabulary holds them.
+CHARACTER_COVERAGE = Fraction("0.9995")
+ALPHABET_SHARE = Fraction(1, 2)
+LONGEST_WORD = 500  # letters; longer ones are cut. WordPiece's search takes the square of it, and gives up at 100 unless told
 
 
 def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int, lowercase: bool = False) -> ours.Tokenizer:
     """Trains `unigram` (Kudo 2018), `bpe` (Sennrich et al. 2016) or `wordpiece` (Schuster and Nakajima 2012) to a size.
 
-    unigram and bpe encode any text without loss, unless `lowercase`, which also strips accents. wordpiece normalizes like BERT.
+    unigram and bpe encode any text without loss, unless `lowercase`, which also strips accents. wordpiece normalizes like BERT,
+    and has no token for characters that are too rare to get one.
     UserError when the texts cannot fill, or do not fit, that many tokens.
     """
     if not any(text.strip() for text in texts):
@@ -96,34 +105,44 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int, lowercase: bool) -> J
     Left alone, the trainer numbers continuing characters, and breaks ties, in the order of a randomly seeded hash table. Given
     all of them in order beforehand, it has no choice left.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
     def wordpiece(model: models.WordPiece) -> Tokenizer:
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.BertPreTokenizer(), pre_tokenizers.Split(Regex(rf"\S{{{LONGEST_WORD}}}"), "isolated")])
         tokenizer.decoder = decoders.WordPiece()
         return tokenizer
 
-    trained = wordpiece(models.WordPiece(unk_token="[UNK]"))
-    first, continuing = alphabet(trained, texts)
-    required = [*WORDPIECE_SPECIAL, *(f"##{character}" for character in continuing)]
-    smallest = len(required) + len(first)
-    if vocab_size < smallest:
-        raise UserError(size_error("wordpiece", vocab_size, f"the text needs at least {smallest} tokens"))
-    trained.train_from_iterator(lines(texts), trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=required, initial_alphabet=first, limit_alphabet=len(first), show_progress=False))
-    vocabulary = trained.get_vocab()
+    def train(first: list[str]) -> dict[str, int]:
+        required = [*WORDPIECE_SPECIAL, *(f"##{character}" for character in first if character in inside)]
+        smallest = len(required) + len(first)
+        if vocab_size < smallest:
+            raise UserError(size_error("wordpiece", vocab_size, f"the text needs at least {smallest} tokens"))
+        trained = wordpiece(models.WordPiece(unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
+        trained.train_from_iterator(lines(texts), trainers.WordPieceTrainer(
+            vocab_size=vocab_size, special_tokens=required, initial_alphabet=first, limit_alphabet=len(first),
+            show_progress=False))
+        return trained.get_vocab()
+
+    count, inside = characters(wordpiece(models.WordPiece()), texts)
+    first = alphabet(count, inside, ALPHABET_SHARE * vocab_size)
+    vocabulary = train(first)
+    if len(vocabulary) < vocab_size:  # there is room for more characters
+        first = alphabet(count, inside, vocab_size - len(WORDPIECE_SPECIAL))
+        vocabulary = train(first)
     if len(vocabulary) < vocab_size:
         raise UserError(size_error("wordpiece", vocab_size, f"the text gives at most {len(vocabulary)} tokens"))
-    tokenizer = wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    warn_of_characters_left_out(count, first)
+    tokenizer = wordpiece(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD))
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in WORDPIECE_SPECIAL])
     special = SpecialTokens(pad=0, unk=1, bos=2, cls=2, eos=3, sep=3, mask=4)
     return JsonTokenizer({ours.JSON_FILE: tokenizer.to_str(pretty=True).encode()}, special)
 
 
-def alphabet(tokenizer: Any, texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The most frequent characters, sorted, and those of them that occur inside a word."""
+def characters(tokenizer: Any, texts: Sequence[str]) -> tuple[Counter[str], set[str]]:
+    """How often each character occurs in the normalized text, and those that occur inside a word."""
     words: Counter[str] = Counter()
     for line in lines(texts):
         words.update(word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(line)))
@@ -133,5 +152,22 @@ def alphabet(tokenizer: Any, texts: Sequence[str]) -> tuple[list[str], list[str]
         inside.update(word[1:])
         for character in word:
             count[character] += frequency
-    kept = sorted(sorted(count, key=lambda character: (-count[character], character))[:WORDPIECE_ALPHABET])
-    return kept, [character for character in kept if character in inside]
+    return count, inside
+
+
+def alphabet(count: Counter[str], inside: set[str], room: Fraction | int) -> list[str]:
+    """The characters that get tokens, sorted: CHARACTER_COVERAGE of the text, and more of them while `room` tokens hold them."""
+    by_frequency = sorted(count, key=lambda character: (-count[character], character))
+    reached = list(accumulate(count[character] for character in by_frequency))
+    tokens = list(accumulate(2 if character in inside else 1 for character in by_frequency))
+    needed = bisect_left(reached, CHARACTER_COVERAGE * count.total()) + 1
+    return sorted(by_frequency[:max(needed, bisect_right(tokens, room))])
+
+
+def warn_of_characters_left_out(count: Counter[str], kept: list[str]) -> None:
+    left_out = sorted(set(count).difference(kept))
+    if left_out:
+        times = sum(count[character] for character in left_out)
+        print_line(f"WARNING: wordpiece: {len(left_out):,} of {len(count):,} characters get no token ({times:,} of the sample's "
+                   f"{count.total():,}), and words that hold one become [UNK]: {''.join(left_out[:40])}"
+                   f"{'...' if len(left_out) > 40 else ''}; a larger model.vocab_size keeps more")

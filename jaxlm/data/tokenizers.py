@@ -10,13 +10,14 @@ import json
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxlm.data.special_tokens import Declared, SpecialTokens, declared_tokens, find_special
 from jaxlm.errors import UserError, nearest, shown
 from jaxlm.reporting.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
@@ -24,32 +25,9 @@ from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
 MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")
 SPACE_MARK = "\u2581"  # how SentencePiece writes a blank inside a piece
-SPELLINGS = {
-    "pad": ("<pad>", "[PAD]", "<|pad|>", "<|padding|>"),
-    "unk": ("<unk>", "[UNK]"),
-    "bos": ("<s>", "[BOS]", "<bos>", "<|begin_of_text|>", "<|startoftext|>"),
-    "eos": ("</s>", "[EOS]", "<eos>", "<|end_of_text|>", "<|endoftext|>"),
-    "cls": ("[CLS]", "<cls>"),
-    "sep": ("[SEP]", "<sep>"),
-    "mask": ("[MASK]", "<mask>", "<|mask|>"),
-}
-
-
-@dataclass(frozen=True)
-class SpecialTokens:
-    """Ids of the tokens that no text encodes to; None where the tokenizer has none."""
-
-    pad: int | None = None
-    unk: int | None = None
-    bos: int | None = None
-    eos: int | None = None
-    cls: int | None = None
-    sep: int | None = None
-    mask: int | None = None
-
-    @property
-    def ids(self) -> frozenset[int]:
-        return frozenset(token for token in asdict(self).values() if token is not None)
+# Holds what tokenizers drop or change: blanks, lines, case, accents, ligatures, marks without width, rare and private characters.
+PROBE = (" A  b\t\r\n\n c\u00a0d\u3000É e\u0301 ﬁ Ａ ª \u200b\ufeff\u00ad\u0007 . , n't a,b ##s <s> 日本か 한 ก็ 😀 "
+         "\U0002a6a5 \ue000 \u2581 ")
 
 
 class Tokenizer(ABC):
@@ -74,12 +52,44 @@ class Tokenizer(ABC):
     def token_starts_word(self, token: int) -> bool:
         """Whether a token that is not special begins a word."""
 
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        """Tokens by name; empty where they have none."""
+        return {}
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        """What of a text its unknown tokens stand for, in order."""
+        return []
+
+    @cached_property
+    def lossless(self) -> bool:
+        """Whether a text that holds what tokenizers drop comes back from its tokens; then any text is taken to."""
+        return self.decode(self.encode(PROBE)) == PROBE
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; special ones are dropped."""
         return self.decode_plain([int(token) for token in ids if int(token) not in self.special.ids])
+
+    def decode_after(self, ids: list[int], new: list[int], text: str) -> str:
+        """The text of the tokens `new` behind `ids`, which `text` was encoded to.
+
+        Decoded with them: many tokenizers drop the blank before the first token of a text. Where decoding changes `text` (case,
+        blanks), what follows is found behind as many characters that are not blank.
+        """
+        before, whole = self.decode(ids), self.decode([*ids, *new])
+        if whole.startswith(before):
+            after = whole[len(before):]
+        else:
+            left, place = sum(not letter.isspace() for letter in before), 0
+            while left and place < len(whole):
+                left -= not whole[place].isspace()
+                place += 1
+            after = whole[place:]
+        lost = text[len(text.rstrip()):] if not before[-1:].isspace() else ""  # blanks at its end that no token stands for
+        return after[1:] if lost and after[:1].isspace() else after
 
     @cached_property
     def starts_word(self) -> np.ndarray:
@@ -131,7 +141,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     kind = "sentencepiece"
 
-    def __init__(self, files: dict[str, bytes], special: SpecialTokens | None = None):
+    def __init__(self, files: dict[str, bytes], special: SpecialTokens | None = None, declared: Declared | None = None):
         super().__init__(files)
         import sentencepiece
 
@@ -141,15 +151,21 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise UserError(f"tokenizer: {MODEL_FILE} is not a SentencePiece model") from error
         self.vocab_size = self.processor.vocab_size()
-        self.special = special or self.find_special()
+        self.special = special or self.find_special(declared or {})
         self.space_mark = self.find_space_mark()
 
-    def find_special(self) -> SpecialTokens:
-        """What the model itself declares, then control and user-defined pieces with a usual spelling."""
-        model = self.processor
-        declared = {"pad": model.pad_id(), "unk": model.unk_id(), "bos": model.bos_id(), "eos": model.eos_id()}
-        pieces = {model.id_to_piece(token): token for token in range(self.vocab_size)}
-        return special_by_spelling(pieces, {role: token for role, token in declared.items() if token >= 0})
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return {self.processor.id_to_piece(token): token for token in range(self.vocab_size)}
+
+    def find_special(self, declared: Declared) -> SpecialTokens:
+        """What lies beside the model declares, then what it declares itself."""
+        model, vocabulary = self.processor, self.vocabulary
+        own = {"pad": model.pad_id(), "unk": model.unk_id(), "bos": model.bos_id(), "eos": model.eos_id()}
+        own_names = {role: [model.id_to_piece(token)] for role, token in own.items() if token >= 0}
+        marks = [name for name, token in vocabulary.items() if model.is_control(token) or model.is_unknown(token)]
+        every = {role: [*declared.get(role, ()), *own_names.get(role, ())] for role in {*declared, *own_names}}
+        return find_special(vocabulary, marks, every | {"unk": own_names.get("unk", [])})
 
     def find_space_mark(self) -> list[int] | None:
         """Byte tokens of a literal U+2581 in the text, which SentencePiece would take for a blank.
@@ -172,6 +188,10 @@ class SentencePieceTokenizer(Tokenizer):
     def decode_plain(self, ids: list[int]) -> str:
         return self.processor.decode(ids)
 
+    def unknown_pieces(self, text: str) -> list[str]:
+        pieces = self.processor.encode(text, out_type="immutable_proto").pieces
+        return [piece.surface for piece in pieces if piece.id == self.special.unk]
+
     def token_starts_word(self, token: int) -> bool:
         if self.processor.is_control(token) or self.processor.is_unused(token):
             return True
@@ -184,7 +204,7 @@ class JsonTokenizer(Tokenizer):
 
     kind = "json"
 
-    def __init__(self, files: dict[str, bytes], special: SpecialTokens | None = None, names: dict[str, str] | None = None):
+    def __init__(self, files: dict[str, bytes], special: SpecialTokens | None = None, declared: Declared | None = None):
         super().__init__(files)
         import tokenizers
 
@@ -195,12 +215,25 @@ class JsonTokenizer(Tokenizer):
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # spelled in a text, they are plain text
-        vocabulary = self.tokenizer.get_vocab(with_added_tokens=True)
+        vocabulary, added = self.vocabulary, self.tokenizer.get_added_tokens_decoder()
         self.vocab_size = max(vocabulary.values()) + 1
-        declared = {role: vocabulary[name] for role, name in (names or {}).items() if name in vocabulary}
-        self.special = special or special_by_spelling(vocabulary, declared)
         model = json.loads(files[JSON_FILE])["model"]
         self.continuation = model["continuing_subword_prefix"] if model.get("type") == "WordPiece" else None
+        marks = [token.content for token in added.values()]
+        self.special = special or find_special(vocabulary, marks, {**(declared or {}), **self.own_unknown(model)})
+        # An added token that is not called special would be found in text that spells it.
+        plain = [token.content for number, token in added.items() if number in self.special.ids and not token.special]
+        self.tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in plain])
+
+    def own_unknown(self, model: dict[str, Any]) -> Declared:
+        """What the model itself puts for what it does not know, whatever is declared beside it."""
+        token = model.get("unk_token")  # of Unigram an id
+        token = self.tokenizer.id_to_token(model["unk_id"]) if model.get("unk_id") is not None else token
+        return {"unk": [token]} if token else {}
+
+    @property
+    def vocabulary(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -210,6 +243,11 @@ class JsonTokenizer(Tokenizer):
 
     def decode_plain(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def unknown_pieces(self, text: str) -> list[str]:
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        unknown = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == self.special.unk]
+        return [text[start:stop] for start, stop in unknown]
 
     def token_starts_word(self, token: int) -> bool:
         piece = self.tokenizer.id_to_token(token) or ""
@@ -240,6 +278,7 @@ class CharacterTokenizer(Tokenizer):
     """One id for each character of a text, in Unicode order, and nothing else, unless documents need an end mark."""
 
     kind = "characters"
+    lossless = True  # what it does not know, it refuses
 
     def __init__(self, files: dict[str, bytes], special: SpecialTokens):
         super().__init__(files)
@@ -302,9 +341,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         if names or is_special(path):
             return load_folder(path, names)
         if path.suffix == ".json":
-            return JsonTokenizer({JSON_FILE: read_bytes(path)}, names=declared_names(path.parent))
+            return JsonTokenizer({JSON_FILE: read_bytes(path)}, declared=declared_tokens(path.parent))
         if exists(path):
-            return SentencePieceTokenizer({MODEL_FILE: read_bytes(path)})
+            return SentencePieceTokenizer({MODEL_FILE: read_bytes(path)}, declared=declared_tokens(path.parent))
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
@@ -318,12 +357,23 @@ def load_folder(folder: Location, names: list[str]) -> Tokenizer:
     if DESCRIPTION in names:
         return load_saved(folder)
     if JSON_FILE in names:
-        return JsonTokenizer({JSON_FILE: read_bytes(folder / JSON_FILE)}, names=declared_names(folder))
+        return JsonTokenizer({JSON_FILE: read_bytes(folder / JSON_FILE)}, declared=declared_tokens(folder))
     models = [name for name in names if name.endswith(".model")]
     if len(models) == 1:
-        return SentencePieceTokenizer({MODEL_FILE: read_bytes(folder / models[0])})
+        return SentencePieceTokenizer({MODEL_FILE: read_bytes(folder / models[0])}, declared=declared_tokens(folder))
     raise UserError(f"expected one of {DESCRIPTION}, {JSON_FILE} or one SentencePiece .model in this folder, "
                     f"found {len(models)} .model files")
+
+
+def with_end_token(tokenizer: Tokenizer, name: str) -> Tokenizer:
+    """The same tokenizer, but documents end with the token of this name. Raises UserError: it has none of this name."""
+    vocabulary = tokenizer.vocabulary
+    if name not in vocabulary:
+        special = [token for token in vocabulary if token[:1] in ("<", "[")] or [*vocabulary]
+        raise UserError(f"data.end_token: '{name}' is not a token of this tokenizer{nearest(name, special)}")
+    end = vocabulary[name]
+    special = replace(tokenizer.special, eos=end, sep=end if tokenizer.special.sep is None else tokenizer.special.sep)
+    return build(tokenizer.kind, tokenizer.files, special)
 
 
 def load_saved(folder: Location) -> Tokenizer:
@@ -339,34 +389,6 @@ def load_saved(folder: Location) -> Tokenizer:
     if tokenizer.digest != digest:
         raise UserError(f"the files are not those that were saved: digest {tokenizer.digest[:12]}, expected {digest[:12]}")
     return tokenizer
-
-
-def declared_names(folder: Location) -> dict[str, str]:
-    """Special tokens by role as the JSON files that lie beside a tokenizer.json name them."""
-    names: dict[str, str] = {}
-    for file in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
-        try:
-            content = json.loads(read_text(file)) if exists(file) else {}
-        except ValueError as error:
-            raise UserError(f"{file.name} is not JSON ({error})") from error
-        for role in SPELLINGS:
-            token = content.get(f"{role}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            if isinstance(token, str):
-                names[role] = token
-    return names
-
-
-def special_by_spelling(vocabulary: dict[str, int], declared: dict[str, int]) -> SpecialTokens:
-    """Roles that are not declared go by the usual spellings; cls and bos, sep and eos stand in for each other."""
-    roles: dict[str, int | None] = {field.name: declared.get(field.name) for field in fields(SpecialTokens)}
-    for role, spellings in SPELLINGS.items():
-        if roles[role] is None:
-            roles[role] = next((vocabulary[spelling] for spelling in spellings if spelling in vocabulary), None)
-    for one, other in (("cls", "bos"), ("sep", "eos")):
-        roles[one], roles[other] = (roles[one] if roles[one] is not None else roles[other],
-                                    roles[other] if roles[other] is not None else roles[one])
-    return SpecialTokens(**roles)
 
 
 def begins_word(piece: str) -> bool:

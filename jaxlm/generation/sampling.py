@@ -17,15 +17,22 @@ from jaxlm.parallel.distributed import is_main
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
-from jaxlm.training.checkpoints import MODEL_KEYS, Checkpoints, refuse_changes
+from jaxlm.training.checkpoints import MODEL_KEYS, START_KEY, Checkpoints, refuse_changes
 from jaxlm.training.setup import Run, encode_prompts, lay_mesh, resolve, start
 
 
 class Sample(NamedTuple):
-    """One continuation."""
+    """One continuation: `text` goes on where `prompt` ends, blanks included."""
 
     prompt: str
     text: str
+
+    def marked(self) -> str:
+        """Both, for people, with a mark where the prompt ends; an empty one needs none."""
+        return f"{self.prompt}{PROMPT_END}{self.text}" if self.prompt else self.text
+
+
+PROMPT_END = "[prompt ends]"
 
 
 def generate_from_run(settings: Settings) -> list[Sample]:
@@ -39,7 +46,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         saved = checkpoints.metadata(step)
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         settings = resolve(settings, tokenizer)
-        refuse_changes(MODEL_KEYS, saved["settings"], to_dict(settings), checkpoints.directory)
+        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
         run = start(settings, mesh)
         return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
 
@@ -77,9 +84,10 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
                      out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
     result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
     samples = []
-    for prompt, length, row in zip(prompts, lengths, result, strict=False):
-        new = row[length : length + settings.max_new_tokens].tolist()
-        samples.append(Sample(prompt, tokenizer.decode(new[: new.index(end_token)] if end_token in new else new)))
+    for prompt, ids, row in zip(prompts, encoded, result, strict=False):
+        new = row[len(ids) : len(ids) + settings.max_new_tokens].tolist()
+        new = new[: new.index(end_token)] if end_token in new else new
+        samples.append(Sample(prompt, tokenizer.decode_after(ids, new, prompt)))
     return samples
 
 

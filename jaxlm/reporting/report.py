@@ -55,6 +55,8 @@ def results(run: Run) -> dict[str, str]:
             figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"
         others = {key: value for key, value in last.items() if key not in ("step", "val_loss", "loss") and value is not None}
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}
+        if last.get("val_bits_per_byte", 0) is None:
+            figures["val bits per byte"] = f"{UNKNOWN}: the tokenizer lost some of the text"
     elif run.figure("val_loss") is not None:
         figures["validation loss"] = f"{run.figure('val_loss'):.4f}"
     if losses:

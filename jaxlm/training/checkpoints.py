@@ -57,7 +57,8 @@ MESSAGE = 512  # bytes of what a process can tell the others
 FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention")
 MODEL_KEYS = {f"model.{field.name}": "the parameters were trained in that architecture"
               for field in dataclasses.fields(ModelSettings) if field.name not in FREE_IN_MODEL}
-FIXED_KEYS = MODEL_KEYS | {
+START_KEY = {"data.start_token": "the model knows documents that begin so"}
+FIXED_KEYS = MODEL_KEYS | START_KEY | {
     "optimizer.name": "the optimizer's state is of that update rule",
     "optimizer.b1": "the optimizer's state holds a mean that decays by it",
 } | dict.fromkeys(("seed", "data.global_batch_size", "data.sequence_length", "data.packing", "data.masking.probability",
@@ -351,6 +352,8 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
     """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for those in
     checkpoint.allow. Raises UserError."""
     before, now = flatten(saved), flatten(wanted)
+    if (before.get("model.family"), before.get("data.packing")) == ("gpt", "documents"):
+        before.setdefault("data.start_token", False)  # what older runs did, without the key
     for key, reason in keys.items():
         # a key that is not there is younger than the checkpoint
         if key in before and before[key] != now[key] and key not in now["checkpoint.allow"]:

@@ -15,23 +15,26 @@ from jaxlm.training.step import Batch, Trainer
 
 
 def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora, whole: bool,
-                 through: Callable[[Iterable[Batch]], Iterable[Batch]] = iter) -> dict[str, float]:
+                 through: Callable[[Iterable[Batch]], Iterable[Batch]] = iter) -> dict[str, float | None]:
     """Metrics over the whole validation set, or over eval.steps batches of it, which come `through` what watches over them."""
     steps = len(validation) if whole else min(len(validation), run.settings.eval.steps or len(validation))
     bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
+    if any(corpus.loses_text for corpus, _ in corpora):
+        bytes_per_token = None
     with on_devices(validation, 0, steps, run.mesh, run.settings.data.prefetch) as source:
         row = evaluate(run.trainer, params, through(source), bytes_per_token)
     return row | SkippedRows(validation, run.mesh).column(steps, "val_skipped_rows")
 
 
-def evaluate(trainer: Trainer, params: dict, batches: Iterable[Batch], bytes_per_token: float | None) -> dict[str, float]:
+def evaluate(trainer: Trainer, params: dict, batches: Iterable[Batch], bytes_per_token: float | None) -> dict[str, float | None]:
     """Runs every batch and returns the metrics, `val_loss` first.
 
     Args:
       trainer: its `evaluate` is used.
       params: on the mesh.
       batches: of device arrays; padded rows and positions carry a false mask and count nothing.
-      bytes_per_token: UTF-8 bytes of text per predicted token, for bits per byte (gpt); None: not reported.
+      bytes_per_token: UTF-8 bytes of text per predicted token, for bits per byte (gpt). None where the tokenizer lost
+        text, and then so are they: the bits left out would be those of what was lost.
 
     Raises RunError: there are batches, and nothing in them to predict.
     """
@@ -55,18 +58,17 @@ def _add(totals: dict[str, np.ndarray], sums: dict[str, Sums]) -> None:
         totals[name] = totals.get(name, np.zeros(len(values))) + np.asarray(values, np.float64)
 
 
-def _metrics(totals: dict[str, Sums], bytes_per_token: float | None) -> dict[str, float]:
+def _metrics(totals: dict[str, Sums], bytes_per_token: float | None) -> dict[str, float | None]:
     entropy = {name: term.cross_entropy / max(term.count, 1) for name, term in totals.items()}
     metrics = {"val_loss": sum(entropy.values())}
     if "next_token" in entropy:
         metrics["val_perplexity"] = math.exp(min(entropy["next_token"], 700))
         metrics["val_accuracy"] = totals["next_token"].correct / max(totals["next_token"].count, 1)
-        if bytes_per_token:
-            metrics["val_bits_per_byte"] = entropy["next_token"] / math.log(2) / bytes_per_token
+        metrics["val_bits_per_byte"] = bytes_per_token and entropy["next_token"] / math.log(2) / bytes_per_token
     for name, short in (("masked_token", "mlm"), ("next_sentence", "nsp")):
         if name in totals:
             metrics[f"val_{short}_loss"] = entropy[name]
             metrics[f"val_{short}_accuracy"] = totals[name].correct / max(totals[name].count, 1)
     if "masked_token" in entropy:
         metrics["val_mlm_perplexity"] = math.exp(min(entropy["masked_token"], 700))
-    return {name: float(value) for name, value in metrics.items()}
+    return {name: value if value is None else float(value) for name, value in metrics.items()}

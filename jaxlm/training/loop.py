@@ -27,7 +27,7 @@ from jaxlm.reporting.progress import TrainingProgress, print_line
 from jaxlm.reporting.runs import read_summary
 from jaxlm.reporting.units import counted, format_count
 from jaxlm.settings import Settings, dump, to_dict
-from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, check_allowed, refuse_changes, versions
+from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, START_KEY, Checkpoints, check_allowed, refuse_changes, versions
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.setup import (
     Corpora,
@@ -183,6 +183,9 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
+    for corpus, _ in corpora:
+        lines += [f"{corpus.directory}: {corpus.lost}"] if settings.model.family == "gpt" and corpus.loses_text else []
+        lines += corpus.warnings()
     if first:
         lines.append(f"resuming from step {first} of {settings.train.steps} ({as_path(settings.run_dir) / 'checkpoints'})")
     return lines
@@ -230,7 +233,7 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))
         run = start(resolve(settings, corpora[0][0].tokenizer), mesh)
         saved = checkpoints.metadata(step)
-        refuse_changes(MODEL_KEYS, saved["settings"], to_dict(run.settings), checkpoints.directory)
+        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(run.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
         validation = make_validation_batches(run.settings, corpora)

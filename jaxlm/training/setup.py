@@ -17,6 +17,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.loading import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.prepare import prepare
+from jaxlm.data.sequences import start_token
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
@@ -108,14 +109,19 @@ def check_corpora(settings: Settings, corpora: Corpora) -> None:
 
 
 def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of `generate.prompts`; for an empty one, what stands before a document. Raises UserError if one does not fit."""
-    special, limit = tokenizer.special, settings.model.max_length
-    start_token = next((token for token in (special.eos, special.bos) if token is not None), 0)
+    """Token ids of `generate.prompts`, as training has them: after the start token where it opens every document.
+
+    An empty prompt is what a document begins after (`start_token`), or token 0 where the tokenizer has nothing of the kind.
+    Raises UserError if one does not fit.
+    """
+    data, limit = settings.data, settings.model.max_length
+    start = start_token(tokenizer.special, data.packing)
+    opening = [start] if data.packing == "documents" and data.start_token and start is not None else []
     encoded = []
     for prompt in settings.generate.prompts:
         shown = f"generate.prompts: {prompt if len(prompt) < 34 else prompt[:30] + '...'!r}"
         try:
-            ids = tokenizer.encode(prompt) or [start_token]
+            ids = opening + tokenizer.encode(prompt) or [0 if start is None else start]
         except UserError as error:
             raise UserError(f"{shown}: {error}") from None
         if len(ids) >= limit:

@@ -1,5 +1,6 @@
 """Batches against what the streams say: a token's id is its place in the stream, so that a batch shows where it is from."""
 
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -44,14 +45,16 @@ LENGTHS = [7, 40, 3, 19, 2, 11, 90, 5, 16, 17, 33, 8, 1, 25]
 CORPUS = make_corpus(LENGTHS)
 
 
-def training(corpora, family="gpt", packing="concatenate", next_sentence=False, seed=0, length=16, size=4, **masking):
+def training(corpora, family="gpt", packing="concatenate", next_sentence=False, seed=0, length=16, size=4, start_token=True,
+             **masking):
     corpora = corpora if isinstance(corpora, list) else [(corpora, 1.0)]
-    data = DataSettings(sequence_length=length, global_batch_size=size, packing=packing, masking=MaskingSettings(**masking))
+    data = DataSettings(sequence_length=length, global_batch_size=size, packing=packing, start_token=start_token,
+                        masking=MaskingSettings(**masking))
     return training_batches(corpora, data, family=family, next_sentence=next_sentence, seed=seed)
 
 
-def validation(corpora, family="gpt", packing="concatenate", next_sentence=False, length=16, size=4):
-    data = DataSettings(sequence_length=length, packing=packing)
+def validation(corpora, family="gpt", packing="concatenate", next_sentence=False, length=16, size=4, start_token=True):
+    data = DataSettings(sequence_length=length, packing=packing, start_token=start_token)
     return validation_batches(corpora, data, family=family, next_sentence=next_sentence, batch_size=size)
 
 
@@ -128,7 +131,7 @@ def test_examples_say_what_a_batch_is_made_of(family, packing, next_sentence, ma
     for step in range(steps):
         found, batch = batches.examples(step), batches.batch(step)
         assert batches.examples(step, np.array([2, 0])) == [found[2], found[0]]
-        tokens = unmasked(batch) if family == "bert" else batch["tokens"]
+        tokens = unmasked(batch) if family == "bert" else batch["targets" if packing == "documents" else "tokens"]
         for row, example in zip(tokens, found, strict=True):
             expected = np.concatenate([np.empty(0, int), *(split.read(*span) for span in example.spans)] if example else [[]])
             if (family, packing) == ("gpt", "concatenate"):
@@ -230,23 +233,45 @@ def check_segments(epoch):
 
 
 @pytest.mark.parametrize("make", [training, validation])
-def test_gpt_documents(make):
-    batches = make(CORPUS, packing="documents", size=4)
+@pytest.mark.parametrize("start", [2, 3])
+def test_a_document_of_a_gpt_begins_with_its_start_token(make, start):
+    """Its first token is a target, and so is every other one, once. The start token is bos, or eos as for GPT-2."""
+    corpus = make_corpus(LENGTHS, special=dataclasses.replace(SPECIAL, bos=start if start != SPECIAL.eos else None))
+    batches = make(corpus, packing="documents", size=4)
     epoch = epoch_of(batches) if make is training else all_of(batches)
-    last_tokens = set((CORPUS.train.offsets[1:] - 1 + FIRST).tolist())
+    first_tokens, seen = set((corpus.train.offsets[:-1] + FIRST).tolist()), []
+    for row, columns in check_segments(epoch):
+        tokens, targets = epoch["tokens"][row, columns], epoch["targets"][row, columns]
+        np.testing.assert_array_equal(targets, targets[0] + np.arange(len(targets)))
+        assert len(set(document_of(corpus, targets))) == 1
+        np.testing.assert_array_equal(tokens[1:], targets[:-1])
+        assert tokens[0] == (start if targets[0] in first_tokens else targets[0] - 1)  # a later piece: the token before it
+        assert epoch["loss_mask"][row, columns].all()
+        seen += targets.tolist()
+    assert sorted(seen) == corpus.train.stream.tolist()
+    padding = epoch["segment_ids"] == 0
+    assert not epoch["loss_mask"][padding].any() and not epoch["tokens"][padding].any()
+    assert padding[:batches.sequences_per_epoch].mean() == pytest.approx(batches.padding_share) or make is validation
+
+
+@pytest.mark.parametrize("make", [training, validation])
+@pytest.mark.parametrize(("special", "start_token"), [(SpecialTokens(pad=0), True), (SPECIAL, False)])
+def test_documents_without_a_start_token(make, special, start_token):
+    """As they were before there was one: the same sequences, in which the first token of a document is no target."""
+    corpus = make_corpus(LENGTHS, special=special)
+    batches = make(corpus, packing="documents", size=4, start_token=start_token)
+    epoch = epoch_of(batches) if make is training else all_of(batches)
+    last_tokens = set((corpus.train.offsets[1:] - 1 + FIRST).tolist())
     seen = []
     for row, columns in check_segments(epoch):
         tokens, targets = epoch["tokens"][row, columns], epoch["targets"][row, columns]
         np.testing.assert_array_equal(tokens, tokens[0] + np.arange(len(tokens)))
-        assert len(set(document_of(CORPUS, tokens))) == 1
+        assert len(set(document_of(corpus, tokens))) == 1
         has_target = np.array([token not in last_tokens for token in tokens.tolist()])
         np.testing.assert_array_equal(epoch["loss_mask"][row, columns], has_target)
         np.testing.assert_array_equal(targets, np.where(has_target, tokens + 1, 0))
         seen += tokens.tolist()
-    assert sorted(seen) == CORPUS.train.stream.tolist()
-    padding = epoch["segment_ids"] == 0
-    assert not epoch["loss_mask"][padding].any() and not epoch["tokens"][padding].any()
-    assert padding[:batches.sequences_per_epoch].mean() == pytest.approx(batches.padding_share) or make is validation
+    assert sorted(seen) == corpus.train.stream.tolist()
 
 
 @pytest.mark.parametrize("eos", [2, None])

@@ -10,9 +10,20 @@ import tokenizers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxlm.checks import check
+from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizer_training import train_tokenizer
-from jaxlm.data.tokenizers import CHARACTERS_FILE, ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer
+from jaxlm.data.tokenizers import (
+    CHARACTERS_FILE,
+    ByteTokenizer,
+    CharacterTokenizer,
+    JsonTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from jaxlm.errors import UserError
+from jaxlm.settings import DataSettings, ModelSettings, Settings
 
 TEXTS = ["def add(a, b):\n    return a + b\n\n\nclass Tree:\n\tdef walk(self):\n\t\tyield from self.left.walk()\n",
          "The quick brown fox jumps over the lazy dog. The dog, being lazy, does not mind; the fox was quick.\n",
@@ -228,3 +239,175 @@ def test_wrong_files_are_refused_by_name(tmp_path, sentencepiece_tokenizer):
     for damaged in ({}, {"kind": "sentencepiece"}, {"kind": "bites", "files": {}, "special": {}}):
         with pytest.raises(UserError, match=r"^tokenizer: "):
             Tokenizer.from_dict(damaged)
+
+
+# ------------------------------------------------------------------------------------------------------------- end tokens
+
+def word_level(folder, names, plain=()):
+    """A tokenizer.json of a few words, with these special tokens, and `plain`: added tokens that are not called special."""
+    tokenizer = hf.Tokenizer(hf.models.WordLevel({"some": 0, "text": 1, "end": 2, "s": 3, "[": 4, "]": 5, "?": 6}, unk_token="?"))
+    tokenizer.pre_tokenizer = hf.pre_tokenizers.Whitespace()
+    tokenizer.add_special_tokens([*names])
+    tokenizer.add_tokens([*plain])
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def beside(folder, **files):
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def role(folder, name="eos"):
+    """The token that has this role, as it is spelled."""
+    tokenizer = load_tokenizer(folder)
+    names = {token: spelling for spelling, token in tokenizer.vocabulary.items()}
+    return names.get(getattr(tokenizer.special, name))
+
+
+@pytest.mark.parametrize("end", [
+    "<｜end▁of▁sentence｜>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "</s>", "<eos>", "[EOS]", "<|eos|>",
+    "<EOS_TOKEN>", "<|end|>", "<end_of_turn>", "<|endofturn|>", "[|endofturn|]", "<|END_OF_TURN_TOKEN|>", "<|end_of_document|>"])
+def test_end_tokens_in_any_usual_spelling(tmp_path, end):
+    """Issue 14, line 5."""
+    assert role(word_level(tmp_path, ["<unk>", "<|start|>", end, "<|header|>"])) == end
+
+
+def test_a_word_that_looks_like_an_end_token_is_none(tmp_path):
+    """`end`, `s` and `[end]` are words of a text; only tokens that are set apart are known by unusual spellings."""
+    assert role(word_level(tmp_path, ["<unk>"])) is None
+
+
+@pytest.mark.parametrize(("names", "files", "expected"), [
+    # what is declared, in the files and forms of transformers 4 and 5
+    (["<|a|>", "<|b|>"], {"tokenizer_config": {"eos_token": "<|b|>"}}, "<|b|>"),
+    (["<|a|>", "<|b|>"], {"tokenizer_config": {"eos_token": {"__type": "AddedToken", "content": "<|b|>"}}}, "<|b|>"),
+    (["<|a|>", "<|b|>"], {"special_tokens_map": {"eos_token": {"content": "<|b|>", "lstrip": False}}}, "<|b|>"),
+    (["<|a|>", "<|b|>"], {"generation_config": {"eos_token_id": 8}}, "<|b|>"),
+    (["<|a|>", "<|b|>"], {"generation_config": {"eos_token_id": [8, 7]}}, "<|b|>"),
+    (["<|a|>", "<|b|>"], {"config": {"eos_token_id": 8}}, "<|b|>"),
+    # the nearer to the tokenizer, the more it counts; an id that is a word, or none, is of another model
+    (["<|a|>", "<|b|>"], {"tokenizer_config": {"eos_token": "<|a|>"}, "config": {"eos_token_id": 8}}, "<|a|>"),
+    (["<|a|>", "</s>"], {"config": {"eos_token_id": 2}}, "</s>"),
+    (["<|a|>", "</s>"], {"generation_config": {"eos_token_id": 99}, "tokenizer_config": {"eos_token": None}}, "</s>"),
+    # text is documents: the end of a text before the end of a turn, wherever it is found (Llama 3, Qwen, DeepSeek)
+    (["<|end_of_text|>", "<|eot_id|>"], {"tokenizer_config": {"eos_token": "<|eot_id|>"}}, "<|end_of_text|>"),
+    (["<|x|>", "<|eot_id|>"], {"tokenizer_config": {"eos_token": "<|eot_id|>"}, "generation_config": {"eos_token_id": [8, 7]}},
+     "<|x|>"),
+    (["<|endoftext|>", "<|im_start|>", "<|im_end|>"], {"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|endoftext|>"),
+    (["<|im_start|>", "<|im_end|>"], {"tokenizer_config": {"eos_token": "<|im_end|>"}}, "<|im_end|>"),
+    (["<eos>", "<end_of_turn>"], {"generation_config": {"eos_token_id": [8, 7]}}, "<eos>"),
+    (["[CLS]", "[SEP]"], {}, "[SEP]"),
+])
+def test_which_token_ends_a_document(tmp_path, names, files, expected):
+    """Issue 14, line 5: ids 7 and 8 are the first two of `names`."""
+    assert role(beside(word_level(tmp_path, names), **files)) == expected
+
+
+def test_other_roles_have_other_spellings_too(tmp_path):
+    folder = word_level(tmp_path, ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"])
+    assert role(folder, "bos") == "<｜begin▁of▁sentence｜>" and role(folder, "pad") == "<｜▁pad▁｜>"
+    assert role(folder, "unk") == "?"  # what the model itself puts for what it does not know
+
+
+def test_an_end_token_can_be_named(tmp_path):
+    """Issue 14, line 5: data.end_token; also one that the file does not call special, and never from text that spells it."""
+    folder = word_level(tmp_path / "given", ["</s>"], plain=["<|done|>"])
+    tokenizer = given_tokenizer(DataSettings(tokenizer=str(folder), end_token="<|done|>"))
+    end = tokenizer.vocabulary["<|done|>"]
+    assert tokenizer.special.eos == end and end not in tokenizer.encode("some <|done|> text")
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").special.eos == end
+    assert tokenizer.digest != load_tokenizer(folder).digest
+    with pytest.raises(UserError, match=r"data\.end_token: '<\|dome\|>' is not a token.*did you mean '<\|done\|>'"):
+        given_tokenizer(DataSettings(tokenizer=str(folder), end_token="<|dome|>"))
+    with pytest.raises(UserError, match=r"data\.end_token=</s>: data\.tokenizer=bpe has an end token of its own"):
+        check(Settings(data=DataSettings(raw="x", end_token="</s>"), model=ModelSettings(vocab_size=300)))
+
+
+def test_a_sentencepiece_model_takes_what_is_declared_beside_it(sentencepiece_tokenizer, tmp_path):
+    sentencepiece_tokenizer.save(tmp_path)
+    (tmp_path / "jaxlm_tokenizer.json").unlink()
+    assert role(tmp_path) == "</s>" and role(tmp_path, "unk") == "<unk>"
+    assert role(beside(tmp_path, tokenizer_config={"eos_token": "<mask>", "unk_token": "</s>"})) == "<mask>"
+    assert role(tmp_path, "unk") == "<unk>"
+
+
+def test_files_beside_a_tokenizer_that_are_no_json_objects_are_named(tmp_path):
+    for content in ("[]", "{", '"a"'):
+        (word_level(tmp_path, ["</s>"]) / "generation_config.json").write_text(content)
+        with pytest.raises(UserError, match=r"generation_config\.json"):
+            load_tokenizer(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------- the text behind a prompt
+
+def sentencepiece_with_dummy_prefix():
+    import io
+
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(TEXTS), model_writer=model, vocab_size=330,
+                                             byte_fallback=True, minloglevel=3)
+    return SentencePieceTokenizer({"tokenizer.model": model.getvalue()})
+
+
+def metaspace():
+    """As T5 and Llama have it in their tokenizer.json."""
+    tokenizer = hf.Tokenizer(hf.models.Unigram())
+    tokenizer.pre_tokenizer, tokenizer.decoder = hf.pre_tokenizers.Metaspace(), hf.decoders.Metaspace()
+    tokenizer.train_from_iterator(TEXTS, hf.trainers.UnigramTrainer(vocab_size=300, show_progress=False, unk_token="<unk>",
+                                                                    special_tokens=["<unk>", "</s>"]))
+    return JsonTokenizer({"tokenizer.json": tokenizer.to_str().encode()})
+
+
+@pytest.fixture(scope="module")
+def of_all_kinds(sentencepiece_tokenizer, wordpiece_tokenizer, byte_level_file):
+    return [sentencepiece_tokenizer, wordpiece_tokenizer, load_tokenizer(byte_level_file), sentencepiece_with_dummy_prefix(),
+            metaspace(), ByteTokenizer({}), CharacterTokenizer.of("".join(TEXTS), end_mark=True)]
+
+
+@pytest.mark.parametrize("text", ["The quick brown fox", "it is lazy, and minds", "naïve café: 日本 und Köln", "a  b\n\nc"])
+def test_the_blank_between_a_prompt_and_what_follows(of_all_kinds, text):
+    """Issue 14, line 4: a prompt that ends at any token, and the rest behind it, read as the whole does."""
+    for tokenizer in of_all_kinds:
+        ids = tokenizer.encode(text)
+        whole = tokenizer.decode(ids)
+        for end in range(1, len(ids)):
+            prompt = tokenizer.decode(ids[:end])
+            if "\ufffd" not in prompt:  # no prompt ends inside a character
+                assert prompt + tokenizer.decode_after(ids[:end], ids[end:], prompt) == whole, (type(tokenizer), prompt)
+
+
+def test_a_word_behind_a_prompt_has_its_blank(of_all_kinds):
+    """Which decoding the continuation alone loses for WordPiece, Metaspace, and SentencePiece with its dummy prefix."""
+    lost = 0
+    for tokenizer in of_all_kinds:
+        ids, prompt = tokenizer.encode("the lazy dog"), tokenizer.encode("the lazy")
+        assert ids[:len(prompt)] == prompt
+        assert tokenizer.decode_after(prompt, ids[len(prompt):], "the lazy") == " dog"
+        lost += tokenizer.decode(ids[len(prompt):]) == "dog"
+    assert lost == 3
+
+
+def test_a_blank_that_the_prompt_has_is_not_there_twice(wordpiece_tokenizer):
+    """WordPiece has no token for the blank at a prompt's end, and writes one before the next word."""
+    ids = wordpiece_tokenizer.encode("the lazy ")
+    assert wordpiece_tokenizer.decode_after(ids, wordpiece_tokenizer.encode("dog"), "the lazy ") == "dog"
+    assert wordpiece_tokenizer.decode_after(ids, wordpiece_tokenizer.encode("dog"), "the lazy") == " dog"
+
+
+def test_a_prompt_that_decoding_changes(wordpiece_tokenizer):
+    """The prompt stays as it was typed; what comes after it is found behind its letters."""
+    ids = wordpiece_tokenizer.encode("The lazy , dog")  # "the lazy, dog"
+    assert wordpiece_tokenizer.decode_after(ids, wordpiece_tokenizer.encode("jumps"), "The lazy , dog") == " jumps"
+
+
+def test_a_character_cut_by_the_end_of_the_prompt():
+    """Bytes that go on with no character are none; those before them stay as they are."""
+    tokenizer = ByteTokenizer({})
+    new = [*"日".encode()[1:], *"本".encode()]
+    assert tokenizer.decode_after(tokenizer.encode("é"), new, "é") == "\ufffd\ufffd本"

@@ -94,11 +94,11 @@ def windows(documents: Documents, length: int) -> Iterable[np.ndarray]:
     return [stream[start : start + length + 1] for start in range(0, len(stream) - 1, length)]
 
 
-def pieces(documents: Documents, length: int) -> Iterable[np.ndarray]:
-    """Every document by itself; one that is longer than `length` in windows."""
+def pieces(documents: Documents, length: int, start_token: int) -> Iterable[np.ndarray]:
+    """Every document by itself, after its start token; one that is longer than `length` in windows."""
     bounds = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
-    for document in (documents.read(start, stop) for start, stop in bounds):
-        yield from (document[start : start + length + 1] for start in range(0, len(document) - 1, length))
+    for document in ([start_token, *documents.read(start, stop)] for start, stop in bounds):
+        yield from (np.array(document[start : start + length + 1]) for start in range(0, len(document) - 1, length))
 
 
 def surprise(run_dir: Path, restore: Callable, sequences: Iterable[np.ndarray]) -> np.ndarray:
@@ -138,8 +138,10 @@ def test_a_mixture_of_packed_documents_trains_and_is_evaluated_whole(finished, f
     assert jaxlm("train", run_file, f"run_dir={run_dir}", f"data.corpus={{{folder / 'one'}: 3, {folder / 'two'}: 1}}",
                  "data.raw=null", "data.packing=documents", "eval.batch_size=5") == 0
     assert losses(run_dir)[-1] < 0.9 * losses(run_dir)[0]
-    texts = [Corpus(folder / name).validation for name in ("one", "two")]
-    nats = surprise(run_dir, restore, (piece for text in texts for piece in pieces(text, 32)))
+    corpora = [Corpus(folder / name) for name in ("one", "two")]
+    nats = surprise(run_dir, restore, (piece for corpus in corpora
+                                       for piece in pieces(corpus.validation, 32, corpus.tokenizer.special.eos)))
+    assert len(nats) == sum(corpus.validation.num_tokens for corpus in corpora)  # also the first of each document
     assert evaluations(run_dir)[-1]["val_loss"] == pytest.approx(nats.mean(), rel=1e-5)
 
 
