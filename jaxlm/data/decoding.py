@@ -30,6 +30,8 @@ USUAL = {"gb18030": "Chinese: GB18030, GBK, GB2312", "big5": "Chinese: Big5", "c
          "cp1255": "Hebrew: Windows-1255", "cp1256": "Arabic: Windows-1256", "cp1257": "Baltic: Windows-1257",
          "cp874": "Thai: Windows-874, TIS-620", "utf_16_le": "UTF-16 without a mark", "utf_16_be": "UTF-16 without a mark",
          "mac_roman": "Western: Mac"}
+SEVERAL_BYTES = ("gb18030", "big5", "cp932", "euc_jp", "cp949", "utf_16_le", "utf_16_be")
+LATIN = 0.4  # of the bytes: with fewer than that beyond ASCII it is a Latin alphabet, most likely
 
 
 def encoding_problems(name: str) -> Iterator[str]:
@@ -39,7 +41,7 @@ def encoding_problems(name: str) -> Iterator[str]:
             raise LookupError
         "a".encode(name).decode(name)
     except (LookupError, UnicodeError):
-        known = {spelling.replace("_", "-") for pair in aliases.items() for spelling in pair}
+        known = {alias.replace("_", "-") for alias in aliases if codecs.lookup(alias)._is_text_encoding}
         yield (f"data.encoding={name}: no text encoding that Python knows, such as utf-8, latin-1, cp1252, gb18030 or shift-jis"
                f"{nearest(name.replace('_', '-'), sorted(known))}")
 
@@ -182,11 +184,24 @@ def likely_encodings(sample: bytes) -> list[str]:
         found = list(charset_normalizer.from_bytes(sample[:len(sample) - cut], cp_isolation=list(USUAL)))
         if found:
             break
-    else:
+    if not found:
         return []
     least = min(match.chaos for match in found)
     good = [match for match in found if match.chaos <= least + 0.03]
     most = max(match.coherence for match in good)
     # several decode it to the same, or as well: the more usual one then
     names = {name for match in good if match.coherence >= most - 0.07 for name in (match.encoding, *match.could_be_from_charset)}
-    return [name.replace("_", "-") if name.startswith("utf") else name for name in USUAL if name in names]
+    beyond_ascii = sum(byte > 127 for byte in sample) / max(1, len(sample))
+    if beyond_ascii < LATIN and names.isdisjoint(SEVERAL_BYTES):
+        names.add("cp1252")
+    japanese = {name for name in ("cp932", "euc_jp") if has_kana(sample, name)}
+    return [name.replace("_", "-") for name in USUAL if name in (japanese or names)]
+
+
+def has_kana(sample: bytes, encoding: str) -> bool:
+    """Whether a tenth of the characters is hiragana, as in any Japanese text, and in what others decode to never is."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(sample)
+    except UnicodeDecodeError:
+        return False
+    return sum("\u3041" <= character <= "\u309f" for character in text) * 10 >= len(text)

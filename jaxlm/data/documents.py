@@ -143,6 +143,7 @@ def json_lines(part: Part, reading: Reading, decoding: Decoding) -> Iterator[Doc
                 continue
             try:
                 record = parsed(document.text)
+                refuse_wrapped(part.file, record, reading.text_field)
                 yield record_document(record, reading.text_field, document.replaced, decoding)
             except UserError as error:
                 raise UserError(f"{part.file.name}, line {lines_before(part) + number}: {error}") from None

@@ -44,7 +44,9 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
     Tokens are decoded together with those before: alone, some would lose their blank, or be no character.
     """
-    special = {token: f"[{role}]" for role, token in vars(tokenizer.special).items() if token is not None}
+    special: dict[int | None, str] = {}
+    for role, token in vars(tokenizer.special).items():
+        special.setdefault(token, f"[{role}]")  # one that ends documents may also be their separator
     shown, begin, before = [], 0, ""
     for place, token in enumerate(ids):
         if token in special:

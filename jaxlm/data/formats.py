@@ -187,7 +187,9 @@ def json_kind(text: str, whole: bool, any_begin: bool) -> tuple[str | None, bool
             return ("jsonl" if any_begin or is_begun(text) else None), False
         if is_object(seen[0]):
             return ("jsonl" if any_begin or all(map(is_object, seen)) else None), whole and len(seen) == 1
-    elif not (text.startswith("[") if any_begin else ARRAY_BEGINS.match(text)):
+    elif any_begin and text.startswith("["):
+        return "json", False
+    elif not ARRAY_BEGINS.match(text):
         return None, False
     value, is_json = first_value(text, whole)
     return ("json" if is_json else None), is_json and not isinstance(value, list)

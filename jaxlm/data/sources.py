@@ -36,8 +36,9 @@ class PassedOver(Counter):
             return []
         where = raw if isinstance(raw, str) else f"{', '.join(raw[:3])}{', ...' if len(raw) > 3 else ''}"
         several = self.total() > 1
+        kinds = sorted(self.items(), key=lambda entry: (-entry[1], entry[0]))
         return [f"{counted(self.total(), 'file')} in {where} {'were' if several else 'was'} passed over: "
-                f"{', '.join(f'{kind} {count:,}' for kind, count in self.most_common())}"]
+                f"{', '.join(f'{kind} {count:,}' for kind, count in kinds)}"]
 
 
 @dataclass(frozen=True)
