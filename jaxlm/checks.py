@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
+from jaxlm.data.decoding import encoding_problems
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, intermediate_size, kv_heads
 from jaxlm.remote import check_url, is_remote
@@ -104,6 +105,7 @@ def text_problems(settings: Settings) -> Iterator[str]:
     model, data = settings.model, settings.data
     if not settings.run_dir.strip():
         yield "run_dir is empty; name a folder"
+    yield from encoding_problems(data.encoding)
     if not settings.generate.prompts:
         yield "generate.prompts is empty; expected at least one text, which may be ''"
     if model.attention == "splash" and data.sequence_length % SPLASH_BLOCK:

@@ -55,7 +55,7 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     """prepare: raw text to tokenizer and corpus"""
     from jaxlm.training.setup import open_corpora
 
-    for corpus, _ in open_corpora(settings):
+    for corpus, _ in open_corpora(settings, notes=False):
         for line in corpus.describe():
             print(line)
 

@@ -88,7 +88,10 @@ def size(url: Any) -> int:
 
 def version(url: Any) -> str:
     """What changes whenever the object is written. FileNotFoundError when it is not there."""
-    entry = about(url)
+    return version_in(about(url))
+
+
+def version_in(entry: dict[str, Any]) -> str:
     return str(entry.get("generation") or entry.get("ETag"))
 
 
@@ -116,15 +119,22 @@ def names(url: Any) -> list[str]:
 
 def sizes_below(url: Any) -> dict[str, int]:
     """Bytes of every object below a folder, by its path from there, sorted."""
+    return {name: size for name, (size, _) in objects_below(url).items()}
+
+
+def objects_below(url: Any) -> dict[str, tuple[int, str]]:
+    """Bytes and version of every object below a folder, by its path from there, sorted."""
     found = repeat(url, lambda files: files.find(str(url), detail=True))
     start = len(str(url).rstrip("/").partition("://")[2]) + 1
-    return {path[start:]: entry["size"] for path, entry in sorted(found.items()) if path[start:] and not path.endswith("/")}
+    return {path[start:]: (entry["size"], version_in(entry)) for path, entry in sorted(found.items())
+            if path[start:] and not path.endswith("/")}
 
 
-def sizes_matching(pattern: str) -> dict[str, int]:
-    """Bytes of every object that matches a glob pattern, by its URL, sorted."""
+def objects_matching(pattern: str) -> dict[str, tuple[int, str]]:
+    """Bytes and version of every object that matches a glob pattern, by its URL, sorted."""
     found = repeat(pattern, lambda files: files.glob(pattern, detail=True))
-    return {f"{pattern[:2]}://{path}": entry["size"] for path, entry in sorted(found.items()) if entry["type"] != "directory"}
+    return {f"{pattern[:2]}://{path}": (entry["size"], version_in(entry)) for path, entry in sorted(found.items())
+            if entry["type"] != "directory"}
 
 
 def delete_below(url: Any) -> None:

@@ -128,16 +128,20 @@ class DataSettings:
     """Text, tokenizer, corpus and how a batch is cut from it."""
 
     raw: str | list[str] | None = key(
-        None, "text to prepare: file, folder, glob or a list of them (.txt .md .py .jsonl .parquet, .gz .zst); "
-              "python://stdlib is the running interpreter's own library")
-    text_field: str = key("text", "field or column that holds the text (jsonl, parquet)")
+        None, "text to prepare: file, folder, glob, pipe or a list of them (text, source code, JSON Lines, JSON, CSV, TSV, "
+              "Parquet, Arrow; each also compressed); python://stdlib is the running interpreter's own library")
+    text_field: str = key("text", "field or column that holds the text (JSON, CSV, TSV, Parquet, Arrow)")
     document: Literal["file", "line"] = key("file", "what one document is in a text file")
+    encoding: str = key(
+        "utf-8", "encoding of the text, for example latin-1, gb18030, shift-jis; byte order marks win. Where more than 0.1 % of "
+                 "a file's characters are none of it, `prepare` stops and names the likely one")
     corpus: str | dict[str, PositiveFloat] | None = key(
         None, "folder of the prepared corpus (also in s3:// or gs://), or {folder: weight} for a mixture; null: RUN_DIR/corpus")
     validation: Annotated[Number, Ge(0), Lt(1)] | str = key(
         0.01, "share of the text held out, or raw text (path or glob) to use instead")
-    validation_split: Literal["documents", "tail"] = key(
-        "documents", "hold out whole documents by their hash, or the last part of every document")
+    validation_split: Literal["documents", "tail"] | None = key(
+        None, "hold out whole documents by their hash, or the last part of every document; null: documents, or the tail of a "
+              "single one")
     tokenizer: str = key(
         "bpe", "train one (unigram, bpe: SentencePiece; wordpiece), use bytes or characters, or the path of a "
                "SentencePiece .model, a tokenizer.json or a saved tokenizer folder")

@@ -252,7 +252,7 @@ READING = {
     f"{NEW} data.raw=table.parquet": ("table.parquet: not a valid Parquet file",),
     f"{NEW} data.raw=blank.txt": ("data.raw: no document is left", "empty"),
     f"{NEW} data.cleaning.min_characters=1000": ("data.raw: no document is left", "data.cleaning"),
-    f"{NEW} data.document=file": ("data.validation", "data.validation_split=tail"),
+    f"{NEW} data.document=file data.validation_split=documents": ("data.validation", "data.validation_split=tail"),
     f"{NEW} data.tokenizer=bpe model.vocab_size=5000": ("model.vocab_size: 5000", "at most"),
     f"{NEW} data.tokenizer=wordpiece model.vocab_size=10": ("model.vocab_size: 10", "at least"),
     f"{NEW} model.vocab_size=99": ("model.vocab_size=99", "tokens"),

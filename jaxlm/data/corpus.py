@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.damage import DamagedData
+from jaxlm.data.examples import examples
 from jaxlm.data.manifest import MANIFEST, read_manifest, read_report
 from jaxlm.data.shards import CHECKSUM, Shard, check_array, load_array, num_blocks, open_shard
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
@@ -165,24 +167,35 @@ class Corpus:
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def describe(self) -> list[str]:
-        """Lines for people: what went in, what was dropped and why, what came out."""
+        """Lines for people: what went in, what was dropped and why, what came out, and how it looks to a model."""
         report, sources, tokenizer = read_report(self.directory), self.manifest["sources"], self.manifest["tokenizer"]
         dropped = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items() if count]
+        kinds = Counter(f"{source['kind']} ({source['encoding']})" for source in sources if "kind" in source)
         lines = [
             f"corpus      {self.directory}",
             f"sources     {counted(len(sources), 'file')}, {format_count(sum(source['bytes'] for source in sources))}B",
+            *([f"read as     {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}"] if kinds else []),
             f"documents   {report['documents_in']:,} read, {report['documents_out']:,} kept "
-            f"({report['repaired']:,} of them mended or with invalid UTF-8 replaced)",
+            f"({report['repaired']:,} of them mended or with replaced characters)",
             f"dropped     {', '.join(dropped) or 'none'}",
         ]
+        if "replaced_characters" in report:
+            lines.append(f"replaced    {counted(report['replaced_characters'], 'character')} that could not be decoded")
+        shares = report.get("shares", {})
         for documents in (self.train, self.validation):
             each = f", {documents.num_bytes / documents.num_tokens:.2f} bytes a token" if documents.num_tokens else ""
+            part = f", {100 * shares[documents.split]:.3g} % of the text" if documents.split in shares else ""
             lines.append(f"{documents.split:11} {counted(documents.num_documents, 'document')}, "
-                         f"{counted(documents.num_tokens, 'token')}{each}")
+                         f"{counted(documents.num_tokens, 'token')}{part}{each}")
+        longest = max((int(np.diff(documents.offsets).max()) for documents in (self.train, self.validation)
+                       if documents.num_documents), default=0)
+        lines.append(f"longest     a document of {counted(longest, 'token')}")
         lines.append(f"unknown     {'; '.join(filter(None, map(unknown_tokens, (self.train, self.validation))))}")
         lines.append(f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, digest {tokenizer['digest'][:12]}, "
                      f"{self.end_token}")
-        return [*lines, *([f"lost        {self.lost}"] if self.loses_text else []), *self.warnings()]
+        lines += [f"lost        {self.lost}"] if self.loses_text else []
+        lines += [f"example     {shown}" for shown in examples(self.train, self.tokenizer)]
+        return [*lines, *(f"note        {note}" for note in self.notes), *self.warnings()]
 
     @property
     def end_token(self) -> str:
@@ -224,6 +237,11 @@ class Corpus:
             lines.append(f"WARNING: {self.directory}: the tokenizer has no end token that is known, so documents run together "
                          f"({self.train.num_documents:,} of them); name one with data.end_token")
         return lines
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user would not expect of the text that was prepared, a line each."""
+        return read_report(self.directory).get("notes", [])
 
     def __reduce__(self) -> tuple:
         return Corpus, (self.directory, self.whole)

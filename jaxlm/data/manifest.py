@@ -48,7 +48,14 @@ class Splits(TypedDict):
 
 
 class Source(TypedDict):
+    """A file of raw text as it was read. Older manifests have no `version` and `kind`."""
+
+    path: str
     bytes: Count
+    sha256: NotRequired[str]
+    version: NotRequired[int | str]
+    kind: NotRequired[str]
+    encoding: NotRequired[str]
 
 
 class Manifest(TypedDict):
@@ -58,6 +65,7 @@ class Manifest(TypedDict):
     splits: Splits
     settings: dict[str, Any]
     sources: list[Source]
+    passed_over: NotRequired[list[Source]]  # found in a folder, and without records
 
 
 class ReportedSplit(TypedDict):
@@ -70,6 +78,9 @@ class Report(TypedDict):
     repaired: Count
     dropped: dict[str, Count]
     splits: NotRequired[dict[Literal["train", "validation"], ReportedSplit]]
+    replaced_characters: NotRequired[Count]  # older reports have none of these
+    shares: NotRequired[dict[str, float]]
+    notes: NotRequired[list[str]]
 
 
 def read_manifest(directory: Location) -> dict[str, Any]:

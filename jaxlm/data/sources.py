@@ -1,62 +1,44 @@
-"""Raw text: which files `data.raw` means, how they are cut into units of work, and the documents in them, in one fixed order.
+"""Raw text: which files `data.raw` means, and how they are cut into units of work, in one fixed order.
 
 A unit is what one worker process reads at a time: some small files, a byte range of a big file of lines, or row groups of a
 Parquet file. Reading unit after unit gives the same documents in the same order however the files were cut.
 """
 
-import codecs
 import glob
-import io
-import json
-import math
 import os
-import re
+import stat
 import sysconfig
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, NamedTuple
 
 from jaxlm import remote
+from jaxlm.data.decoding import has_plain_lines
+from jaxlm.data.formats import KNOWN
+from jaxlm.data.source_file import COMPRESSIONS, SourceFile, open_parquet, suffix_of
 from jaxlm.errors import UserError, nearest
-from jaxlm.reporting.files import open_bytes
+from jaxlm.reporting.units import counted
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".py", ".pyi", ".js", ".ts", ".c", ".h",
-                 ".cc", ".cpp", ".hpp", ".cu", ".java", ".go", ".rs", ".rb", ".sh", ".sql")
-FORMATS = {".jsonl": "jsonl", ".parquet": "parquet"}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 STDLIB = "python://stdlib"
 STDLIB_SKIPPED = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))
 UNIT_BYTES = 4 * 2**20  # long enough to make a process worth while, short enough to share the work and to lose little of it
 MOST_UNITS = 4096  # a large corpus gets larger units instead of more of them
-CHUNK = 2**20
-SURROGATES = re.compile("[\ud800-\udfff]")
+OPEN_DESCRIPTORS = ("/dev/", "/proc/")  # /dev/stdin is another file in another process
 
 
-class Document(NamedTuple):
-    """One document as read. `text` is None when it is longer than allowed; `repaired`: invalid UTF-8 was replaced."""
+class PassedOver(Counter):
+    """How many files of the folders that were searched are not read, by their suffix."""
 
-    text: str | None
-    repaired: bool = False
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """A file of raw text. `name` is how the user wrote it, and what manifests and messages call it."""
-
-    name: str
-    path: str
-    bytes: int
-
-    @property
-    def compression(self) -> str | None:
-        return COMPRESSIONS.get(Path(self.path).suffix.lower())
-
-    @property
-    def format(self) -> str:
-        """`jsonl`, `parquet` or `text`, by the suffix below that of the compression."""
-        return FORMATS.get(below_compression(self.path).suffix.lower(), "text")
+    def note(self, raw: str | list[str]) -> list[str]:
+        """One line; none where nothing was passed over."""
+        if not self:
+            return []
+        where = raw if isinstance(raw, str) else f"{', '.join(raw[:3])}{', ...' if len(raw) > 3 else ''}"
+        several = self.total() > 1
+        kinds = sorted(self.items(), key=lambda entry: (-entry[1], entry[0]))
+        return [f"{counted(self.total(), 'file')} in {where} {'were' if several else 'was'} passed over: "
+                f"{', '.join(f'{kind} {count:,}' for kind, count in kinds)}"]
 
 
 @dataclass(frozen=True)
@@ -80,30 +62,24 @@ class Unit:
         return sum(part.bytes for part in self.parts)
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How documents are found in files: keys of DataSettings and CleaningSettings of the same names."""
-
-    text_field: str = "text"
-    document: str = "file"
-    max_bytes: int = 64 * 2**20
-
-
 # ---------------------------------------------------------------------------------------------------------------- files
 
-def find_sources(raw: str | list[str], key: str = "data.raw") -> list[SourceFile]:
+def find_sources(raw: str | list[str], key: str = "data.raw", passed_over: PassedOver | None = None) -> list[SourceFile]:
     """The files of a path, folder, glob, `python://stdlib` or a list of these: items in the given order, sorted inside each.
 
     Paths, folders and globs may be in a bucket (s3://, gs://). Folders are searched for known suffixes, below hidden folders not
-    at all; a file named outright is text whatever its suffix. A file that is met twice is read once. UserError (naming `key`)
-    when an item matches nothing.
+    at all; what is left out is counted in `passed_over`. A file named outright is read whatever its suffix, and so is a pipe
+    (its `version` is None). A file that is met twice is read once. UserError (naming `key`) when an item matches nothing.
     """
     found: dict[str, SourceFile] = {}
+    passed_over = PassedOver() if passed_over is None else passed_over
     for item in [raw] if isinstance(raw, str) else raw:
-        files = list(stdlib_files(item, key) if item.startswith("python://") else matching_files(item, key))
+        left_out = PassedOver()
+        files = list(stdlib_files(item, key) if item.startswith("python://") else matching_files(item, key, left_out))
         if not files:
-            raise UserError(f"{key}: no text file in '{item}'; known suffixes, each also with .gz or .zst: "
-                            f"{' '.join((*TEXT_SUFFIXES, *FORMATS))}")
+            raise UserError(f"{key}: no text file in '{item}'{''.join(f' ({note})' for note in left_out.note(item))}; known "
+                            f"suffixes, each also with {' '.join(COMPRESSIONS)}: {' '.join(KNOWN)}")
+        passed_over.update(left_out)
         for file in files:
             found.setdefault(os.path.realpath(file.path), file)
     return list(found.values())
@@ -117,12 +93,12 @@ def stdlib_files(item: str, key: str) -> Iterator[SourceFile]:
     for path in sorted(root.rglob("*.py")):
         inside = path.relative_to(root)
         if not STDLIB_SKIPPED.intersection(inside.parts[:-1]):
-            yield SourceFile(f"{STDLIB}/{inside.as_posix()}", str(path), path.stat().st_size)
+            yield replace(local_file(str(path), path, key), name=f"{STDLIB}/{inside.as_posix()}")
 
 
-def matching_files(item: str, key: str) -> Iterator[SourceFile]:
+def matching_files(item: str, key: str, passed_over: PassedOver) -> Iterator[SourceFile]:
     if remote.is_remote(item):
-        yield from remote_files(item, key)
+        yield from remote_files(item, key, passed_over)
         return
     pattern = os.path.expanduser(item)
     paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
@@ -130,51 +106,72 @@ def matching_files(item: str, key: str) -> Iterator[SourceFile]:
         folder = Path(pattern).parent
         beside = [str(folder / name) for name in os.listdir(folder)] if folder.is_dir() else []
         raise UserError(f"{key}: '{item}' matches no file{nearest(pattern, beside)}")
-    if len(paths) > 1 and not Path(pattern).suffix:  # `folder/*` is like the folder, `folder/*.log` means just those
-        paths = [path for path in paths if os.path.isdir(path) or has_known_suffix(path)]
+    searched = len(paths) > 1 and not Path(pattern).suffix  # `folder/*` is like the folder, `folder/*.log` means just those
     for path in paths:
-        for name in folder_files(path) if os.path.isdir(path) else [path]:
-            yield SourceFile(Path(name).as_posix(), os.path.abspath(name), os.path.getsize(name))
+        if os.path.isdir(path):
+            yield from (local_file(name, name, key, searched=True) for name in folder_files(path, passed_over))
+        elif not searched or is_known(os.path.basename(path), passed_over):
+            yield local_file(path, path, key, searched)
 
 
-def remote_files(item: str, key: str) -> Iterator[SourceFile]:
+def local_file(name: str, path: str | Path, key: str, searched: bool = False) -> SourceFile:
+    """UserError for what can neither be read again nor be read to its end: a device, a socket, a terminal."""
+    path = os.path.realpath(path) if str(path).startswith(OPEN_DESCRIPTORS) else os.path.abspath(path)
+    try:
+        status = os.stat(path if os.path.exists(path) else name)  # an open file may have lost its name
+    except OSError as error:
+        raise UserError(f"{key}: {name}: unreadable ({error.strerror})") from None
+    if stat.S_ISREG(status.st_mode) and os.path.exists(path):
+        return SourceFile(Path(name).as_posix(), path, status.st_size, status.st_mtime_ns, searched)
+    if not stat.S_ISFIFO(status.st_mode) and not stat.S_ISREG(status.st_mode):
+        kind = "a socket" if stat.S_ISSOCK(status.st_mode) else "a device" if not is_terminal(name) else "a terminal"
+        raise UserError(f"{key}: {name} is {kind}; expected a file, a folder or a pipe")
+    return SourceFile(str(name), str(name), 0)
+
+
+def is_terminal(name: str | Path) -> bool:
+    return os.path.realpath(name).startswith(("/dev/pts/", "/dev/tty", "/dev/console"))
+
+
+def remote_files(item: str, key: str, passed_over: PassedOver) -> Iterator[SourceFile]:
     """The same in a bucket."""
     item = item.rstrip("/")
     if set("*?[").intersection(item):
-        found = remote.sizes_matching(item)
-        chosen = found if Path(item).suffix else filter(has_known_suffix, found)
+        found, searched = remote.objects_matching(item), not Path(item).suffix
     else:
-        found = {f"{item}/{name}": size for name, size in remote.sizes_below(item).items()}
-        chosen = [url for url in found if has_known_suffix(url) and "/." not in url.removeprefix(item)]
+        found, searched = {f"{item}/{name}": entry for name, entry in remote.objects_below(item).items()}, True
         if not found and remote.exists(item):
-            found = {item: remote.size(item)}
-            chosen = [item]
+            found, searched = {item: (remote.size(item), remote.version(item))}, False
     if not found:
         raise UserError(f"{key}: '{item}' matches no file")
-    for url in chosen:
-        yield SourceFile(url, url, found[url])
+    for url, (size, version) in found.items():
+        if not searched or is_known(url.removeprefix(item), passed_over):
+            yield SourceFile(url, url, size, version, searched)
 
 
-def folder_files(folder: str) -> list[str]:
+def folder_files(folder: str, passed_over: PassedOver) -> list[str]:
     """Files with a known suffix below a folder, sorted by path. Linked folders are followed, each real one once."""
     found, visited = [], set()
     for root, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(root)
         folders[:] = [] if real in visited else sorted(name for name in folders if not name.startswith("."))
         if real not in visited:
-            found += [os.path.join(root, name) for name in names if not name.startswith(".") and has_known_suffix(name)]
+            regular = [name for name in names if os.path.isfile(os.path.join(root, name))]
+            found += [os.path.join(root, name) for name in regular if is_known(name, passed_over)]
         visited.add(real)
-    return sorted(path for path in found if os.path.isfile(path))
+    return sorted(found)
 
 
-def has_known_suffix(name: str) -> bool:
-    suffix = below_compression(name).suffix.lower()
-    return suffix in FORMATS or suffix in TEXT_SUFFIXES
-
-
-def below_compression(name: str) -> Path:
-    path = Path(name)
-    return path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+def is_known(name: str, passed_over: PassedOver) -> bool:
+    """Whether a file that a search has met is read, by its name; counted if not."""
+    suffix = suffix_of(name)
+    if "/." in f"/{name}":
+        passed_over["hidden"] += 1
+    elif suffix not in KNOWN:
+        passed_over[suffix or Path(name).suffix.lower() or "without suffix"] += 1
+    else:
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------------------------------------------------- units
@@ -199,9 +196,9 @@ def file_parts(file: SourceFile, document: str, unit_bytes: int) -> Iterator[Par
     """A file whole, or cut where that is possible without reading it."""
     if file.bytes <= unit_bytes or file.compression:
         yield Part(file, bytes=file.bytes)
-    elif file.format == "parquet":
+    elif file.kind == "parquet":
         yield from row_group_parts(file, unit_bytes)
-    elif file.format == "jsonl" or document == "line":
+    elif (file.kind == "jsonl" or (file.kind == "text" and document == "line")) and has_plain_lines(file.encoding):
         for start in range(0, file.bytes, unit_bytes):
             stop = min(start + unit_bytes, file.bytes)
             yield Part(file, start, stop, stop - start)
@@ -216,193 +213,3 @@ def row_group_parts(file: SourceFile, unit_bytes: int) -> Iterator[Part]:
     for start in range(0, groups, each):
         stop = min(start + each, groups)
         yield Part(file, start, stop, file.bytes * (stop - start) // groups)
-
-
-# ------------------------------------------------------------------------------------------------------------ documents
-
-def read_documents(unit: Unit, reading: Reading) -> Iterator[Document]:
-    """The documents of a unit, in order, empty ones too.
-
-    UserError naming the file, and the line where there is one: unreadable, binary, truncated or corrupt file, bad JSON line,
-    missing or ill-typed field or column.
-    """
-    for part in unit.parts:
-        if part.file.format == "text" and part.start == 0:
-            refuse_binary(part.file)
-        if part.file.format == "parquet":
-            yield from parquet_documents(part, reading)
-        elif part.file.format == "jsonl":
-            yield from json_documents(part, reading)
-        elif reading.document == "line":
-            yield from (decode(line) for line in read_lines(part, reading.max_bytes))
-        else:
-            yield whole_document(part, reading.max_bytes)
-
-
-def refuse_binary(file: SourceFile) -> None:
-    """Raises UserError where the first 8 KiB hold a zero byte, which UTF-8 text has no use for (it is how git tells, too)."""
-    with opened(file) as stream:
-        place = stream.read(8192).find(0)
-    if place >= 0:
-        raise UserError(f"{file.name}: byte {place} is zero: binary, or UTF-16; expected UTF-8 text")
-
-
-def decode(content: bytes | None) -> Document:
-    """UTF-8; what is invalid becomes U+FFFD."""
-    if content is None:
-        return Document(None)
-    try:
-        return Document(content.decode())
-    except UnicodeDecodeError:
-        return Document(content.decode(errors="replace"), repaired=True)
-
-
-def whole_document(part: Part, max_bytes: int) -> Document:
-    """A file as one document, never read into memory when it is too long (but through to its end, where damage may show)."""
-    with opened(part.file) as stream:
-        content = stream.read(max_bytes + 1)
-        if len(content) <= max_bytes:
-            return decode(content.removeprefix(codecs.BOM_UTF8))
-        if part.file.compression:
-            skip(stream)
-    return Document(None)
-
-
-def read_lines(part: Part, max_bytes: int) -> Iterator[bytes | None]:
-    """The lines that begin inside the part, without their ends; None for one over `max_bytes`, which is never held whole."""
-    stop = math.inf if part.stop is None else part.stop
-    with opened(part.file) as stream:
-        position = part.start
-        if part.start:  # a line that begins before the part is of the part before
-            stream.seek(part.start - 1)
-            position = skip_line(stream, part.start - 1, stop)
-        while position < stop:
-            line = stream.readline(max_bytes + 2)
-            if not line:
-                return
-            content = line.removesuffix(b"\n").removesuffix(b"\r")
-            if position == 0:
-                content = content.removeprefix(codecs.BOM_UTF8)
-            position += len(line)
-            if len(content) > max_bytes:
-                position = position if line.endswith(b"\n") else skip_line(stream, position, stop)
-                content = None
-            yield content
-
-
-def skip_line(stream: IO[bytes], position: int, stop: float) -> int:
-    """Reads past the next line end, or to `stop` where that is not before; the position there."""
-    while position < stop and (chunk := stream.readline(CHUNK)):
-        position += len(chunk)
-        if chunk.endswith(b"\n"):
-            break
-    return position
-
-
-def skip(stream: IO[bytes]) -> None:
-    while stream.read(CHUNK):
-        pass
-
-
-def json_documents(part: Part, reading: Reading) -> Iterator[Document]:
-    """One JSON object a line. A line of more than twice `max_bytes` (and 1 MiB) is too long whatever its text would be."""
-    for number, line in enumerate(read_lines(part, 2 * reading.max_bytes + 2**20), 1):
-        document = decode(line)
-        if document.text is None or not document.text.strip():
-            yield document
-            continue
-        try:
-            text = json_text(document.text, reading.text_field)
-        except UserError as error:
-            raise UserError(f"{part.file.name}, line {lines_before(part) + number}: {error}") from None
-        whole = SURROGATES.sub("\ufffd", text)  # half a pair is valid JSON, but no character
-        yield Document(whole, document.repaired or whole != text)
-
-
-def json_text(line: str, field: str) -> str:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"not a JSON object ({error})") from error
-    if not isinstance(record, dict):
-        raise UserError(f"expected a JSON object, found {type(record).__name__}")
-    if field not in record:
-        raise UserError(f"no field '{field}' (data.text_field), only {', '.join(record) or 'nothing'}{nearest(field, record)}")
-    if not isinstance(record[field], str):
-        raise UserError(f"field '{field}' (data.text_field) is {type(record[field]).__name__}, expected a string")
-    return record[field]
-
-
-def lines_before(part: Part) -> int:
-    """Lines that begin before the part: counted only for a message."""
-    count, left = 0, part.start
-    with open_bytes(part.file.path) as stream:
-        while left and (chunk := stream.read(min(left, CHUNK))):
-            count += chunk.count(b"\n")
-            left -= len(chunk)
-    return count + (1 if part.start and not chunk.endswith(b"\n") else 0)
-
-
-def parquet_documents(part: Part, reading: Reading) -> Iterator[Document]:
-    """The strings of a column; a null is an empty document."""
-    import pyarrow
-
-    name, column = part.file.name, reading.text_field
-    with open_parquet(part.file) as parquet:
-        schema = parquet.schema_arrow
-        if column not in schema.names:
-            raise UserError(f"{name}: no column '{column}' (data.text_field), only {', '.join(schema.names)}"
-                            f"{nearest(column, schema.names)}")
-        kind = schema.field(column).type
-        kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
-            raise UserError(f"{name}: column '{column}' (data.text_field) is {kind}, expected string")
-        groups = range(part.start, parquet.metadata.num_row_groups if part.stop is None else part.stop)
-        for batch in parquet.iter_batches(batch_size=256, row_groups=list(groups), columns=[column]):
-            values = batch.column(0).cast(pyarrow.large_binary())
-            for value in values:
-                content = value.as_buffer()
-                if content is None:
-                    yield Document("")
-                else:
-                    yield decode(content.to_pybytes() if content.size <= reading.max_bytes else None)
-
-
-# ---------------------------------------------------------------------------------------------------------------- opening
-
-@contextmanager
-def opened(file: SourceFile) -> Iterator[IO[bytes]]:
-    """The file's bytes, decompressed. OSError in here becomes a UserError that names the file."""
-    import pyarrow
-
-    try:
-        if file.compression:  # unlike zstandard, Arrow notices a truncated zst
-            source = open_bytes(file.path) if remote.is_remote(file.path) else file.path
-            with io.BufferedReader(pyarrow.input_stream(source, compression=file.compression), CHUNK) as stream:
-                yield stream
-        else:
-            with open_bytes(file.path) as stream:
-                yield stream
-    except OSError as error:
-        problem = f"truncated or not valid {file.compression}" if file.compression and not error.errno else "unreadable"
-        raise UserError(f"{file.name}: {problem} ({one_line(error)})") from error
-
-
-@contextmanager
-def open_parquet(file: SourceFile) -> Iterator[Any]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with opened(file) as stream:
-            content = stream if remote.is_remote(file.path) else file.path
-            content = pyarrow.BufferReader(stream.read()) if file.compression else content
-            with parquet.ParquetFile(content) as reader:
-                yield reader
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError) as error:
-        raise UserError(f"{file.name}: not a valid Parquet file ({one_line(error)})") from error
-
-
-def one_line(error: BaseException) -> str:
-    strerror = getattr(error, "strerror", None)
-    return strerror or (str(error) or type(error).__name__).splitlines()[0]

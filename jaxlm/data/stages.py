@@ -8,7 +8,7 @@ next as files beside a task's stem (see work.py).
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,8 +21,12 @@ import numpy as np
 
 from jaxlm.data import cleaning
 from jaxlm.data.corpus import SPLITS
+from jaxlm.data.decoding import MOST_REPLACED, Decoding, likely_encodings, refuse_foreign
+from jaxlm.data.documents import part_documents
+from jaxlm.data.formats import KINDS, Reading
 from jaxlm.data.shards import block_checksums
-from jaxlm.data.sources import Reading, Unit, read_documents
+from jaxlm.data.source_file import SourceFile
+from jaxlm.data.sources import Unit
 from jaxlm.data.tokenizer_training import train_tokenizer
 from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer, with_end_token
 from jaxlm.data.work import Result, beside
@@ -50,26 +54,47 @@ def clean_unit(task: CleanTask, stem: Path) -> Result:
     """Reads a unit and keeps its clean documents: `.text` (UTF-8, one after the other), `.lengths.npy` (int64, bytes),
     `.digests.npy` (S16) and `.signatures.npy` (uint32, empty unless near duplicates are looked for)."""
     dropped: Counter[str] = Counter()
-    count = repaired = 0
+    count = repaired = characters = longest = 0
+    damaged: list[Result] = []
     lengths, digests, signatures = array("q"), bytearray(), bytearray()
     with open(beside(stem, ".text"), "wb") as file:
-        for document in read_documents(task.unit, task.reading):
-            text, reason = cleaning.clean(document.text, task.cleaning)
-            count += 1
-            repaired += reason is None and (document.repaired or text != document.text)
-            if reason:
-                dropped[reason] += 1
-                continue
-            lengths.append(file.write(text.encode()))
-            digests += cleaning.text_digest(text)
-            if task.cleaning.near_duplicates is not None:
-                signatures += cleaning.signature(text).tobytes()
+        for part in task.unit.parts:
+            decoding = Decoding(part.file.encoding)
+            for document in part_documents(part, task.reading, decoding):
+                text, reason = cleaning.clean(document.text, task.cleaning)
+                count += 1
+                repaired += reason is None and (document.replaced > 0 or text != document.text)
+                if reason:
+                    dropped[reason] += 1
+                    longest = max(longest, document.bytes or len(text.encode()) if reason == "too_long" else 0)
+                    continue
+                lengths.append(file.write(text.encode()))
+                digests += cleaning.text_digest(text)
+                if task.cleaning.near_duplicates is not None:
+                    signatures += cleaning.signature(text).tobytes()
+            refuse_foreign(part.file.name, part.file.encoding, decoding.replaced, decoding.characters, decoding.sample)
+            characters += decoding.characters
+            if decoding.replaced:
+                damaged.append(damage_of(part.file, decoding))
     np.save(beside(stem, ".lengths.npy"), np.array(lengths, np.int64))
     np.save(beside(stem, ".digests.npy"), np.frombuffer(digests, "S16"))
     np.save(beside(stem, ".signatures.npy"), np.frombuffer(signatures, np.uint32).reshape(-1, cleaning.PERMUTATIONS))
-    sources = [{"path": part.file.name, "bytes": part.file.bytes, "sha256": file_digest(part.file.path)}
-               for part in task.unit.parts if part.start == 0]
-    return {"documents": count, "kept": len(lengths), "repaired": repaired, "dropped": dropped, "sources": sources}
+    sources = [described(part.file) for part in task.unit.parts if part.start == 0]
+    return {"documents": count, "kept": len(lengths), "repaired": repaired, "dropped": dropped, "sources": sources,
+            "longest_dropped": longest, "characters": characters, "damaged": damaged}
+
+
+def described(file: SourceFile) -> Result:
+    """A file's entry in the manifest."""
+    return {"path": file.name, "bytes": file.bytes, "version": file.version, "kind": KINDS[file.kind], "encoding": file.encoding,
+            "sha256": file_digest(file.path)}
+
+
+def damage_of(file: SourceFile, decoding: Decoding) -> Result:
+    """How many characters of a part of a file were replaced, and the likely encodings where that is no small share."""
+    many = decoding.replaced > MOST_REPLACED * decoding.characters
+    return {"path": file.name, "encoding": decoding.encoding, "replaced": decoding.replaced, "characters": decoding.characters,
+            "likely": likely_encodings(decoding.sample) if many else []}
 
 
 @dataclass(frozen=True)
@@ -106,11 +131,12 @@ def unit_texts(stem: Path, wanted: np.ndarray) -> Iterator[str]:
 
 # --------------------------------------------------------------------------------------------------------------- select
 
-def select(cleaned: Cleaned, num_validation: int, data: DataSettings) -> np.ndarray:
+def select(cleaned: Cleaned, num_validation: int, data: DataSettings, why: Callable[[bool], str]) -> np.ndarray:
     """uint8 [documents]: TRAIN, VALIDATION, EXACT_DUPLICATE or NEAR_DUPLICATE.
 
     The first `num_validation` documents are the user's own validation text, if there is one: standing first, it stays, and
-    training text that repeats it goes. UserError when a split ends up empty.
+    training text that repeats it goes. UserError when a split ends up empty; `why(held_out)` says what was dropped of the
+    user's validation text, or of the rest.
     """
     digests = cleaned.digests()
     fate = np.full(len(digests), TRAIN, np.uint8)
@@ -119,12 +145,13 @@ def select(cleaned: Cleaned, num_validation: int, data: DataSettings) -> np.ndar
         fate[~cleaning.first_occurrences(digests)] = EXACT_DUPLICATE
     if data.cleaning.near_duplicates is not None:
         drop_near_duplicates(fate, cleaned, data.cleaning.near_duplicates)
-    why = "the files are empty, or data.cleaning drops everything"
     if not np.any(fate == TRAIN):
-        raise UserError(f"data.raw: no document is left to train on ({why})")
+        repeated = np.count_nonzero(fate[num_validation:] >= EXACT_DUPLICATE)
+        more = f", {repeated:,} repeat others (data.cleaning)" if repeated else ""
+        raise UserError(f"data.raw: no document is left to train on: {why(False)}{more}")
     if isinstance(data.validation, str) and not np.any(fate == VALIDATION):
-        raise UserError(f"data.validation: no document is left of '{data.validation}' ({why})")
-    if not isinstance(data.validation, str) and data.validation > 0 and data.validation_split == "documents":
+        raise UserError(f"data.validation: no document is left of '{data.validation}': {why(True)}")
+    if not isinstance(data.validation, str) and data.validation > 0 and tail_share(data, fate) is None:
         hold_out(fate, digests, data.validation)
     return fate
 
@@ -147,8 +174,9 @@ def hold_out(fate: np.ndarray, digests: np.ndarray, share: float) -> None:
     """
     candidates = np.flatnonzero(fate == TRAIN)
     if len(candidates) == 1:
-        raise UserError(f"data.validation: {share} of a single document cannot be held out as a whole; "
-                        "use data.validation_split=tail to hold out its end, or data.validation=0")
+        raise UserError(f"data.validation: {share} of a single document cannot be held out as a whole "
+                        "(data.validation_split=documents); use data.validation_split=tail to hold out its end, or "
+                        "data.validation=0")
     values = digest_numbers(digests[candidates])[:, 1]
     chosen = values < int(Fraction(repr(share)) * 2**64)
     if not chosen.any():
@@ -163,11 +191,15 @@ def digest_numbers(digests: np.ndarray) -> np.ndarray:
     return np.frombuffer(digests.tobytes(), "<u8").reshape(len(digests), 2)
 
 
-def tail_share(data: DataSettings) -> Fraction | None:
-    """What `split_text` holds out of every document; None when documents are held out whole, or nothing is."""
-    if isinstance(data.validation, str) or data.validation == 0 or data.validation_split != "tail":
+def tail_share(data: DataSettings, fate: np.ndarray) -> Fraction | None:
+    """What `split_text` holds out of every document; None when documents are held out whole, or nothing is.
+
+    Unless the settings say which, it is documents, but a single one has none to spare.
+    """
+    if isinstance(data.validation, str) or data.validation == 0:
         return None
-    return Fraction(repr(data.validation))
+    split = data.validation_split or ("tail" if np.count_nonzero(fate <= VALIDATION) == 1 else "documents")
+    return Fraction(repr(data.validation)) if split == "tail" else None
 
 
 def split_text(text: str, fate: int, tail: Fraction | None) -> tuple[str, str]:
@@ -201,7 +233,8 @@ def make_tokenizer(cleaned: Cleaned, fate: np.ndarray, data: DataSettings, vocab
         for text in cleaned.texts(kept):
             characters.update(text)
         return CharacterTokenizer.of(characters, end_mark=len(kept) > 1)
-    sample = sample_texts(cleaned, np.flatnonzero(fate == TRAIN), data.tokenizer_sample, tail_share(data))
+    sample = sample_texts(cleaned, np.flatnonzero(fate == TRAIN), data.tokenizer_sample,
+                          tail_share(data, fate))
     with progress_bar(f"train {data.tokenizer} tokenizer", total=None, unit="characters") as advance:
         tokenizer = train_tokenizer(data.tokenizer, sample, vocab_size, data.lowercase)
         advance(sum(map(len, sample)))

@@ -1,6 +1,7 @@
 """Several processes of one run on this machine, joined over localhost. No JAX: whoever starts processes has no devices."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PRO
 LAUNCHER = "JAXLM_LAUNCHER"  # id of the process that started this one, which must not outlive it
 HUNG = 75  # exit code of a process that its own watch has ended: it may be started again (EX_TEMPFAIL of sysexits.h)
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of processes that were told to stop, and have saved
+OPEN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")  # what a shell makes of data.raw=<(zcat x.gz)
 PATIENCE = 2.0  # seconds that processes which fail together get to say so
 
 
@@ -58,7 +60,8 @@ class Launcher:
             several = {COORDINATOR: address, NUM_PROCESSES: str(num_processes), PROCESS_ID: str(number)}
             environment = os.environ | {LAUNCHER: str(os.getpid())} | (several if num_processes > 1 else {})
             self._processes.append(subprocess.Popen(  # in a group of its own: a terminal's Ctrl-C comes through us, once
-                [sys.executable, "-m", "jaxlm", *arguments], env=environment, start_new_session=True))
+                [sys.executable, "-m", "jaxlm", *arguments], env=environment, start_new_session=True,
+                pass_fds=[int(found) for found in OPEN_FILE.findall(" ".join(arguments)) if os.path.exists(f"/dev/fd/{found}")]))
         try:
             while any(process.poll() is None for process in self._processes) and not any(
                     process.poll() for process in self._processes):

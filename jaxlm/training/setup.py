@@ -13,6 +13,7 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout
+from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.loading import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.manifest import MANIFEST
@@ -27,6 +28,7 @@ from jaxlm.parallel.layout import cutting, shrunk
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.reporting.files import as_path, exists
+from jaxlm.reporting.progress import print_line
 from jaxlm.settings import Settings
 from jaxlm.training.footprint import logits_memory
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
@@ -67,8 +69,11 @@ def start(settings: Settings, mesh: Mesh) -> Run:
 
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
-def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambda corpora: None) -> Corpora:
+def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambda corpora: None,
+                 notes: bool = True) -> Corpora:
     """Opens the corpus or the mixture; one that does not exist yet is prepared from data.raw.
+
+    Says on stderr where data.raw has changed since an earlier preparation.
 
     Every process may call this: one prepares, those that share its file system wait, those that do not prepare the same
     bytes for themselves.
@@ -76,6 +81,7 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
     Args:
       settings: of the run.
       accept: raises UserError for corpora that this run cannot use; what has just been prepared is then removed again.
+      notes: print what a user would not expect of a text that has just been prepared (`Corpus.describe` has it, too).
     """
     if isinstance(settings.data.corpus, dict):
         whole = settings.data.damaged == "stop"
@@ -83,9 +89,13 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
         accept(corpora)
         return corpora
     folder = as_path(settings.data.corpus or as_path(settings.run_dir) / "corpus")
-    if not exists(folder / MANIFEST):
+    is_new = not exists(folder / MANIFEST)
+    if is_new:
         check_given_tokenizer(settings)
     corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
+    if distributed.place()[0] == 0:
+        for line in (corpus.notes if notes else []) if is_new else changes(corpus, settings.data):
+            print_line(f"note: {line}")
     return [(corpus, 1.0)]
 
 

@@ -131,7 +131,7 @@ def test_a_text_longer_than_a_stretch_is_tokenized_whole(folder, monkeypatch):
 def test_the_tail_is_exact(fraction):
     data = DataSettings(validation=fraction, validation_split="tail")
     for length in (*range(1, 300), 1_115_394):
-        kept, held_out = stages.split_text("x" * length, stages.TRAIN, stages.tail_share(data))
+        kept, held_out = stages.split_text("x" * length, stages.TRAIN, stages.tail_share(data, np.zeros(2, np.uint8)))
         assert len(kept) == int(length * (1 - fraction)) if fraction != 0.3 else abs(len(kept) - length * 0.7) < 1
         assert kept + held_out == "x" * length and held_out
 
@@ -143,8 +143,12 @@ def test_tail_of_one_text_with_characters(folder):
     assert corpus.tokenizer.vocab_size == len(set(text)) and corpus.tokenizer.special.eos is None
     assert decoded(corpus.train, corpus.tokenizer) == [text[:int(len(text) * 0.9)]]
     assert decoded(corpus.validation, corpus.tokenizer) == [text[int(len(text) * 0.9):]]
+    by_itself = prepare(DataSettings(raw="in.txt", tokenizer="characters", validation=0.1), "by-itself")
+    assert by_itself.digest == corpus.digest and not corpus.notes[:-1]
+    assert "single document" in by_itself.notes[0] and "data.validation_split=tail" in by_itself.notes[0]
     with pytest.raises(UserError, match=r"^data\.validation: 0\.1 of a single document .*data\.validation_split=tail"):
-        prepare(DataSettings(raw="in.txt", tokenizer="characters", validation=0.1), "other-corpus")
+        whole = DataSettings(raw="in.txt", tokenizer="characters", validation=0.1, validation_split="documents")
+        prepare(whole, "other-corpus")
 
 
 def test_a_document_keeps_its_side(folder):

@@ -15,13 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from jaxlm.data.sources import Document, Reading, find_sources, plan_units, read_documents
+from jaxlm.data.documents import Document, read_documents
+from jaxlm.data.formats import Reading, look_at
+from jaxlm.data.sources import find_sources, plan_units
 from jaxlm.errors import UserError
 
 
 def documents(raw, unit_bytes=2**30, **reading):
     reading = Reading(**reading)
-    units = plan_units(find_sources(str(raw) if isinstance(raw, Path) else raw), reading.document, unit_bytes)
+    files = look_at(find_sources(str(raw) if isinstance(raw, Path) else raw), reading)
+    units = plan_units([file for file in files if file], reading.document, unit_bytes)
     return [document for unit in units for document in read_documents(unit, reading)]
 
 
@@ -121,13 +124,13 @@ def test_a_document_per_file_is_the_file(tmp_path):
     assert texts(tmp_path) == [content.decode()] * 3 + [""]
 
 
-def test_invalid_text_is_repaired_and_marked(tmp_path):
+def test_invalid_text_is_repaired_and_counted(tmp_path):
     write(tmp_path / "a.txt", b"caf\xe9 \xff\xfe!")
     write(tmp_path / "b.txt", codecs.BOM_UTF8 + "é".encode())
     write(tmp_path / "c.jsonl", b'{"text": "half \\ud83d pair"}\n{"text": "whole \\ud83d\\ude00"}\n\n{"text": "\xff"}\n')
     assert documents(tmp_path) == [
-        Document("caf\ufffd \ufffd\ufffd!", True), Document("é"),
-        Document("half \ufffd pair", True), Document("whole \U0001f600"), Document(""), Document("\ufffd", True)]
+        Document("caf\ufffd \ufffd\ufffd!", 3), Document("é"),
+        Document("half \ufffd pair", 1), Document("whole \U0001f600"), Document(""), Document("\ufffd", 1)]
 
 
 def test_null_in_a_column_is_an_empty_document(tmp_path):
@@ -197,7 +200,7 @@ def test_bad_parquet_names_the_file(tmp_path):
 
 def test_a_vanished_file_is_refused_by_name(tmp_path):
     path = write(tmp_path / "a.txt", "x")
-    units = plan_units(find_sources(str(path)), "file", 100)
+    units = plan_units(look_at(find_sources(str(path)), Reading()), "file", 100)
     path.unlink()
     with pytest.raises(UserError, match=r"a\.txt: unreadable \(No such file"):
         list(read_documents(units[0], Reading()))
