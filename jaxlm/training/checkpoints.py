@@ -54,7 +54,8 @@ PAUSE, REMOTE_PAUSE = 0.05, 1.0  # seconds between looks whether the others are 
 MESSAGE = 512  # bytes of what a process can tell the others
 
 # What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
-FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention")
+FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention", "capacity_factor", "balance_loss",
+                 "router_z_loss")
 MODEL_KEYS = {f"model.{field.name}": "the parameters were trained in that architecture"
               for field in dataclasses.fields(ModelSettings) if field.name not in FREE_IN_MODEL}
 FIXED_KEYS = MODEL_KEYS | {

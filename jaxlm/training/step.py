@@ -1,5 +1,6 @@
 """The training state and the step: what runs a million times, as pure functions of plain pytrees."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ class Trainer(NamedTuple):
     mesh: Mesh
     init: Callable[[int], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # jitted; donates the state
-    evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted
+    evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted; experts drop nothing
     state_shardings: TrainState
     state_shapes: TrainState
     state_axes: TrainState
@@ -61,6 +62,9 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
         params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params), nothing_yet())
 
+    dropless = model
+    if settings.model.capacity_factor is not None:  # what a token is worth must not depend on the batch that it is measured in
+        dropless = Model(dataclasses.replace(settings.model, capacity_factor=None), settings.train)
     layout = on_device = shardings(mesh, axes)
     shapes = jax.eval_shape(init, 0)
     if settings.optimizer.offload:
@@ -70,7 +74,7 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
         init=jax.jit(init, out_shardings=layout),
         step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1, on_device.optimizer),
                      donate_argnums=0, out_shardings=(layout, None)),
-        evaluate=jax.jit(for_each_copy(functools.partial(_evaluation_sums, model), 1)),
+        evaluate=jax.jit(for_each_copy(functools.partial(_evaluation_sums, dropless), 1)),
         state_shardings=layout, state_shapes=shapes, state_axes=axes, layer_order=order)
 
 
