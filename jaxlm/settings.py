@@ -81,8 +81,8 @@ class ModelSettings:
     num_experts: Positive | None = key(None, "gpt: experts in place of each MLP; null: one MLP for all tokens")
     experts_per_token: Positive = key(2, "experts that each token goes to")
     capacity_factor: PositiveFloat | None = key(
-        None, "most tokens of an expert while training, as a multiple of its even share on each device; null: dropless, as evaluation "
-              "and generation always are")
+        None, "most tokens of an expert while training, as a multiple of its even share on each device; null: dropless, as "
+              "evaluation and generation always are")
     balance_loss: NotNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts")
     router_z_loss: NotNegativeFloat = key(0.001, "weight of the squared log-partition penalty on the router's logits")
     bias: bool = key(True, "biases in linear layers and layernorms")
@@ -202,7 +202,7 @@ class ScheduleSettings:
     warmup_steps: NotNegative = key(0, "linear rise to the peak", "steps")
     decay_steps: Positive | None = key(
         None, "linear, cosine: length of warmup and decay together, null: train.steps; "
-              "warmup_stable_decay: length of the final decay, null: train.steps / 5", "steps")
+              "warmup_stable_decay: length of the final decay, null: train.steps / 5, or what the warmup leaves", "steps")
     final_ratio: Annotated[Number, Ge(0), Le(1)] = key(0.0, "last learning rate / peak (linear, cosine, warmup_stable_decay)")
 
 

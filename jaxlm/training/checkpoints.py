@@ -269,10 +269,10 @@ class Checkpoints:
         """The whole state, laid out for `trainer`'s mesh, whatever mesh it was saved from."""
         wanted = abstract(trainer.state_shapes, trainer.state_shardings)
         loaded = self._load(step, {
-            "params": wanted.params, "optimizer": wanted.optimizer,
+            "params": wanted.params, "optimizer": self._as_saved(step, wanted.optimizer),
             "clock": {"step": wanted.step, "key": wanted.key, "recent": wanted.recent._asdict()}})
-        clock = loaded["clock"]
-        state = TrainState(clock["step"], clock["key"], loaded["params"], loaded["optimizer"], Recent(**clock["recent"]))
+        clock, optimizer = loaded["clock"], _like(wanted.optimizer, loaded["optimizer"])
+        state = TrainState(clock["step"], clock["key"], loaded["params"], optimizer, Recent(**clock["recent"]))
         return self._in_order(step, state, trainer, trainer.state_axes, trainer.state_shardings)
 
     def restore_params(self, step: int, trainer: Trainer) -> Params:
@@ -296,13 +296,44 @@ class Checkpoints:
 
         return jax.jit(reordered, out_shardings=layout, donate_argnums=0)(tree)
 
+    def _as_saved(self, step: int, wanted: Any) -> Any:
+        """The optimizer's arrays in the tree that they were saved in.
+
+        An optimizer's tree also has nodes without arrays, one more with weight decay than without; Orbax wants every one of them
+        again. What counts are the arrays, and where they stand.
+        """
+        with self._of_this_model(step), in_context(self.directory):
+            tree = ocp.checkpointables_metadata(self.directory / str(step) / STATE).metadata["optimizer"]
+            arrays, saved = _by_place(wanted), _by_place(tree)
+            if different := sorted(arrays.keys() ^ saved.keys()):
+                raise ValueError(f"its optimizer has {'no ' if different[0] in arrays else ''}{'.'.join(different[0])}")
+            return jax.tree.unflatten(jax.tree.structure(tree), [arrays[place] for place in saved])
+
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        with self._of_this_model(step), in_context(self.directory):
+            return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
+
+    @contextmanager
+    def _of_this_model(self, step: int) -> Iterator[None]:
         try:
-            with in_context(self.directory):
-                return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
+            yield
         except (KeyError, ValueError, OSError) as error:
             raise UserError(f"{self.directory / str(step)}: not a checkpoint of this model ({_reason(error)}); "
                             "expected one that was made with the same model and optimizer") from error
+
+
+def _by_place(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Leaves by their path, in the tree's order; a named tuple's fields count as keys, as Orbax saves them."""
+    def name(entry: Any) -> str:
+        return str(next(getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)))
+
+    return {tuple(map(name, path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _like(wanted: Any, loaded: Any) -> Any:
+    """The leaves of `loaded` in the tree of `wanted`, each in its place."""
+    leaves = _by_place(loaded)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [leaves[place] for place in _by_place(wanted)])
 
 
 def _reason(error: Exception) -> str:

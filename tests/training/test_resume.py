@@ -6,6 +6,7 @@ import os
 import random
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -16,10 +17,13 @@ from jaxlm import config
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.loading import training_batches
 from jaxlm.errors import UserError
+from jaxlm.models.model import Model
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.settings import CheckpointSettings, ModelSettings, OptimizerSettings, Settings, TrainSettings, to_dict
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.loop import train
 from jaxlm.training.setup import on_devices
+from jaxlm.training.step import make_trainer
 
 TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
 STEPS = 60
@@ -193,3 +197,41 @@ def test_no_process_outlives_the_one_that_started_them(folder, run_file, start_j
     wait_for((run_dir / ".lock").exists, launcher)  # both have joined
     launcher.kill()
     launcher.communicate(timeout=PATIENCE)
+
+
+# ---- settings that change at a resume --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lamb", "sgd", "muon"))])
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.1), (0.1, 0.0)])
+def test_weight_decay_may_come_and_go(name, before, after, meshes, tmp_path):
+    """Line 13: the optimizer's tree has one more node with weight decay than without; the arrays are the same, to the bit."""
+    model = ModelSettings(num_layers=2, num_heads=2, hidden_size=8, vocab_size=20, max_length=8)
+    settings = Settings(model=model, optimizer=OptimizerSettings(name=name, weight_decay=before), train=TrainSettings(steps=4))
+    trainers = []
+    for decay in (before, after):
+        own = replace(settings, optimizer=replace(settings.optimizer, weight_decay=decay))
+        trainers.append(make_trainer(Model(model, own.train), own, meshes["one"]))
+    draw = np.random.default_rng(0)
+    state = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(leaf.dtype), trainers[0].state_shapes)
+    state = jax.device_put(state, trainers[0].state_shardings)
+    with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
+        checkpoints.save(state, 2, {"settings": to_dict(settings), "mesh": {}}, None)
+    with Checkpoints(tmp_path) as checkpoints:
+        restored = checkpoints.restore(2, trainers[1])
+    assert jax.tree.structure(restored) == jax.tree.structure(trainers[1].state_shapes)
+    for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def test_another_rules_state_is_refused_by_its_arrays(meshes, tmp_path):
+    """Insisted on with checkpoint.allow=[optimizer.name], what is missing is named."""
+    model = ModelSettings(num_layers=2, num_heads=2, hidden_size=8, vocab_size=20, max_length=8)
+    settings = Settings(model=model, optimizer=OptimizerSettings(name="sgd"), train=TrainSettings(steps=4))
+    sgd = make_trainer(Model(model, settings.train), settings, meshes["one"])
+    adam = replace(settings, optimizer=replace(settings.optimizer, name="adamw"))
+    state = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), sgd.state_shapes), sgd.state_shardings)
+    with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
+        checkpoints.save(state, 2, {"settings": to_dict(settings), "mesh": {}}, None)
+    message = r"2: not a checkpoint of this model \(its optimizer has"
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=message):
+        checkpoints.restore(2, make_trainer(Model(model, adam.train), adam, meshes["one"]))
