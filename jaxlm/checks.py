@@ -156,7 +156,7 @@ def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
                    "least 2, or null")
         elif schedule.decay_steps > left:
             yield (f"schedule.decay_steps={schedule.decay_steps} is more than the {left} steps that "
-                   f"schedule.warmup_steps={schedule.warmup_steps} leaves of train.steps={steps}; expected at most {left}, or null")
+                   f"schedule.warmup_steps={schedule.warmup_steps} leaves of train.steps={steps}; expected at most {left}")
 
 
 def mesh_problems(mesh: MeshSettings) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
 from jaxlm.errors import Preempted, RunError, UserError, nearest, without_secrets
+from jaxlm.reporting.files import json_text
 from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
 
         made = compiled_plan(settings, target)
     if arguments.json:
-        print(json.dumps(made.to_json()))
+        print(json_text(made.to_json()))
     else:
         _console().print(describe(made), highlight=False, soft_wrap=True)
     if arguments.picture:
@@ -139,7 +140,7 @@ def _search(settings: Settings, target: "Target", arguments: argparse.Namespace)
     path = Path(f"{Path(arguments.config).stem}_{target.name.replace(':', '_')}.yaml")
     write_config(best, path)
     if arguments.json:
-        print(json.dumps([choice.plan.to_json() | {"note": choice.note} for choice in choices]))
+        print(json_text([choice.plan.to_json() | {"note": choice.note} for choice in choices]))
     else:
         _console().print(ranking(choices), highlight=False, soft_wrap=True)
     print(f"written to {path}", file=sys.stderr)
@@ -164,7 +165,7 @@ def report(run_dirs: Sequence[str]) -> None:
 
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(figures))
+        print(json_text(figures))
         return
     for name, value in figures.items():
         if isinstance(value, dict):

@@ -245,7 +245,7 @@ class CheckpointSettings:
     keep_best: NotNegative = key(1, "also keep those with the lowest validation loss")
     step: Positive | None = key(None, "evaluate, generate: the checkpoint to use; null: the newest", "steps")
     allow: list[str] = key([], "keys that may differ from what the checkpoints were made with, though the run is then "
-                               "another one, e.g. [seed, data.corpus]")
+                               "another one, e.g. [seed, data.corpus]; schedule: a learning rate that has come down may rise")
 
 
 @dataclass(frozen=True, kw_only=True)

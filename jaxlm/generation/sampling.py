@@ -18,6 +18,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
 from jaxlm.training.checkpoints import MODEL_KEYS, Checkpoints, refuse_changes
+from jaxlm.training.origin import say_which
 from jaxlm.training.setup import Run, dropless, encode_prompts, lay_mesh, resolve, start
 
 
@@ -40,6 +41,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         settings = resolve(settings, tokenizer)
         refuse_changes(MODEL_KEYS, saved["settings"], to_dict(settings), checkpoints.directory)
+        say_which(checkpoints.directory, step)
         run = start(dropless(settings), mesh)
         return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
 

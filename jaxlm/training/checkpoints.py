@@ -28,9 +28,10 @@ from jaxlm.models.model import Params
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import abstract
 from jaxlm.remote import is_remote
-from jaxlm.reporting.files import Location, absolute, delete, exists, make_folder, move, sizes_below
+from jaxlm.reporting.files import Location, absolute, delete, exists, make_folder, move, names_in, sizes_below
 from jaxlm.reporting.progress import print_line
 from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
+from jaxlm.training.changes import SCHEDULE
 from jaxlm.training.guards import Recent
 from jaxlm.training.manifest import (
     CHECKPOINTS,
@@ -50,6 +51,7 @@ from jaxlm.training.step import Trainer, TrainState, reorder_layers
 STATE = "state"
 FORMAT = 1
 WRITERS = re.compile(r"(?:^|[./])process_(\d+)(?:/|$)")  # ocdbt.process_1/d/..., array_metadatas/process_1
+DAMAGED = ".damaged"
 PAUSE, REMOTE_PAUSE = 0.05, 1.0  # seconds between looks whether the others are done
 MESSAGE = 512  # bytes of what a process can tell the others
 
@@ -99,6 +101,11 @@ class Checkpoints:
                 self.wait()
         finally:  # after an error what is being written still gets its chance, unless it needs processes that may have failed
             self._background.shutdown(wait=kind is None or jax.process_count() == 1)
+
+    @property
+    def set_aside(self) -> list[str]:
+        """Folders of checkpoints that were found damaged, by this start or an earlier one."""
+        return [name for name in names_in(self.directory) if name.endswith(DAMAGED)]
 
     @property
     def steps(self) -> list[int]:
@@ -240,7 +247,7 @@ class Checkpoints:
             folder = self.directory / str(step)
             if self._keep:
                 self._val_losses.pop(step, None)
-                move(folder, self.directory / f"{step}.damaged")
+                move(folder, self.directory / f"{step}{DAMAGED}")
             print_line(f"WARNING: {problem}; going back to step {good}" + (f", step {step} is set aside" if self._keep else ""))
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -373,7 +380,7 @@ def versions() -> dict[str, str]:
 
 def check_allowed(keys: list[str]) -> None:
     """Refuses names in checkpoint.allow that allow nothing. Raises UserError."""
-    known = [*FIXED_KEYS, "data.corpus"]
+    known = [*FIXED_KEYS, "data.corpus", SCHEDULE]
     for key in keys:
         if key not in known:
             raise UserError(f"checkpoint.allow: {key} is no key that a run may not change{nearest(key, known)}")

@@ -62,8 +62,8 @@ def start(settings: Settings, mesh: Mesh) -> Run:
 
 
 def dropless(settings: Settings) -> Settings:
-    """The same without `model.capacity_factor`, which is for training: what is generated or measured must not depend on the batch
-    that it is in."""
+    """The same without `model.capacity_factor`, which is for training: what is generated or measured must not depend on
+    the batch that it is in."""
     return dataclasses.replace(settings, model=dataclasses.replace(settings.model, capacity_factor=None))
 
 

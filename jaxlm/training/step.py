@@ -63,7 +63,7 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params), nothing_yet())
 
     dropless = model
-    if settings.model.capacity_factor is not None:  # what a token is worth must not depend on the batch that it is measured in
+    if settings.model.capacity_factor is not None:  # a token's loss must not depend on the batch that it is measured in
         dropless = Model(dataclasses.replace(settings.model, capacity_factor=None), settings.train)
     layout = on_device = shardings(mesh, axes)
     shapes = jax.eval_shape(init, 0)
@@ -139,6 +139,8 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         params, after = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, after), (state.params, before))
         recent = remembered(state.recent, metrics["loss"], norm, good)
         metrics |= {"skipped_steps": recent.skipped, "skipped_in_a_row": recent.in_a_row}
+        if "segment_ids" in batch:  # else every slot is a token
+            metrics["tokens"] = (batch["segment_ids"] > 0).sum()
         return TrainState(state.step + 1, state.key, params, after, recent), metrics
 
     return train_step

@@ -12,19 +12,17 @@ import jax
 import numpy as np
 from orbax.checkpoint import multihost
 
-from jaxlm.data.loading import Batches
 from jaxlm.errors import Preempted, RunError
 from jaxlm.models.model import Params
-from jaxlm.models.sizes import training_flops
 from jaxlm.parallel import executables
 from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.sharding import abstract
-from jaxlm.reporting.files import as_path, write_text
+from jaxlm.reporting.files import as_path, plain, write_text
 from jaxlm.reporting.goodput import Account
-from jaxlm.reporting.hardware import peak_flops
 from jaxlm.reporting.metrics import MetricsWriter
 from jaxlm.reporting.progress import TrainingProgress
 from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.clock import Clock
 from jaxlm.training.copies import find_differences, has_copies, make_digests
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.preemption import WEEK, Preemption
@@ -79,7 +77,6 @@ class Stepping:
         self.batches = make_training_batches(run.settings, corpora)
         self.validation = make_validation_batches(run.settings, corpora)
         self.preemption = Preemption()
-        self.clock = Clock(run, self.batches)
         self.compare = None
         if self.guards.compare_every_steps:
             if has_copies(run.trainer.state_shardings.params, run.trainer.state_shapes.params):
@@ -99,6 +96,8 @@ class Stepping:
         total, self.metadata, self.val_row = self.settings.train.steps, metadata, last_evaluation
         self.already_skipped = int(state.recent.skipped)
         self.skipped_rows = SkippedRows(self.batches, self.run.mesh, saved.get("skipped_rows", 0))
+        self.clock = Clock(self.run, self.batches, self.skipped_rows, first, saved)
+        self.last_loss = {"loss": saved["loss"]} if "loss" in saved else {}
         with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
             step_function = self._compile(state)
             # Through the coordinator, which waits: the devices' first exchange gives up (Gloo's after 30 s) where one process
@@ -159,12 +158,14 @@ class Stepping:
             jax.block_until_ready(pending.metrics)
         self.checkpoints.check()
         step = pending.step
+        self.clock.tokens.add(pending.metrics)
         if step % self.settings.logging.every_steps == 0 or step in (1, self.settings.train.steps):
             values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
             skipped = int(values.pop("skipped_steps"))
-            del values["skipped_in_a_row"]
+            values = {name: value for name, value in values.items() if name not in ("tokens", "skipped_in_a_row")}
             values |= ({"skipped_steps": skipped} if skipped else {}) | self.skipped_rows.column(step)
-            self.output.row(step, values | self.clock.speed(step))
+            self.last_loss = {"loss": values["loss"]}
+            self.output.row(step, self.clock.way(step) | values | self.clock.speed(step))
             self.account.reached(step, skipped - self.already_skipped)
 
     # ---- between steps -----------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ class Stepping:
             cut_short = self._evaluates_at(step) and self.preemption.agreed
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
-                about |= self.skipped_rows.column(step)
+                about |= self.skipped_rows.column(step) | plain(self.last_loss) | {"tokens": self.clock.tokens.total(step)}
                 self.checkpoints.save(state, step, about, val_loss, first=self.output.flush)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
             self.account.write()
@@ -210,7 +211,7 @@ class Stepping:
         if self.preemption.agreed:
             return None
         self.val_row = row
-        self.output.row(step, row)
+        self.output.row(step, self.clock.way(step) | row)
         return row["val_loss"]
 
     def _end_if_told(self, step: int) -> None:
@@ -260,32 +261,3 @@ class Stepping:
         shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))
         raise RunError(f"{found}; the same when run once more: bad data, or a model that has diverged; its {len(examples)} "
                        f"examples are in {path}, the first: {shown}", exit_code=3)
-
-
-class Clock:
-    """Step times between rows; evaluation, saving and compiling do not count."""
-
-    def __init__(self, run: Run, batches: Batches):
-        length, devices = run.settings.data.sequence_length, run.mesh.devices.flatten()
-        predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
-        self.tokens = batches.global_batch_size * length
-        self.flops = batches.global_batch_size * training_flops(run.settings.model, length, predictions)
-        peak = peak_flops(devices[0].device_kind)
-        self.peak = peak and peak * len(devices)
-        self.restart(0)
-
-    def restart(self, step: int) -> None:
-        self.since, self.step, self.data_wait = time.monotonic(), step, 0.0
-
-    def speed(self, step: int) -> dict[str, float | None]:
-        """Columns of a row at `step`, and a new interval."""
-        steps = max(1, step - self.step)
-        seconds = (time.monotonic() - self.since) / steps
-        wait = self.data_wait / steps
-        self.restart(step)
-        return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds,
-                "data_wait_seconds": wait}
-
-    def mfu(self, seconds: float) -> float | None:
-        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B); None where the device's peak is not published."""
-        return self.flops / seconds / self.peak if self.peak else None

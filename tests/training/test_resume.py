@@ -25,7 +25,7 @@ from jaxlm.training.loop import train
 from jaxlm.training.setup import on_devices
 from jaxlm.training.step import make_trainer
 
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds")
+TIMES = ("time", "tokens_per_second", "slots_per_second", "step_seconds", "data_wait_seconds")
 STEPS = 60
 LONG = (f"train.steps={STEPS}", "checkpoint.every_steps=6", "checkpoint.keep_last=3", "eval.every_steps=20", "eval.steps=2",
         "model.dropout=0.1", "devices.count=2", "logging.tensorboard=false")
