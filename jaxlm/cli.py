@@ -36,13 +36,14 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
         return
 
+    from jaxlm.generation.samples import make_sampler
     from jaxlm.generation.sampling import generate_from_run
     from jaxlm.parallel.distributed import is_main
     from jaxlm.reporting.files import as_path, write_text
     from jaxlm.reporting.report import write_report
     from jaxlm.training.loop import train
 
-    summary = train(settings)
+    summary = train(settings, make_sampler)
     samples = generate_from_run(settings) if settings.model.family == "gpt" else []
     if is_main():
         if samples:

@@ -283,6 +283,9 @@ class LoggingSettings:
 
     every_steps: Positive = key(10, "interval of metrics rows", "steps")
     tensorboard: bool = key(True, "write TensorBoard events")
+    samples_every_steps: NotNegative | None = key(
+        None, "interval of samples: generate.prompts continued (gpt), or masks of the validation text filled (bert); "
+              "printed, and kept in RUN_DIR/samples; null or 0: none", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -55,7 +56,12 @@ def _for_decoding(mesh: Mesh) -> Mesh:
 
 
 def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
-    """`num_samples` continuations of each prompt, in the prompts' order. Deterministic in the run's seed.
+    """`make_generator`, for parameters that are used once."""
+    return make_generator(run, tokenizer)(params)
+
+
+def make_generator(run: Run, tokenizer: Tokenizer) -> Callable[[Params], list[Sample]]:
+    """`num_samples` continuations of each prompt, in the prompts' order. Deterministic in the run's seed; compiled once.
 
     Raises:
       UserError: a prompt leaves no room in the model's length, or holds text the tokenizer cannot encode.
@@ -76,12 +82,16 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
     end_token = -1 if tokenizer.special.eos is None else tokenizer.special.eos
     decode = jax.jit(functools.partial(decode_batch, run.trainer.model, settings, min(lengths), end_token),
                      out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
-    result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
-    samples = []
-    for prompt, length, row in zip(prompts, lengths, result, strict=False):
-        new = row[length : length + settings.max_new_tokens].tolist()
-        samples.append(Sample(prompt, tokenizer.decode(new[: new.index(end_token)] if end_token in new else new)))
-    return samples
+
+    def continue_prompts(params: Params) -> list[Sample]:
+        result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
+        samples = []
+        for prompt, length, row in zip(prompts, lengths, result, strict=False):
+            new = row[length : length + settings.max_new_tokens].tolist()
+            samples.append(Sample(prompt, tokenizer.decode(new[: new.index(end_token)] if end_token in new else new)))
+        return samples
+
+    return continue_prompts
 
 
 def decode_batch(model: Model, settings: GenerateSettings, prefill: int, end_token: int, params: Params, tokens: jax.Array,

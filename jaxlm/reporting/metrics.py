@@ -8,7 +8,7 @@ from typing import Any, Self
 from jaxlm.reporting.files import as_path, json_text, read_bytes, write_text
 from jaxlm.reporting.mirror import Mirror
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME, SAMPLES = "metrics.jsonl", "samples"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -68,6 +68,15 @@ class MetricsWriter:
                 if key not in ("step", "time") and not isinstance(value, str | dict | None):  # an event has a time of its own
                     self.events.add_scalar(key, float(value), int(row["step"]))
             self.events.flush()
+        self.mirror.changed()
+
+    def write_samples(self, step: int, text: str) -> None:
+        """RUN_DIR/samples/STEP.txt, and the same in TensorBoard."""
+        folder = self.mirror.folder / SAMPLES
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"{step}.txt", text)
+        if self.events:
+            self.events.add_text(SAMPLES, f"```text\n{text}```", step)
         self.mirror.changed()
 
     def flush(self) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,12 +44,18 @@ from jaxlm.training.setup import (
     start,
 )
 from jaxlm.training.step import TrainState
-from jaxlm.training.stepping import Output, Stepping
+from jaxlm.training.stepping import Output, Sampler, Stepping
 from jaxlm.training.watch import Watch
 
+SamplerMaker = Callable[[Run, Corpora], Sampler | None]
 
-def train(settings: Settings) -> dict[str, Any]:
+
+def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see summary.json).
+
+    Args:
+      settings: of the run.
+      make_sampler: what logging.samples_every_steps is to show; for example jaxlm.generation.samples.make_sampler.
 
     Raises:
       UserError: the input is wrong; nothing has been written then.
@@ -75,10 +81,12 @@ def train(settings: Settings) -> dict[str, Any]:
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
         with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
               Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
-            return _run(run, given, corpora, checkpoints, watch, account)
+            sample = make_sampler(run, corpora) if make_sampler and settings.logging.samples_every_steps else None
+            return _run(run, given, corpora, checkpoints, watch, account, sample)
 
 
-def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account) -> dict[str, Any]:
+def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account,
+         sample: Sampler | None) -> dict[str, Any]:
     run_dir, total, main = as_path(run.settings.run_dir), run.settings.train.steps, distributed.is_main()
     metadata = _metadata(run, corpora)
     with watch.phase("reading the checkpoint", run.settings.guards.restore_seconds):
@@ -102,7 +110,7 @@ def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, 
         if changed and writer:
             writer.write({"step": first, "time": time.time(), "changed": changed})
         with TrainingProgress(total, first, enabled=main) as progress:
-            stepping = Stepping(run, corpora, checkpoints, Output(progress, writer, account), watch)
+            stepping = Stepping(run, corpora, checkpoints, Output(progress, writer, account), watch, sample)
             for line in [*_describe(run, corpora, stepping.batches.padding_share), *origin] if main else ():
                 progress.print(line)
             stepping.go(state, first, metadata, _last_evaluation(run_dir, first), saved)

@@ -5,7 +5,7 @@ The host runs one step ahead of the devices: it reads a step's numbers while the
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,7 @@ from jaxlm.training.step import Batch, TrainState, batch_sharding
 from jaxlm.training.watch import Watch
 
 SHOWN_EXAMPLES = 4
+Sampler = Callable[[Params], str]  # what the parameters make of some text, on the training mesh; all processes call it
 
 
 class Output(NamedTuple):
@@ -52,6 +53,11 @@ class Output(NamedTuple):
         self.progress.update(step, row)
         if self.metrics:
             self.metrics.write({"step": step} | row)
+
+    def samples(self, step: int, text: str) -> None:
+        self.progress.print(f"samples after step {step}:\n{text}")
+        if self.metrics:
+            self.metrics.write_samples(step, text)
 
     def flush(self) -> None:
         """Until everything so far lies where the run directory is."""
@@ -71,12 +77,16 @@ class Pending(NamedTuple):
 class Stepping:
     """One start of a run, from the state it begins with to its last step."""
 
-    def __init__(self, run: Run, corpora: Corpora, checkpoints: Checkpoints, output: Output, watch: Watch):
+    def __init__(self, run: Run, corpora: Corpora, checkpoints: Checkpoints, output: Output, watch: Watch,
+                 sample: Sampler | None = None):
+        self.sample = sample
         self.run, self.corpora, self.checkpoints, self.output, self.watch = run, corpora, checkpoints, output, watch
         self.settings, self.guards, self.account = run.settings, run.settings.guards, output.account
         self.batches = make_training_batches(run.settings, corpora)
         self.validation = make_validation_batches(run.settings, corpora)
         self.preemption = Preemption()
+        if run.settings.logging.samples_every_steps and sample is None:
+            output.progress.print("WARNING: logging.samples_every_steps: there is nothing to show samples of, so none are made")
         self.compare = None
         if self.guards.compare_every_steps:
             if has_copies(run.trainer.state_shardings.params, run.trainer.state_shapes.params):
@@ -181,17 +191,23 @@ class Stepping:
         return self.validation is not None and (self._due(step, self.settings.eval.every_steps) or
                                                 step == self.settings.train.steps)
 
+    def _samples_at(self, step: int) -> bool:
+        return self.sample is not None and self._due(step, self.settings.logging.samples_every_steps)
+
     def _pauses_after(self, step: int) -> bool:
         return (self._saves_at(step) or self._evaluates_at(step) or self._due(step, self.guards.compare_every_steps)
-                or self.preemption.agreed)
+                or self._samples_at(step) or self.preemption.agreed)
 
     def _pause(self, step: int, state: TrainState) -> None:
-        """Compares, evaluates and saves, as far as each is due. A run that was told to stop saves at once."""
+        """Compares, evaluates, shows samples and saves, as far as each is due. A run that was told to stop saves at once."""
         if self.compare and self._due(step, self.guards.compare_every_steps):
             self._compare_copies(step, state.params)
         val_loss = None
         if self._evaluates_at(step) and not self.preemption.agreed:
             val_loss = self._evaluate(step, state.params)
+        if self._samples_at(step) and not self.preemption.agreed:
+            with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
+                self.output.samples(step, self.sample(state.params))
         if self._saves_at(step) or self.preemption.agreed:
             cut_short = self._evaluates_at(step) and self.preemption.agreed
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
