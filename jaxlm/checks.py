@@ -155,6 +155,14 @@ def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
         yield f"schedule.decay_steps={decay_steps} is more than train.steps={steps}"
     if schedule.name in ("linear", "cosine") and decay_steps <= schedule.warmup_steps:
         yield f"schedule.decay_steps={decay_steps} is not more than schedule.warmup_steps={schedule.warmup_steps}"
+    if schedule.name == "warmup_stable_decay" and schedule.decay_steps is not None:
+        left = steps - schedule.warmup_steps
+        if schedule.decay_steps == 1:
+            yield ("schedule.decay_steps=1: warmup_stable_decay would lower nothing, for a decay begins at the peak; expected at "
+                   "least 2, or null")
+        elif schedule.decay_steps > left:
+            yield (f"schedule.decay_steps={schedule.decay_steps} is more than the {left} steps that "
+                   f"schedule.warmup_steps={schedule.warmup_steps} leaves of train.steps={steps}; expected at most {left}")
 
 
 def mesh_problems(mesh: MeshSettings) -> Iterator[str]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
 from jaxlm.errors import Preempted, RunError, UserError, nearest, without_secrets
+from jaxlm.reporting.files import json_text
 from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -35,13 +36,14 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
         return
 
+    from jaxlm.generation.samples import make_sampler
     from jaxlm.generation.sampling import generate_from_run
     from jaxlm.parallel.distributed import is_main
     from jaxlm.reporting.files import as_path, write_text
     from jaxlm.reporting.report import write_report
     from jaxlm.training.loop import train
 
-    summary = train(settings)
+    summary = train(settings, make_sampler)
     samples = generate_from_run(settings) if settings.model.family == "gpt" else []
     if is_main():
         if samples:
@@ -123,7 +125,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
 
         made = compiled_plan(settings, target)
     if arguments.json:
-        print(json.dumps(made.to_json()))
+        print(json_text(made.to_json()))
     else:
         _console().print(describe(made), highlight=False, soft_wrap=True)
     if arguments.picture:
@@ -139,7 +141,7 @@ def _search(settings: Settings, target: "Target", arguments: argparse.Namespace)
     path = Path(f"{Path(arguments.config).stem}_{target.name.replace(':', '_')}.yaml")
     write_config(best, path)
     if arguments.json:
-        print(json.dumps([choice.plan.to_json() | {"note": choice.note} for choice in choices]))
+        print(json_text([choice.plan.to_json() | {"note": choice.note} for choice in choices]))
     else:
         _console().print(ranking(choices), highlight=False, soft_wrap=True)
     print(f"written to {path}", file=sys.stderr)
@@ -164,7 +166,7 @@ def report(run_dirs: Sequence[str]) -> None:
 
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        print(json.dumps(figures))
+        print(json_text(figures))
         return
     for name, value in figures.items():
         if isinstance(value, dict):

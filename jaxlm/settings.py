@@ -81,7 +81,8 @@ class ModelSettings:
     num_experts: Positive | None = key(None, "gpt: experts in place of each MLP; null: one MLP for all tokens")
     experts_per_token: Positive = key(2, "experts that each token goes to")
     capacity_factor: PositiveFloat | None = key(
-        None, "most tokens of an expert, as a multiple of its even share on each device; null: dropless")
+        None, "most tokens of an expert while training, as a multiple of its even share on each device; null: dropless, as "
+              "evaluation and generation always are")
     balance_loss: NotNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts")
     router_z_loss: NotNegativeFloat = key(0.001, "weight of the squared log-partition penalty on the router's logits")
     bias: bool = key(True, "biases in linear layers and layernorms")
@@ -211,7 +212,7 @@ class ScheduleSettings:
     warmup_steps: NotNegative = key(0, "linear rise to the peak", "steps")
     decay_steps: Positive | None = key(
         None, "linear, cosine: length of warmup and decay together, null: train.steps; "
-              "warmup_stable_decay: length of the final decay, null: train.steps / 5", "steps")
+              "warmup_stable_decay: length of the final decay, null: train.steps / 5, or what the warmup leaves", "steps")
     final_ratio: Annotated[Number, Ge(0), Le(1)] = key(0.0, "last learning rate / peak (linear, cosine, warmup_stable_decay)")
 
 
@@ -254,7 +255,7 @@ class CheckpointSettings:
     keep_best: NotNegative = key(1, "also keep those with the lowest validation loss")
     step: Positive | None = key(None, "evaluate, generate: the checkpoint to use; null: the newest", "steps")
     allow: list[str] = key([], "keys that may differ from what the checkpoints were made with, though the run is then "
-                               "another one, e.g. [seed, data.corpus]")
+                               "another one, e.g. [seed, data.corpus]; schedule: a learning rate that has come down may rise")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +293,9 @@ class LoggingSettings:
 
     every_steps: Positive = key(10, "interval of metrics rows", "steps")
     tensorboard: bool = key(True, "write TensorBoard events")
+    samples_every_steps: NotNegative | None = key(
+        None, "interval of samples: generate.prompts continued (gpt), or masks of the validation text filled (bert); "
+              "printed, and kept in RUN_DIR/samples; null or 0: none", "steps")
 
 
 @dataclass(frozen=True, kw_only=True)

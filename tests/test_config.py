@@ -219,6 +219,10 @@ CONTRADICTIONS = {
     "schedule.warmup_steps=1000 leaves nothing of train.steps=1000": ["schedule.warmup_steps=1000"],
     "schedule.decay_steps=2000 is more than train.steps=1000": ["schedule.decay_steps=2000"],
     "schedule.decay_steps=50 is not more than schedule.warmup_steps=50": ["schedule.decay_steps=50", "schedule.warmup_steps=50"],
+    "schedule.decay_steps=1: warmup_stable_decay would lower nothing, for a decay begins at the peak; expected at least 2":
+        ["schedule.name=warmup_stable_decay", "schedule.decay_steps=1"],
+    "schedule.decay_steps=200 is more than the 100 steps that schedule.warmup_steps=900 leaves of train.steps=1000":
+        ["schedule.name=warmup_stable_decay", "schedule.decay_steps=200", "schedule.warmup_steps=900"],
     "mesh.expert=2 needs experts": ["mesh.expert=2"],
     "mesh.expert=2 does not divide model.num_experts=3": ["mesh.expert=2", "model.num_experts=3"],
     "model.capacity_factor=1.5 needs experts": ["model.capacity_factor=1.5"],

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
 from jaxlm.training.checkpoints import MODEL_KEYS, START_KEY, Checkpoints, refuse_changes
-from jaxlm.training.setup import Run, encode_prompts, lay_mesh, resolve, start
+from jaxlm.training.origin import say_which
+from jaxlm.training.setup import Run, dropless, encode_prompts, lay_mesh, resolve, start
 
 
 class Sample(NamedTuple):
@@ -47,7 +49,8 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         settings = resolve(settings, tokenizer)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        run = start(settings, mesh)
+        say_which(checkpoints.directory, step)
+        run = start(dropless(settings), mesh)
         return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
 
 
@@ -60,7 +63,12 @@ def _for_decoding(mesh: Mesh) -> Mesh:
 
 
 def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
-    """`num_samples` continuations of each prompt, in the prompts' order. Deterministic in the run's seed.
+    """`make_generator`, for parameters that are used once."""
+    return make_generator(run, tokenizer)(params)
+
+
+def make_generator(run: Run, tokenizer: Tokenizer) -> Callable[[Params], list[Sample]]:
+    """`num_samples` continuations of each prompt, in the prompts' order. Deterministic in the run's seed; compiled once.
 
     Raises:
       UserError: a prompt leaves no room in the model's length, or holds text the tokenizer cannot encode.
@@ -82,13 +90,17 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
     model = run.trainer.model
     decode = jax.jit(model.traced(functools.partial(decode_batch, model, settings, min(lengths), end_token)),
                      out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
-    result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
-    samples = []
-    for prompt, ids, row in zip(prompts, encoded, result, strict=False):
-        new = row[len(ids) : len(ids) + settings.max_new_tokens].tolist()
-        new = new[: new.index(end_token)] if end_token in new else new
-        samples.append(Sample(prompt, tokenizer.decode_after(ids, new, prompt)))
-    return samples
+
+    def continue_prompts(params: Params) -> list[Sample]:
+        result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
+        samples = []
+        for prompt, ids, row in zip(prompts, encoded, result, strict=False):
+            new = row[len(ids) : len(ids) + settings.max_new_tokens].tolist()
+            new = new[: new.index(end_token)] if end_token in new else new
+            samples.append(Sample(prompt, tokenizer.decode_after(ids, new, prompt)))
+        return samples
+
+    return continue_prompts
 
 
 def decode_batch(model: Model, settings: GenerateSettings, prefill: int, end_token: int, params: Params, tokens: jax.Array,

@@ -102,20 +102,26 @@ class BERT(nnx.Module):
 
     def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
         """Loss sums of a batch; its keys are described in `jaxlm.data.loading`."""
-        tokens = batch["tokens"]
-        places = jnp.arange(tokens.shape[1])[None]
-        positions = batch.get("positions", jnp.broadcast_to(places, tokens.shape))
-        context = Context(positions, places, batch.get("segment_ids"), token_keys(dropout_keys, places[0]))
-        x = self.hidden(tokens, context, batch.get("token_types"))
-        spare = -batch["masked_positions"].shape[1] % axis_size("sequence")  # so that predictions, too, can be cut
-        masked_positions, targets, mask = (
-            jnp.pad(batch[name], ((0, 0), (0, spare))) for name in ("masked_positions", "masked_targets", "masked_mask"))
-        masked = self.transform(take_positions(x, masked_positions))  # only these reach the vocabulary
+        x = self._states(batch, dropout_keys)
+        positions, targets, mask = (_cuttable(batch[f"masked_{name}"]) for name in ("positions", "targets", "mask"))
+        masked = self.transform(take_positions(x, positions))  # only these reach the vocabulary
         sums = {"masked_token": cross_entropy(
             masked, self.token_embedding.embedding[...], self.mlm_bias[...], targets, mask, self.head_facts)}
         if self.next_sentence_head is not None:
             sums["next_sentence"] = _next_sentence_sums(self.next_sentence_logits(x), batch)
         return sums
+
+    def fill_masks(self, batch: dict[str, jax.Array]) -> jax.Array:
+        """The likeliest token at each of masked_positions of a batch as `losses` takes it: int32 [B, P]."""
+        states = take_positions(self._states(batch, None), _cuttable(batch["masked_positions"]))
+        return self.logits(states).argmax(-1)[:, : batch["masked_positions"].shape[1]]
+
+    def _states(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None) -> jax.Array:
+        tokens = batch["tokens"]
+        places = jnp.arange(tokens.shape[1])[None]
+        positions = batch.get("positions", jnp.broadcast_to(places, tokens.shape))
+        context = Context(positions, places, batch.get("segment_ids"), token_keys(dropout_keys, places[0]))
+        return self.hidden(tokens, context, batch.get("token_types"))
 
     @staticmethod
     def counts(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -124,6 +130,11 @@ class BERT(nnx.Module):
         if "next_sentence" in batch:
             counts["next_sentence"] = batch["next_sentence_mask"].sum()
         return counts
+
+
+def _cuttable(array: jax.Array) -> jax.Array:
+    """[B, P, ...] with zeros behind the predictions, so that they, too, can be cut as the sequence is."""
+    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % axis_size("sequence"))))
 
 
 def _next_sentence_sums(logits: jax.Array, batch: dict[str, jax.Array]) -> Sums:

@@ -33,7 +33,7 @@ class Model:
 
     def __init__(self, settings: ModelSettings, train: TrainSettings, logits_memory: float = 0.0):
         """`logits_memory`: bytes of a device for the loss's logits (`jaxlm.models.loss.Head`), where train.loss_chunk is null."""
-        self.settings, self.dtype = settings, jnp.dtype(train.precision)
+        self.settings, self.dtype, self.logits_memory = settings, jnp.dtype(train.precision), logits_memory
         choices = remat_choices(train.remat)
         remat = None if choices is None else remat_policy(choices)
         execution = Execution(remat, train.gradient_accumulation, train.stage_repeats)

@@ -5,8 +5,9 @@ products, come back the same way, and are added up with the router's weights (GS
 and no dropped tokens: MegaBlocks, Gale et al. 2022). Softmax over the chosen experts only, as in Mixtral (Jiang et al. 2024).
 
 Dropless, what a device sends to another has room for all of its tokens, since all may choose the same experts: nothing is
-lost, whatever the router does, and results do not depend on the mesh. With a capacity, an expert takes at most
-`capacity_factor` times its even share of each device's tokens; the traffic is that much, the rest passes the layer by.
+lost, whatever the router does, and results do not depend on the mesh. With a capacity, which is for training only, an expert
+takes at most `capacity_factor` times its even share of each device's tokens; the traffic is that much, the rest passes the
+layer by.
 
 Shapes: n tokens of one device, E experts on P devices, k experts per token, D hidden size, F MLP width.
 """

@@ -1,15 +1,14 @@
 """RUN_DIR/metrics.jsonl and TensorBoard: one object a line, the same numbers in both."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any, Self
 
-from jaxlm.reporting.files import as_path, read_bytes, write_text
+from jaxlm.reporting.files import as_path, json_text, read_bytes, write_text
 from jaxlm.reporting.mirror import Mirror
 
-FILE_NAME = "metrics.jsonl"
+FILE_NAME, SAMPLES = "metrics.jsonl", "samples"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -42,14 +41,15 @@ def is_number(value: Any) -> bool:
 class MetricsWriter:
     """Appends rows to metrics.jsonl and, if asked, the same scalars to TensorBoard. A context manager.
 
-    A run that goes on from `resume_step` loses the rows after it, because it writes them again. Only process 0 has a writer.
+    A run that goes on from `resume_step` loses the rows after it, because it writes them again, and what an earlier
+    start said to have changed there (`changed`: {key: [before, after]}). Only process 0 has a writer.
     In a bucket, rows can be seen half a minute late, and earlier only after `flush` (see jaxlm.reporting.mirror).
     """
 
     def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int):
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
+        kept = [row for row in read_metrics(run_dir) if row["step"] < resume_step + ("changed" not in row)]
         self.mirror = Mirror(run_dir)
-        write_text(self.mirror.folder / FILE_NAME, "".join(encode(row) for row in kept))
+        write_text(self.mirror.folder / FILE_NAME, "".join(f"{json_text(row)}\n" for row in kept))
         self.file = open(self.mirror.folder / FILE_NAME, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
         self.events = open_tensorboard(self.mirror.folder, resume_step) if tensorboard else None
 
@@ -60,14 +60,23 @@ class MetricsWriter:
         self.close()
 
     def write(self, row: dict[str, Any]) -> None:
-        """`row` holds `step` and numbers (Python's, NumPy's or 0-d arrays), text or None. Flushed: readable at once."""
-        self.file.write(encode(row))
+        """`row` holds `step` and numbers (Python's, NumPy's or 0-d arrays), text, mappings or None. Readable at once."""
+        self.file.write(f"{json_text(row)}\n")
         self.file.flush()
         if self.events:
             for key, value in row.items():
-                if key != "step" and not isinstance(value, str) and value is not None:
+                if key not in ("step", "time") and not isinstance(value, str | dict | None):  # an event has a time of its own
                     self.events.add_scalar(key, float(value), int(row["step"]))
             self.events.flush()
+        self.mirror.changed()
+
+    def write_samples(self, step: int, text: str) -> None:
+        """RUN_DIR/samples/STEP.txt, and the same in TensorBoard."""
+        folder = self.mirror.folder / SAMPLES
+        folder.mkdir(exist_ok=True)
+        write_text(folder / f"{step}.txt", text)
+        if self.events:
+            self.events.add_text(SAMPLES, f"```text\n{text}```", step)
         self.mirror.changed()
 
     def flush(self) -> None:
@@ -86,15 +95,3 @@ def open_tensorboard(folder: Path, resume_step: int) -> Any:
     from tensorboardX import SummaryWriter
 
     return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".from{resume_step}")
-
-
-def encode(row: dict[str, Any]) -> str:
-    """One line of JSON; what JSON has no number for (NaN, infinities) becomes null."""
-    return json.dumps({key: plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
-
-
-def plain(value: Any) -> Any:
-    """NumPy and JAX scalars as Python numbers, non-finite floats as None."""
-    if hasattr(value, "item"):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,11 +8,13 @@ import numpy as np
 from jaxlm.reporting.files import Location, as_path, name_of, write_atomically
 from jaxlm.reporting.metrics import is_number, read_metrics
 
-TRAIN_COLOR, VALIDATION_COLOR = "tab:blue", "tab:orange"
+TRAIN_COLOR, VALIDATION_COLOR, CHANGE_COLOR = "tab:blue", "tab:orange", "tab:red"
+MARKED = 4  # steps that a label names
 
 
 def plot_loss(run_dir: str | Path) -> Location | None:
-    """Writes RUN_DIR/loss.png: training loss, light and smoothed, and the validation points. None: nothing to show yet."""
+    """Writes RUN_DIR/loss.png: training loss, light and smoothed, the validation points, and where the
+    settings changed. None: nothing to show yet."""
     rows = read_metrics(run_dir)
     steps, losses = series(rows, "loss")
     validation_steps, validation_losses = series(rows, "val_loss")
@@ -26,6 +28,11 @@ def plot_loss(run_dir: str | Path) -> Location | None:
     if len(validation_steps):
         label = f"validation, lowest {validation_losses.min():.3f}"
         axes.plot(validation_steps, validation_losses, "o-", color=VALIDATION_COLOR, markersize=4, linewidth=1.2, label=label)
+    changed = sorted({row["step"] for row in rows if "changed" in row})
+    for number, step in enumerate(changed):
+        at = ", ".join(map(str, changed[:MARKED])) + (", ..." if len(changed) > MARKED else "")
+        label = None if number else f"settings changed at step {at}"
+        axes.axvline(step, color=CHANGE_COLOR, linestyle="--", linewidth=1, label=label)
     finish(axes, name_of(run_dir), np.concatenate([losses, validation_losses]))
     path = as_path(run_dir) / "loss.png"
     save(figure, path)
@@ -58,15 +65,26 @@ def series(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray
 
 
 def smooth(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Median over 5 % of the curve around each of at most 1000 points; near the ends the window shrinks on both sides.
+    """At each of at most 1000 points the level of 5 % of the curve around it, along the window's own slope.
 
-    A median, because a mean turns one wild value into a plateau.
+    Medians, because a mean turns one wild value into a plateau. Near the ends the window stays as wide and lies to one
+    side: it follows the curve by its slope, where a window that shrinks would end in the last value itself, noise and
+    all. float32.
     """
-    last = len(values) - 1
-    centers = np.unique(np.linspace(0, last, min(len(values), 1000)).round().astype(int))
-    halves = np.minimum(np.minimum(centers, last - centers), max(len(values) // 40, 1))
-    medians = [np.median(values[center - half : center + half + 1]) for center, half in zip(centers, halves, strict=True)]
-    return steps[centers], np.array(medians)
+    if not len(values):
+        return steps, values
+    width = min(2 * max(len(values) // 40, 1) + 1, len(values))
+    centers = np.unique(np.linspace(0, len(values) - 1, min(len(values), 1000)).round().astype(int))
+    starts = np.clip(centers - width // 2, 0, len(values) - width)
+    return steps[centers], np.array([_level(values[start : start + width], center - start)
+                                     for start, center in zip(starts, centers, strict=True)], np.float32)
+
+
+def _level(window: np.ndarray, place: int) -> float:
+    """What the window is at `place`, by the line through the medians of its halves; exact on a straight line."""
+    half = len(window) // 2
+    slope = (np.median(window[-half:]) - np.median(window[:half])) / (len(window) - half) if half else 0.0
+    return float(np.median(window - slope * (np.arange(len(window)) - place)))
 
 
 def new_figure() -> tuple[Any, Any]:

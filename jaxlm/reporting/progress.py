@@ -172,12 +172,13 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "loss": lambda value: f"loss {value:.4g}" if math.isfinite(value) else f"loss {value}",
     "learning_rate": lambda value: f"lr {format_scientific(value)}",
     "tokens_per_second": lambda value: f"{format_count(value)} tokens/s",
+    "slots_per_second": lambda value: f"of {format_count(value)} slots/s",
     "mfu": lambda value: f"mfu {100 * value:.1f}%",
     "step_seconds": lambda value: f"{format_milliseconds(value)}/step",
     "skipped_steps": lambda value: f"{value:,} steps skipped",
     "skipped_rows": lambda value: f"{value:,} rows skipped",
 }
-NOT_SHOWN = ("step", "grad_norm", "data_wait_seconds")
+NOT_SHOWN = ("step", "time", "tokens", "epoch", "grad_norm", "data_wait_seconds")
 
 
 def row_parts(row: dict[str, Any]) -> list[str]:

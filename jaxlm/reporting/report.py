@@ -1,6 +1,5 @@
 """RUN_DIR/report.md, one page about a run, and a table that compares runs."""
 
-import json
 import math
 import statistics
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm.reporting.files import Location, exists, read_text, write_text
 from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.metrics import is_number
-from jaxlm.reporting.runs import Run, read_run
+from jaxlm.reporting.runs import Run, read_run, yaml_scalar
 from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds
 
 if TYPE_CHECKING:
@@ -23,14 +22,19 @@ def write_report(run_dir: str | Path) -> Location:
     run = read_run(run_dir)
     total = run.config.get("train.steps", "?")
     if run.summary:
-        wall = run.figure("wall_seconds")
+        wall, diverged = run.figure("wall_seconds"), run.figure("diverged")
         state = f"Finished: {run.figure('steps')} steps" + (f" in {format_duration(wall)}." if wall is not None else ".")
+        if diverged:
+            state = f"Ended with a loss that is not a number, so what it had learned is lost. {state}"
     else:
         state = f"Not finished (running, or stopped): {run.steps} of {total} steps."
     sections = [f"# {run.name}", state]
     if exists(run.path / "loss.png"):
         sections.append("![Training and validation loss](loss.png)")
-    sections += ["## Results", table(results(run)), "## What ran", table(what_ran(run)), "## Speed", table(speed(run))]
+    sections += ["## Results", table(results(run)), "## What ran", table(what_ran(run))]
+    if changes := changes_told(run):
+        sections += ["## What changed on the way", table(changes)]
+    sections += ["## Speed", table(speed(run))]
     spent = goodput(run.path)
     if spent:
         sections += ["## Where the time went", table(time_spent(spent))]
@@ -53,7 +57,8 @@ def results(run: Run) -> dict[str, str]:
         figures["lowest validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
         if "perplexity" not in last and "val_perplexity" not in last and run.config.get("model.family") == "gpt":
             figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"
-        others = {key: value for key, value in last.items() if key not in ("step", "val_loss", "loss") and value is not None}
+        apart = ("step", "time", "tokens", "epoch", "val_loss", "loss")
+        others = {key: value for key, value in last.items() if key not in apart and value is not None}
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}
         if last.get("val_bits_per_byte", 0) is None:
             figures["val bits per byte"] = f"{UNKNOWN}: the tokenizer lost some of the text"
@@ -61,6 +66,10 @@ def results(run: Run) -> dict[str, str]:
         figures["validation loss"] = f"{run.figure('val_loss'):.4f}"
     if losses:
         figures["training loss"] = f"{losses[-1]:.4f} (first logged: {losses[0]:.4f})"
+    for key, name in (("loss", "training loss"), ("val_loss", "validation loss")):
+        unknown = [row["step"] for row in run.rows if key in row and not is_number(row[key])]
+        if unknown:
+            figures[f"{name} not a number"] = f"in {counted(len(unknown), 'row')}, the last at step {unknown[-1]}"
     skipped = run.figure("skipped_rows")
     if is_number(skipped) and skipped:
         figures["rows skipped for damage"] = f"{skipped:,}"
@@ -74,27 +83,40 @@ def what_ran(run: Run) -> dict[str, str]:
              f"width {config.get('model.hidden_size', '?')}, {config.get('model.num_heads', '?')} heads")
     if config.get("model.num_experts"):
         shape += f", {config['model.num_experts']} experts of which a token takes {config.get('model.experts_per_token', '?')}"
-    batch = (f"{config.get('data.global_batch_size', '?')} sequences of {config.get('data.sequence_length', '?')} tokens")
-    optimizer = f"{config.get('optimizer.name', '?')}, learning rate {config.get('optimizer.learning_rate', '?')}, " \
-                f"{config.get('schedule.name', '?')} schedule"
+    batch = f"{run.setting('data.global_batch_size')} sequences of {run.setting('data.sequence_length')} tokens"
+    optimizer = (f"{run.setting('optimizer.name')}, learning rate {run.setting('optimizer.learning_rate')}, "
+                 f"{run.setting('schedule.name')} schedule")
     return {
         "model": shape,
         "parameters": UNKNOWN if parameters is None else f"{parameters:,}",
-        "tokens": UNKNOWN if tokens is None else f"{format_count(tokens)} ({tokens:,})",
+        "tokens": UNKNOWN if tokens is None else f"{format_count(tokens)} ({tokens:,})" + in_slots(tokens, run.figure("slots")),
         "batch": batch,
         "optimizer": optimizer,
-        "precision": str(config.get("train.precision", "?")),
+        "precision": run.setting("train.precision"),
         "devices": " x ".join(plain(run.figure(key)) for key in ("devices", "device_kind") if run.figure(key)) or UNKNOWN,
         "mesh": plain(run.figure("mesh")),
-        "seed": str(config.get("seed", "?")),
+        "seed": run.setting("seed"),
     }
+
+
+def in_slots(tokens: float, slots: float | None) -> str:
+    """What padding leaves of the places that were computed."""
+    return f", {tokens / slots:.1%} of {slots:,.0f} slots; the rest is padding" if slots and tokens < slots else ""
+
+
+def changes_told(run: Run) -> dict[str, str]:
+    """Step -> what it went on with, and what had been before."""
+    return {f"from step {step}": "; ".join(f"{key} {yaml_scalar(before)} -> {yaml_scalar(after)}"
+                                           for key, (before, after) in changed.items())
+            for step, changed in run.changes}
 
 
 def speed(run: Run) -> dict[str, str]:
     """Medians over the logged rows; the wait for data is a part of the step time."""
     tokens_per_second, mfu, compile_seconds = (run.figure(key) for key in ("tokens_per_second", "mfu", "compile_seconds"))
     step_seconds, waits = run.values("step_seconds"), run.values("data_wait_seconds")
-    figures = {"tokens per second": UNKNOWN if tokens_per_second is None else f"{tokens_per_second:,.0f}"}
+    figures = {"tokens per second": UNKNOWN if tokens_per_second is None else
+               f"{tokens_per_second:,.0f}" + in_slots(tokens_per_second, run.figure("slots_per_second"))}
     if step_seconds:
         figures["step time"] = format_milliseconds(statistics.median(step_seconds))
     if waits and sum(step_seconds) > 0:
@@ -177,9 +199,9 @@ def compare(run_dirs: list[str | Path]) -> "Table":
         grid.add_column(cell(str(run.path) if len({other.name for other in runs}) < len(runs) else run.name), overflow="fold")
     keys = list(dict.fromkeys(key for run in runs for key in run.config))
     for key in keys:
-        values = [run.config.get(key, "-") for run in runs]
+        values = [run.setting(key) if key in run.config else "-" for run in runs]
         if key != "run_dir" and any(value != values[0] for value in values):
-            grid.add_row(*map(cell, [key, *map(yaml_scalar, values)]))
+            grid.add_row(*map(cell, [key, *values]))
     grid.add_section()
     for key, write in COMPARED.items():
         figures = [run.steps if key == "steps" else run.figure(key) for run in runs]
@@ -196,8 +218,3 @@ COMPARED = {
     "mfu": "{:.1%}".format,
     "wall_seconds": format_duration,
 }
-
-
-def yaml_scalar(value: Any) -> str:
-    """As the key would stand in a config file: null, true, 0.1."""
-    return json.dumps(value) if value is None or isinstance(value, (bool, list, dict)) else str(value)

@@ -5,6 +5,7 @@ Everything is read from its files, so that a run that is going on, or was killed
 
 import json
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from jaxlm.reporting.metrics import is_number, read_metrics
 from jaxlm.settings import parse_yaml
 
 # Of summary.json; what else it holds is shown as it is.
-NUMBERS = ("steps", "tokens", "parameters", "val_loss", "tokens_per_second", "mfu", "wall_seconds", "compile_seconds", "devices")
+NUMBERS = ("steps", "tokens", "slots", "parameters", "loss", "val_loss", "tokens_per_second", "slots_per_second", "mfu",
+           "wall_seconds", "compile_seconds", "devices")
+
+
+Changed = dict[str, list[Any]]  # key -> [before, after]
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,19 @@ class Run:
     def evaluations(self) -> list[dict[str, Any]]:
         return [row for row in self.rows if is_number(row.get("val_loss"))]
 
+    @property
+    def changes(self) -> Iterator[tuple[int, Changed]]:
+        """Steps from which the run went on with other settings, and which those are."""
+        for row in self.rows:
+            if isinstance(row.get("changed"), dict):
+                yield row["step"], {key: values for key, values in row["changed"].items()
+                                    if isinstance(values, list) and len(values) == 2}
+
+    def setting(self, key: str) -> str:
+        """A key of the config as text: what it was for the whole run, or `0.001 to step 300, then 0.0005`."""
+        parts = [f"{yaml_scalar(changed[key][0])} to step {step}" for step, changed in self.changes if key in changed]
+        return ", then ".join([*parts, yaml_scalar(self.config[key]) if key in self.config else "?"])
+
     def values(self, key: str) -> list[float]:
         return [row[key] for row in self.rows if is_number(row.get(key))]
 
@@ -52,9 +70,11 @@ class Run:
             return self.summary.get(key)
         if key == "val_loss":
             return self.evaluations[-1]["val_loss"] if self.evaluations else None
-        if key in ("tokens_per_second", "mfu"):
+        if key in ("tokens_per_second", "slots_per_second", "mfu"):
             return statistics.median(self.values(key)) if self.values(key) else None
-        if key == "tokens":
+        if key == "tokens" and self.values("tokens"):
+            return self.values("tokens")[-1]
+        if key in ("tokens", "slots"):
             batch, length = self.config.get("data.global_batch_size"), self.config.get("data.sequence_length")
             return self.steps * batch * length if batch and length else None
         return None
@@ -92,6 +112,11 @@ def read_summary(path: Location) -> dict[str, Any] | None:
         if key in NUMBERS and not is_number(value) and (value is not None or key == "steps"):
             raise UserError(f"{path}: {key} is {shown(value)}, expected a number; {remedy}")
     return {"steps": 0} | summary
+
+
+def yaml_scalar(value: Any) -> str:
+    """As the key would stand in a config file: null, true, 0.1."""
+    return json.dumps(value) if value is None or isinstance(value, (bool, list, dict)) else str(value)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -28,9 +28,10 @@ from jaxlm.models.model import Params
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import abstract
 from jaxlm.remote import is_remote
-from jaxlm.reporting.files import Location, absolute, delete, exists, make_folder, move, sizes_below
+from jaxlm.reporting.files import Location, absolute, delete, exists, make_folder, move, names_in, sizes_below
 from jaxlm.reporting.progress import print_line
 from jaxlm.settings import CheckpointSettings, ModelSettings, flatten
+from jaxlm.training.changes import SCHEDULE
 from jaxlm.training.guards import Recent
 from jaxlm.training.manifest import (
     CHECKPOINTS,
@@ -50,11 +51,13 @@ from jaxlm.training.step import Trainer, TrainState, reorder_layers
 STATE = "state"
 FORMAT = 1
 WRITERS = re.compile(r"(?:^|[./])process_(\d+)(?:/|$)")  # ocdbt.process_1/d/..., array_metadatas/process_1
+DAMAGED = ".damaged"
 PAUSE, REMOTE_PAUSE = 0.05, 1.0  # seconds between looks whether the others are done
 MESSAGE = 512  # bytes of what a process can tell the others
 
 # What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
-FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention")
+FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention", "capacity_factor", "balance_loss",
+                 "router_z_loss")
 MODEL_KEYS = {f"model.{field.name}": "the parameters were trained in that architecture"
               for field in dataclasses.fields(ModelSettings) if field.name not in FREE_IN_MODEL}
 START_KEY = {"data.start_token": "the model knows documents that begin so"}
@@ -99,6 +102,11 @@ class Checkpoints:
                 self.wait()
         finally:  # after an error what is being written still gets its chance, unless it needs processes that may have failed
             self._background.shutdown(wait=kind is None or jax.process_count() == 1)
+
+    @property
+    def set_aside(self) -> list[str]:
+        """Folders of checkpoints that were found damaged, by this start or an earlier one."""
+        return [name for name in names_in(self.directory) if name.endswith(DAMAGED)]
 
     @property
     def steps(self) -> list[int]:
@@ -240,7 +248,7 @@ class Checkpoints:
             folder = self.directory / str(step)
             if self._keep:
                 self._val_losses.pop(step, None)
-                move(folder, self.directory / f"{step}.damaged")
+                move(folder, self.directory / f"{step}{DAMAGED}")
             print_line(f"WARNING: {problem}; going back to step {good}" + (f", step {step} is set aside" if self._keep else ""))
 
     def metadata(self, step: int) -> dict[str, Any]:
@@ -269,10 +277,10 @@ class Checkpoints:
         """The whole state, laid out for `trainer`'s mesh, whatever mesh it was saved from."""
         wanted = abstract(trainer.state_shapes, trainer.state_shardings)
         loaded = self._load(step, {
-            "params": wanted.params, "optimizer": wanted.optimizer,
+            "params": wanted.params, "optimizer": self._as_saved(step, wanted.optimizer),
             "clock": {"step": wanted.step, "key": wanted.key, "recent": wanted.recent._asdict()}})
-        clock = loaded["clock"]
-        state = TrainState(clock["step"], clock["key"], loaded["params"], loaded["optimizer"], Recent(**clock["recent"]))
+        clock, optimizer = loaded["clock"], _like(wanted.optimizer, loaded["optimizer"])
+        state = TrainState(clock["step"], clock["key"], loaded["params"], optimizer, Recent(**clock["recent"]))
         return self._in_order(step, state, trainer, trainer.state_axes, trainer.state_shardings)
 
     def restore_params(self, step: int, trainer: Trainer) -> Params:
@@ -296,13 +304,44 @@ class Checkpoints:
 
         return jax.jit(reordered, out_shardings=layout, donate_argnums=0)(tree)
 
+    def _as_saved(self, step: int, wanted: Any) -> Any:
+        """The optimizer's arrays in the tree that they were saved in.
+
+        An optimizer's tree also has nodes without arrays, one more with weight decay than without; Orbax wants every one of them
+        again. What counts are the arrays, and where they stand.
+        """
+        with self._of_this_model(step), in_context(self.directory):
+            tree = ocp.checkpointables_metadata(self.directory / str(step) / STATE).metadata["optimizer"]
+            arrays, saved = _by_place(wanted), _by_place(tree)
+            if different := sorted(arrays.keys() ^ saved.keys()):
+                raise ValueError(f"its optimizer has {'no ' if different[0] in arrays else ''}{'.'.join(different[0])}")
+            return jax.tree.unflatten(jax.tree.structure(tree), [arrays[place] for place in saved])
+
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+        with self._of_this_model(step), in_context(self.directory):
+            return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
+
+    @contextmanager
+    def _of_this_model(self, step: int) -> Iterator[None]:
         try:
-            with in_context(self.directory):
-                return ocp.load_checkpointables(self.directory / str(step) / STATE, wanted)
+            yield
         except (KeyError, ValueError, OSError) as error:
             raise UserError(f"{self.directory / str(step)}: not a checkpoint of this model ({_reason(error)}); "
                             "expected one that was made with the same model and optimizer") from error
+
+
+def _by_place(tree: Any) -> dict[tuple[str, ...], Any]:
+    """Leaves by their path, in the tree's order; a named tuple's fields count as keys, as Orbax saves them."""
+    def name(entry: Any) -> str:
+        return str(next(getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)))
+
+    return {tuple(map(name, path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+
+
+def _like(wanted: Any, loaded: Any) -> Any:
+    """The leaves of `loaded` in the tree of `wanted`, each in its place."""
+    leaves = _by_place(loaded)
+    return jax.tree.unflatten(jax.tree.structure(wanted), [leaves[place] for place in _by_place(wanted)])
 
 
 def _reason(error: Exception) -> str:
@@ -342,7 +381,7 @@ def versions() -> dict[str, str]:
 
 def check_allowed(keys: list[str]) -> None:
     """Refuses names in checkpoint.allow that allow nothing. Raises UserError."""
-    known = [*FIXED_KEYS, "data.corpus"]
+    known = [*FIXED_KEYS, "data.corpus", SCHEDULE]
     for key in keys:
         if key not in known:
             raise UserError(f"checkpoint.allow: {key} is no key that a run may not change{nearest(key, known)}")

@@ -7,7 +7,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,19 @@ from jaxlm.models.sizes import num_parameters
 from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import crossings
 from jaxlm.remote import is_remote
-from jaxlm.reporting.files import Location, as_path, check_folder, write_json, write_text
+from jaxlm.reporting.files import Location, as_path, check_folder, plain, write_json, write_text
 from jaxlm.reporting.goodput import Account, goodput
-from jaxlm.reporting.metrics import MetricsWriter, plain, read_metrics
+from jaxlm.reporting.metrics import MetricsWriter, read_metrics
 from jaxlm.reporting.plots import plot_loss
 from jaxlm.reporting.progress import TrainingProgress, print_line
+from jaxlm.reporting.report import write_report
 from jaxlm.reporting.runs import read_summary
 from jaxlm.reporting.units import counted, format_count
 from jaxlm.settings import Settings, dump, to_dict
+from jaxlm.training.changes import describe_change, find_changes, refuse_rise
 from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, START_KEY, Checkpoints, check_allowed, refuse_changes, versions
 from jaxlm.training.evaluation import evaluate_run
+from jaxlm.training.origin import origin_of, say_which
 from jaxlm.training.setup import (
     Corpora,
     Run,
@@ -41,12 +44,18 @@ from jaxlm.training.setup import (
     start,
 )
 from jaxlm.training.step import TrainState
-from jaxlm.training.stepping import Output, Stepping
+from jaxlm.training.stepping import Output, Sampler, Stepping
 from jaxlm.training.watch import Watch
 
+SamplerMaker = Callable[[Run, Corpora], Sampler | None]
 
-def train(settings: Settings) -> dict[str, Any]:
+
+def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[str, Any]:
     """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see summary.json).
+
+    Args:
+      settings: of the run.
+      make_sampler: what logging.samples_every_steps is to show; for example jaxlm.generation.samples.make_sampler.
 
     Raises:
       UserError: the input is wrong; nothing has been written then.
@@ -72,28 +81,37 @@ def train(settings: Settings) -> dict[str, Any]:
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
         with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
               Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
-            return _run(run, given, corpora, checkpoints, watch, account)
+            sample = make_sampler(run, corpora) if make_sampler and settings.logging.samples_every_steps else None
+            return _run(run, given, corpora, checkpoints, watch, account, sample)
 
 
-def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account) -> dict[str, Any]:
+def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account,
+         sample: Sampler | None) -> dict[str, Any]:
     run_dir, total, main = as_path(run.settings.run_dir), run.settings.train.steps, distributed.is_main()
     metadata = _metadata(run, corpora)
     with watch.phase("reading the checkpoint", run.settings.guards.restore_seconds):
         state, first, saved = _start_or_resume(run, checkpoints, metadata)
     account.earlier = saved.get("wall_seconds", 0.0)
+    changed = find_changes(saved, metadata) if saved else {}
+    told = [describe_change(key, values) for key, values in changed.items()]
     summary = _finished_summary(run_dir, total) if first == total else None
     if summary:
         if main:
-            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on")
+            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on"
+                       + (f" (nothing is done with {', '.join(told)})" if told else ""))
+        _refuse_divergence(run_dir, summary)
         return summary
     if main:
+        origin = [origin_of(run.settings, first, checkpoints.set_aside), *(f"changed at step {first}: {line}" for line in told)]
         write_text(run_dir / "config.yaml", dump(given))
         account.begin(run_dir, first)
     writer = MetricsWriter(run_dir, tensorboard=run.settings.logging.tensorboard, resume_step=first) if main else None
     try:
+        if changed and writer:
+            writer.write({"step": first, "time": time.time(), "changed": changed})
         with TrainingProgress(total, first, enabled=main) as progress:
-            stepping = Stepping(run, corpora, checkpoints, Output(progress, writer, account), watch)
-            for line in _describe(run, corpora, first):
+            stepping = Stepping(run, corpora, checkpoints, Output(progress, writer, account), watch, sample)
+            for line in [*_describe(run, corpora, stepping.batches.padding_share), *origin] if main else ():
                 progress.print(line)
             stepping.go(state, first, metadata, _last_evaluation(run_dir, first), saved)
     finally:
@@ -104,7 +122,18 @@ def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, 
     if main:
         write_json(run_dir / "summary.json", summary)
         plot_loss(run_dir)
+        if summary["diverged"]:
+            write_report(run_dir)
+    _refuse_divergence(run_dir, summary)
     return summary
+
+
+def _refuse_divergence(run_dir: Location, summary: dict[str, Any]) -> None:
+    """Raises RunError for a run that has ended without a loss: nobody may take its weights for trained ones."""
+    if summary.get("diverged"):
+        raise RunError(f"{run_dir}: ended after {summary['steps']} steps with a loss that is not a number: what it has learned "
+                       "is lost; lower optimizer.learning_rate, or raise schedule.warmup_steps, and begin again in another "
+                       f"run_dir (see {run_dir / 'report.md'})", exit_code=3)
 
 
 def _process_start() -> float:
@@ -162,10 +191,11 @@ def _start_or_resume(run: Run, checkpoints: Checkpoints, own: dict[str, Any]) ->
     if step > run.settings.train.steps:
         raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps "
                         "already; expected at least as many, or choose another run_dir")
+    refuse_rise(saved["settings"], run.settings, step, checkpoints.directory)
     return checkpoints.restore(step, run.trainer), step, saved
 
 
-def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
+def _describe(run: Run, corpora: Corpora, padding_share: float) -> list[str]:
     """What a user wants to see before the first step."""
     settings = run.settings
     ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))  # a pipeline has one micro-batch in every stage
@@ -179,15 +209,18 @@ def _describe(run: Run, corpora: Corpora, first: int) -> list[str]:
         f"compute; {counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
         + (f"; between slices or nodes: {slow}" if slow else ""),
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
-        f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} tokens"
+        f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} "
+        + (f"slots, {1 - padding_share:.1%} of them tokens" if padding_share else "tokens")
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
     for corpus, _ in corpora:
         lines += [f"{corpus.directory}: {corpus.lost}"] if settings.model.family == "gpt" and corpus.loses_text else []
         lines += corpus.warnings()
-    if first:
-        lines.append(f"resuming from step {first} of {settings.train.steps} ({as_path(settings.run_dir) / 'checkpoints'})")
+    schedule, rest = settings.schedule, settings.train.steps - (settings.schedule.decay_steps or settings.train.steps)
+    if schedule.name in ("linear", "cosine") and rest and schedule.final_ratio == 0:
+        lines.append(f"WARNING: schedule.decay_steps={schedule.decay_steps}: the last {rest} steps have a learning rate of 0; "
+                     "set schedule.final_ratio, or schedule.decay_steps=null")
     return lines
 
 
@@ -215,14 +248,20 @@ def _summary(run: Run, stepping: Stepping) -> dict[str, Any]:
     times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
     seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
     steps = settings.train.steps
-    return {
-        "steps": steps, "tokens": steps * clock.tokens, "val_loss": plain(stepping.val_row.get("val_loss")),
+    slots, tokens = steps * clock.slots, clock.tokens.total(steps)
+    rows = {"loss": stepping.last_loss, "val_loss": stepping.val_row}
+    losses = plain({name: row[name] for name, row in rows.items() if name in row})
+    slots_per_second = seconds and clock.slots / seconds
+    return plain({
+        "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
+        "diverged": None in losses.values(),
         "skipped_rows": stepping.skipped_rows.count(steps),
-        "tokens_per_second": seconds and clock.tokens / seconds, "mfu": seconds and clock.mfu(seconds),
+        "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
+        "mfu": seconds and clock.mfu(seconds),
         "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
         "parameters": num_parameters(run.settings.model), "wall_seconds": stepping.account.wall_seconds,
         "compile_seconds": stepping.account.parts["compile"], "goodput": goodput(settings.run_dir),
-    }
+    })
 
 
 def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
@@ -236,6 +275,7 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(run.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
+        say_which(checkpoints.directory, step)
         validation = make_validation_batches(run.settings, corpora)
         if validation is None:
             raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")

@@ -17,7 +17,8 @@ def make_schedule(settings: ScheduleSettings, peak: float, total_steps: int) -> 
 
     linear, cosine: down to final_ratio * peak at decay_steps, constant after. inverse_square_root: peak * sqrt(w / count) after a
     warmup of w steps, peak / sqrt(count + 1) without one (Vaswani et al. 2017). warmup_stable_decay: constant, then linear down
-    over the last decay_steps of the run (Hu et al. 2024).
+    over the last decay_steps of the run (Hu et al. 2024): by default a fifth of it, at least two, where one step would lower
+    nothing, and at most what the warmup leaves.
     """
     warmup, final = settings.warmup_steps, settings.final_ratio * peak
     end = settings.decay_steps or total_steps
@@ -30,8 +31,8 @@ def make_schedule(settings: ScheduleSettings, peak: float, total_steps: int) -> 
         def after(count):
             return peak * jnp.sqrt(max(warmup, 1) / (count + max(warmup, 1)))
     elif settings.name == "warmup_stable_decay":
-        length = settings.decay_steps or max(1, total_steps // 5)
-        after = optax.linear_schedule(peak, final, length, transition_begin=max(0, total_steps - warmup - length))
+        length = settings.decay_steps or min(max(2, total_steps // 5), total_steps - warmup)
+        after = optax.linear_schedule(peak, final, length, transition_begin=total_steps - warmup - length)
     else:
         after = optax.constant_schedule(peak)
     return optax.join_schedules([rise, after], [warmup]) if warmup else after

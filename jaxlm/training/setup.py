@@ -67,6 +67,12 @@ def start(settings: Settings, mesh: Mesh) -> Run:
     return Run(settings, mesh, make_trainer(Model(settings.model, settings.train, memory), settings, mesh))
 
 
+def dropless(settings: Settings) -> Settings:
+    """The same without `model.capacity_factor`, which is for training: what is generated or measured must not depend on
+    the batch that it is in."""
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, capacity_factor=None))
+
+
 # ---- corpora ---------------------------------------------------------------------------------------------------------
 
 def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambda corpora: None,

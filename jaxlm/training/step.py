@@ -1,5 +1,6 @@
 """The training state and the step: what runs a million times, as pure functions of plain pytrees."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ class Trainer(NamedTuple):
     mesh: Mesh
     init: Callable[[int], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # jitted; donates the state
-    evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted
+    evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted; experts drop nothing
     state_shardings: TrainState
     state_shapes: TrainState
     state_axes: TrainState
@@ -61,6 +62,9 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
         params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params), nothing_yet())
 
+    dropless = model
+    if settings.model.capacity_factor is not None:  # a token's loss must not depend on the batch that it is measured in
+        dropless = Model(dataclasses.replace(settings.model, capacity_factor=None), settings.train, model.logits_memory)
     layout = on_device = shardings(mesh, axes)
     shapes = jax.eval_shape(init, 0)
     if settings.optimizer.offload:
@@ -70,7 +74,7 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
         model, mesh,
         init=jax.jit(init, out_shardings=layout),
         step=jax.jit(model.traced(step), donate_argnums=0, out_shardings=(layout, None)),
-        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_sums, model), 1))),
+        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_sums, dropless), 1))),
         state_shardings=layout, state_shapes=shapes, state_axes=axes, layer_order=order)
 
 
@@ -135,6 +139,8 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         params, after = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, after), (state.params, before))
         recent = remembered(state.recent, metrics["loss"], norm, good)
         metrics |= {"skipped_steps": recent.skipped, "skipped_in_a_row": recent.in_a_row}
+        if "segment_ids" in batch:  # else every slot is a token
+            metrics["tokens"] = (batch["segment_ids"] > 0).sum()
         return TrainState(state.step + 1, state.key, params, after, recent), metrics
 
     return train_step

@@ -5,26 +5,24 @@ The host runs one step ahead of the devices: it reads a step's numbers while the
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from orbax.checkpoint import multihost
 
-from jaxlm.data.loading import Batches
 from jaxlm.errors import Preempted, RunError
 from jaxlm.models.model import Params
-from jaxlm.models.sizes import training_flops
 from jaxlm.parallel import executables
 from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.sharding import abstract
-from jaxlm.reporting.files import as_path, write_text
+from jaxlm.reporting.files import as_path, plain, write_text
 from jaxlm.reporting.goodput import Account
-from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.metrics import MetricsWriter
 from jaxlm.reporting.progress import TrainingProgress
 from jaxlm.training.checkpoints import Checkpoints
+from jaxlm.training.clock import Clock
 from jaxlm.training.copies import find_differences, has_copies, make_digests
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.preemption import WEEK, Preemption
@@ -41,6 +39,7 @@ from jaxlm.training.step import Batch, TrainState, batch_sharding
 from jaxlm.training.watch import Watch
 
 SHOWN_EXAMPLES = 4
+Sampler = Callable[[Params], str]  # what the parameters make of some text, on the training mesh; all processes call it
 
 
 class Output(NamedTuple):
@@ -54,6 +53,11 @@ class Output(NamedTuple):
         self.progress.update(step, row)
         if self.metrics:
             self.metrics.write({"step": step} | row)
+
+    def samples(self, step: int, text: str) -> None:
+        self.progress.print(f"samples after step {step}:\n{text}")
+        if self.metrics:
+            self.metrics.write_samples(step, text)
 
     def flush(self) -> None:
         """Until everything so far lies where the run directory is."""
@@ -73,13 +77,16 @@ class Pending(NamedTuple):
 class Stepping:
     """One start of a run, from the state it begins with to its last step."""
 
-    def __init__(self, run: Run, corpora: Corpora, checkpoints: Checkpoints, output: Output, watch: Watch):
+    def __init__(self, run: Run, corpora: Corpora, checkpoints: Checkpoints, output: Output, watch: Watch,
+                 sample: Sampler | None = None):
+        self.sample = sample
         self.run, self.corpora, self.checkpoints, self.output, self.watch = run, corpora, checkpoints, output, watch
         self.settings, self.guards, self.account = run.settings, run.settings.guards, output.account
         self.batches = make_training_batches(run.settings, corpora)
         self.validation = make_validation_batches(run.settings, corpora)
         self.preemption = Preemption()
-        self.clock = Clock(run, self.batches)
+        if run.settings.logging.samples_every_steps and sample is None:
+            output.progress.print("WARNING: logging.samples_every_steps: there is nothing to show samples of, so none are made")
         self.compare = None
         if self.guards.compare_every_steps:
             if has_copies(run.trainer.state_shardings.params, run.trainer.state_shapes.params):
@@ -99,6 +106,8 @@ class Stepping:
         total, self.metadata, self.val_row = self.settings.train.steps, metadata, last_evaluation
         self.already_skipped = int(state.recent.skipped)
         self.skipped_rows = SkippedRows(self.batches, self.run.mesh, saved.get("skipped_rows", 0))
+        self.clock = Clock(self.run, self.batches, self.skipped_rows, first, saved)
+        self.last_loss = {"loss": saved["loss"]} if "loss" in saved else {}
         with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
             step_function = self._compile(state)
             # Through the coordinator, which waits: the devices' first exchange gives up (Gloo's after 30 s) where one process
@@ -159,12 +168,14 @@ class Stepping:
             jax.block_until_ready(pending.metrics)
         self.checkpoints.check()
         step = pending.step
+        self.clock.tokens.add(pending.metrics)
         if step % self.settings.logging.every_steps == 0 or step in (1, self.settings.train.steps):
             values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
             skipped = int(values.pop("skipped_steps"))
-            del values["skipped_in_a_row"]
+            values = {name: value for name, value in values.items() if name not in ("tokens", "skipped_in_a_row")}
             values |= ({"skipped_steps": skipped} if skipped else {}) | self.skipped_rows.column(step)
-            self.output.row(step, values | self.clock.speed(step))
+            self.last_loss = {"loss": values["loss"]}
+            self.output.row(step, self.clock.way(step) | values | self.clock.speed(step))
             self.account.reached(step, skipped - self.already_skipped)
 
     # ---- between steps -----------------------------------------------------------------------------------------------
@@ -180,22 +191,28 @@ class Stepping:
         return self.validation is not None and (self._due(step, self.settings.eval.every_steps) or
                                                 step == self.settings.train.steps)
 
+    def _samples_at(self, step: int) -> bool:
+        return self.sample is not None and self._due(step, self.settings.logging.samples_every_steps)
+
     def _pauses_after(self, step: int) -> bool:
         return (self._saves_at(step) or self._evaluates_at(step) or self._due(step, self.guards.compare_every_steps)
-                or self.preemption.agreed)
+                or self._samples_at(step) or self.preemption.agreed)
 
     def _pause(self, step: int, state: TrainState) -> None:
-        """Compares, evaluates and saves, as far as each is due. A run that was told to stop saves at once."""
+        """Compares, evaluates, shows samples and saves, as far as each is due. A run that was told to stop saves at once."""
         if self.compare and self._due(step, self.guards.compare_every_steps):
             self._compare_copies(step, state.params)
         val_loss = None
         if self._evaluates_at(step) and not self.preemption.agreed:
             val_loss = self._evaluate(step, state.params)
+        if self._samples_at(step) and not self.preemption.agreed:
+            with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
+                self.output.samples(step, self.sample(state.params))
         if self._saves_at(step) or self.preemption.agreed:
             cut_short = self._evaluates_at(step) and self.preemption.agreed
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
-                about |= self.skipped_rows.column(step)
+                about |= self.skipped_rows.column(step) | plain(self.last_loss) | {"tokens": self.clock.tokens.total(step)}
                 self.checkpoints.save(state, step, about, val_loss, first=self.output.flush)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
             self.account.write()
@@ -210,7 +227,7 @@ class Stepping:
         if self.preemption.agreed:
             return None
         self.val_row = row
-        self.output.row(step, row)
+        self.output.row(step, self.clock.way(step) | row)
         return row["val_loss"]
 
     def _end_if_told(self, step: int) -> None:
@@ -260,32 +277,3 @@ class Stepping:
         shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))
         raise RunError(f"{found}; the same when run once more: bad data, or a model that has diverged; its {len(examples)} "
                        f"examples are in {path}, the first: {shown}", exit_code=3)
-
-
-class Clock:
-    """Step times between rows; evaluation, saving and compiling do not count."""
-
-    def __init__(self, run: Run, batches: Batches):
-        length, devices = run.settings.data.sequence_length, run.mesh.devices.flatten()
-        predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
-        self.tokens = batches.global_batch_size * length
-        self.flops = batches.global_batch_size * training_flops(run.settings.model, length, predictions)
-        peak = products_peak(devices[0].device_kind, run.settings.train.precision)
-        self.peak = peak and peak * len(devices)
-        self.restart(0)
-
-    def restart(self, step: int) -> None:
-        self.since, self.step, self.data_wait = time.monotonic(), step, 0.0
-
-    def speed(self, step: int) -> dict[str, float | None]:
-        """Columns of a row at `step`, and a new interval."""
-        steps = max(1, step - self.step)
-        seconds = (time.monotonic() - self.since) / steps
-        wait = self.data_wait / steps
-        self.restart(step)
-        return {"tokens_per_second": self.tokens / seconds, "mfu": self.mfu(seconds), "step_seconds": seconds,
-                "data_wait_seconds": wait}
-
-    def mfu(self, seconds: float) -> float | None:
-        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B); None where the device's peak is not published."""
-        return self.flops / seconds / self.peak if self.peak else None

@@ -22,7 +22,7 @@ from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.training.manifest import finished_steps
 
-TIMES = ("tokens_per_second", "step_seconds", "data_wait_seconds", "mfu")
+TIMES = ("time", "tokens_per_second", "slots_per_second", "step_seconds", "data_wait_seconds", "mfu")
 INJECTED = Path(__file__).parent / "injected"
 PATIENCE = 240.0  # seconds that anything may take on a busy machine
 INTERVAL = 20  # steps between checkpoints

@@ -56,6 +56,24 @@ def test_smoothing_keeps_the_ends_ignores_a_spike_and_thins_long_curves():
     assert len(steps) == len(smoothed) == 1000 and steps[0] == 0 and steps[-1] == 49_999
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 39, 40, 200, 1501])
+def test_a_straight_line_stays_as_it_is_to_its_ends(length):
+    """Line 15: loss.png's smoothed line jumped where its window had shrunk to one value."""
+    values = 7 - 0.01 * np.arange(length)
+    steps, smoothed = smooth(10 * np.arange(length), values)
+    np.testing.assert_allclose(smoothed, values[steps // 10], atol=1e-6)  # float32
+
+
+def test_the_last_values_noise_does_not_turn_the_line():
+    draw = np.random.default_rng(0)
+    line = 5 - 0.002 * np.arange(1000)
+    noisy = line + draw.normal(scale=0.1, size=1000)
+    noisy[[0, -1]] += 1.0  # ten deviations off, at both ends
+    steps, smoothed = smooth(np.arange(1000), noisy)
+    np.testing.assert_allclose(smoothed, line[steps], atol=0.15)  # of 51 values: a twentieth of the wild one shows at most
+    assert np.abs(np.diff(smoothed)).max() < 0.1
+
+
 def test_series_skips_what_is_missing_or_not_finite():
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3}, {"step": 4, "loss": float("inf")},
             {"step": 5, "loss": 1.0}]

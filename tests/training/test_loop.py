@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,9 +19,10 @@ from jaxlm.models.layers import Context
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.training.loop import train
 
-STEP_KEYS = {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds"}
-SUMMARY_KEYS = {"steps", "tokens", "val_loss", "tokens_per_second", "mfu", "devices", "mesh", "parameters", "wall_seconds",
-                "compile_seconds"}
+WAY = {"time", "tokens", "epoch"}  # of every row
+STEP_KEYS = WAY | {"step", "loss", "learning_rate", "grad_norm", "tokens_per_second", "mfu", "step_seconds", "data_wait_seconds"}
+SUMMARY_KEYS = {"steps", "tokens", "slots", "loss", "val_loss", "tokens_per_second", "slots_per_second", "mfu", "devices", "mesh",
+                "parameters", "wall_seconds", "compile_seconds", "diverged"}
 GPT_KEYS = {"step", "val_loss", "val_perplexity", "val_accuracy", "val_bits_per_byte"}
 BERT_KEYS = {"step", "val_loss", "val_mlm_loss", "val_mlm_accuracy", "val_mlm_perplexity", "val_nsp_loss", "val_nsp_accuracy"}
 
@@ -33,7 +36,10 @@ def losses(run_dir: Path) -> list[float | None]:
 
 
 def evaluations(run_dir: Path) -> list[dict]:
-    return [row for row in read_metrics(run_dir) if "val_loss" in row]
+    """What was measured, without when and where on the way."""
+    rows = [row for row in read_metrics(run_dir) if "val_loss" in row]
+    assert all(set(row) >= WAY for row in rows)
+    return [{name: value for name, value in row.items() if name not in WAY} for row in rows]
 
 
 def test_a_run_directory_holds_what_the_contract_names(finished):
@@ -48,6 +54,11 @@ def test_a_run_directory_holds_what_the_contract_names(finished):
     assert rows[0]["loss"] == pytest.approx(math.log(Corpus(finished.parent / "one").tokenizer.vocab_size), rel=0.05)
     assert rows[-1]["loss"] < 0.9 * rows[0]["loss"]
     assert all(row["mfu"] is None for row in rows)  # nobody publishes a CPU's peak
+    assert [row["tokens"] for row in rows] == [8 * 32 * step for step in range(1, 13)]
+    sequences = (Corpus(finished.parent / "one").train.num_tokens - 1) // 32
+    assert [row["epoch"] for row in rows] == pytest.approx([8 * step / sequences for step in range(1, 13)], rel=0.02)
+    times = [row["time"] for row in read_metrics(finished)]
+    assert times == sorted(times) and os.path.getmtime(finished / "checkpoints") - 600 < times[0] < time.time()
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-2 / 3, 2e-2 / 3] + 10 * [1e-2])
 
     assert [row["step"] for row in evaluations(finished)] == [6, 12]
@@ -150,7 +161,7 @@ def test_bert_trains_and_is_evaluated_whole(folder, run_file, jaxlm, restore):
     assert jaxlm("train", run_file, f"run_dir={run_dir}", "model.family=bert", "model.next_sentence=true", "model.vocab_size=40",
                  "data.tokenizer=wordpiece", f"data.corpus={folder / 'wordpiece'}", "optimizer.learning_rate=3e-3") == 0
     rows = step_rows(run_dir)
-    assert set(rows[0]) == STEP_KEYS | {"masked_token_loss", "next_sentence_loss"}
+    assert set(rows[0]) == STEP_KEYS | {"masked_token_loss", "next_sentence_loss", "slots_per_second"}
     assert rows[-1]["masked_token_loss"] < 0.95 * rows[0]["masked_token_loss"]
     assert all(row["loss"] == pytest.approx(row["masked_token_loss"] + row["next_sentence_loss"]) for row in rows)
     row = evaluations(run_dir)[-1]
@@ -178,9 +189,29 @@ def test_accumulated_gradients_give_the_same_losses(finished, folder, run_file, 
     np.testing.assert_allclose(losses(run_dir), losses(finished), rtol=1e-5)
 
 
-def test_a_run_that_diverges_still_ends_in_order(folder, run_file, devices_are_there):
+def test_a_run_that_diverges_says_so_and_fails(folder, run_file, jaxlm, capsys):
+    """Line 15: exit code 3 (nothing is gained by starting again), the reason in the last line, JSON that any program reads."""
     run_dir = folder / "diverged"
-    train(config.load(run_file, [f"run_dir={run_dir}", "optimizer.learning_rate=1e30", "optimizer.clip_norm=null",
-                                 "logging.tensorboard=false"]))
-    assert losses(run_dir)[-1] is None  # JSON has no NaN
-    assert json.loads((run_dir / "summary.json").read_text())["val_loss"] is None
+    arguments = ["train", run_file, f"run_dir={run_dir}", "optimizer.learning_rate=1e30", "optimizer.clip_norm=null"]
+    for _ in range(2):  # a finished run is not trained again, and is no better for it
+        assert jaxlm(*arguments) == 3
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1].startswith(f"jaxlm: {run_dir}: ended after 12 steps with a loss that is not a number"), lines
+    assert losses(run_dir)[0] > 0 and losses(run_dir)[-1] is None
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    for name in ("metrics.jsonl", "goodput.jsonl", "summary.json"):
+        text = (run_dir / name).read_text()
+        for document in text.splitlines() if name.endswith("l") else [text]:
+            json.loads(document, parse_constant=refuse)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert (summary["loss"], summary["val_loss"], summary["diverged"]) == (None, None, True)
+
+    assert "Ended with a loss that is not a number" in (run_dir / "report.md").read_text()
+    assert jaxlm("report", run_dir) == 0 and (run_dir / "loss.png").exists()
+    capsys.readouterr()
+    assert jaxlm("evaluate", run_dir, "--json") == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1], parse_constant=refuse)
+    assert figures["step"] == 12 and figures["val_loss"] is None

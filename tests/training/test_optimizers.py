@@ -267,3 +267,15 @@ def test_schedule_at_every_step(name, warmup, decay_steps, final):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-8)
     if warmup:
         assert got[warmup] == got.max() == pytest.approx(peak)
+
+
+@pytest.mark.parametrize(("warmup", "steps", "want"), [
+    (0, 5, [1, 1, 1, 1, 0.5]),  # a fifth of them would be one step, which is the peak's
+    (6, 8, [1 / 7, 2 / 7, 3 / 7, 4 / 7, 5 / 7, 6 / 7, 1, 0.5]),  # what the warmup leaves
+    (36, 40, [*(step / 37 for step in range(1, 37)), 1, 0.75, 0.5, 0.25]),
+    (7, 8, [*(step / 8 for step in range(1, 8)), 1]),
+])
+def test_the_final_decay_fits_what_the_warmup_leaves(warmup, steps, want):
+    """Line 15: by default warmup_stable_decay comes down in whole, however few steps there are."""
+    schedule = make_schedule(ScheduleSettings(name="warmup_stable_decay", warmup_steps=warmup), 3.0, steps)
+    np.testing.assert_allclose([schedule(step) for step in range(steps)], 3 * np.array(want), rtol=1e-6)

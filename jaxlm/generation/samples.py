@@ -1,0 +1,86 @@
+"""What a run shows of itself on its way (logging.samples_every_steps): prompts continued by a gpt, masks filled by a bert."""
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxlm.generation.sampling import make_generator
+from jaxlm.models.model import Params
+from jaxlm.settings import AXES
+from jaxlm.training.setup import Corpora, Run, dropless, make_validation_batches, on_devices, start
+from jaxlm.training.step import reorder_layers
+from jaxlm.training.stepping import Sampler
+
+SHOWN = 3  # rows of masked text
+SEPARATOR = "-" * 40 + "\n"
+
+
+def make_sampler(run: Run, corpora: Corpora) -> Sampler | None:
+    """For the parameters of `run` as they lie on its mesh; None: there is no text to show. Compiles at its first use, and changes
+    nothing of the run. Every process of the run has to call it."""
+    return _continuing(run, corpora) if run.settings.model.family == "gpt" else _filling(run, corpora)
+
+
+def _continuing(run: Run, corpora: Corpora) -> Sampler:
+    own = start(dropless(run.settings), _for_decoding(run))
+    order = np.argsort(run.trainer.layer_order)
+    as_decoded = jax.jit(lambda params: reorder_layers(params, run.trainer.state_axes.params, order),
+                         out_shardings=own.trainer.state_shardings.params)
+    with jax.set_mesh(own.mesh):
+        generate = make_generator(own, corpora[0][0].tokenizer)
+
+    def sample(params: Params) -> str:
+        relaid = params if own.mesh is run.mesh else as_decoded(params)
+        with jax.set_mesh(own.mesh):
+            return SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in generate(relaid))
+
+    return sample
+
+
+def _for_decoding(run: Run) -> Mesh:
+    """Text grows token by token through all layers: axes that cut sequences, layers or experts take rows of their own. The
+    weights are then cut as finely as they can be: there is little room for a copy beside the optimizer's state. The
+    devices keep their order, so that one program can move the arrays."""
+    shape = run.mesh.shape
+    if shape["stage"] == shape["context"] == shape["expert"] == 1:
+        return run.mesh
+    ways = run.mesh.size // shape["tensor"]
+    sizes = dict.fromkeys(AXES, 1) | {"fsdp": math.gcd(ways, run.settings.model.hidden_size), "tensor": shape["tensor"]}
+    sizes["data"] = ways // sizes["fsdp"]
+    return Mesh(run.mesh.devices.reshape([sizes[axis] for axis in AXES]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _filling(run: Run, corpora: Corpora) -> Sampler | None:
+    ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp", "expert", "stage"))
+    rows = math.ceil(SHOWN / ways) * ways
+    settings = dataclasses.replace(run.settings, eval=dataclasses.replace(run.settings.eval, batch_size=rows))
+    validation = make_validation_batches(settings, corpora)
+    if validation is None:
+        return None
+    tokenizer, shown = corpora[0][0].tokenizer, validation.batch(0, np.arange(min(SHOWN, rows)))
+    with on_devices(validation, 0, 1, run.mesh, prefetch=1) as source:
+        batch = next(iter(source))
+    fill = jax.jit(lambda params, batch: run.trainer.model.bind(params).fill_masks(batch),
+                   out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
+
+    def sample(params: Params) -> str:
+        filled = np.asarray(fill(params, batch))
+        texts = []
+        for tokens, places, wanted, mask, found in zip(*(shown[name] for name in (
+                "tokens", "masked_positions", "masked_targets", "masked_mask")), filled, strict=False):
+            places, wanted, found = places[mask], wanted[mask], found[mask]
+            versions = {"text": _with(tokens, places, wanted), "masked": tokens, "filled": _with(tokens, places, found)}
+            lines = [f"{name + ':':8} {tokenizer.decode(ids.tolist())}\n" for name, ids in versions.items()]
+            texts.append("".join(lines) + f"{(wanted == found).sum()} of {len(wanted)} right\n")
+        return SEPARATOR.join(texts)
+
+    return sample
+
+
+def _with(tokens: np.ndarray, places: np.ndarray, others: np.ndarray) -> np.ndarray:
+    changed = tokens.copy()
+    changed[places] = others
+    return changed

@@ -1,0 +1,73 @@
+"""What a resume changes: found, told in one line each, kept in metrics.jsonl; refused where it would undo a decay."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from jaxlm.errors import UserError, clipped
+from jaxlm.reporting.files import Location
+from jaxlm.reporting.runs import Changed, yaml_scalar
+from jaxlm.reporting.units import format_scientific
+from jaxlm.settings import OptimizerSettings, ScheduleSettings, Settings, TrainSettings, flatten
+from jaxlm.training.optimizers import make_schedule
+
+SCHEDULE = "schedule"  # the word in checkpoint.allow
+DECAYED = 0.9  # of its peak: whoever is below has come down
+RISE = 1.25  # times: what is less is no surprise
+LOOKS = 1000  # at a schedule, at most
+
+
+def find_changes(saved: dict[str, Any], own: dict[str, Any]) -> Changed:
+    """{key: [before, after]} of what a checkpoint says of the run that made it, and of this one: every key of the
+    settings, the sizes of the mesh, the versions of the packages, the corpus. A key that is younger than the checkpoint
+    had no value then; where the run lies is no part of it."""
+    before, after = flatten(saved["settings"]), flatten(own["settings"])
+    changed = {key: [before[key], value] for key, value in after.items()
+               if key in before and before[key] != value and key != "run_dir"}
+    for axis, size in own["mesh"].items():
+        if saved["mesh"].get(axis, 1) != size and f"mesh.{axis}" not in changed:
+            changed[f"mesh.{axis}"] = [saved["mesh"].get(axis, 1), size]  # it follows the devices
+    for name, version in own["versions"].items():
+        if saved["versions"].get(name, version) != version:
+            changed[f"version of {name}"] = [saved["versions"][name], version]
+    if saved["corpora"] != own["corpora"]:
+        changed["text or weights of data.corpus"] = [saved["corpora"], own["corpora"]]
+    return changed
+
+
+def describe_change(key: str, values: list[Any]) -> str:
+    """optimizer.learning_rate 0.001 -> 0.0005"""
+    before, after = (clipped(yaml_scalar(value)) for value in values)
+    return f"{key} {before} -> {after}"
+
+
+def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Location) -> None:
+    """Refuses settings by which a learning rate that has come down until `step` would go up again, as when train.steps is
+    raised after a finished cosine, unless checkpoint.allow has SCHEDULE. `saved`: the settings of the checkpoint.
+    Raises UserError."""
+    before = _read(ScheduleSettings, saved.get("schedule", {}))
+    peak = _read(OptimizerSettings, saved.get("optimizer", {})).learning_rate
+    steps = _read(TrainSettings, saved.get("train", {})).steps
+    own = (settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
+    if (before, peak, steps) == own or step >= settings.train.steps or SCHEDULE in settings.checkpoint.allow:
+        return
+    past = _rates((before, peak, steps), 0, step)
+    highest = _rates(own, step, settings.train.steps).max()
+    if past[-1] < DECAYED * past.max() and highest > RISE * past[-1]:
+        raise UserError(
+            f"schedule: the learning rate had come down to {format_scientific(past[-1])} at step {step} ({where}), and would "
+            f"rise again, to {format_scientific(highest)}, by these train.steps, schedule and optimizer.learning_rate; set them "
+            f"back, choose another run_dir, or insist with checkpoint.allow=[{SCHEDULE}]")
+
+
+def _read(section: type, values: dict[str, Any]) -> Any:
+    """A section as an older or newer version has saved it: what is missing has its default."""
+    known = {field.name for field in dataclasses.fields(section)}
+    return section(**{name: value for name, value in values.items() if name in known})
+
+
+def _rates(schedule: tuple[ScheduleSettings, float, int], start: int, stop: int) -> np.ndarray:
+    """Learning rates of the steps start .. stop, of many of them only some: the first, the last, and those evenly between."""
+    counts = np.unique(np.linspace(start, stop - 1, min(stop - start, LOOKS)).round().astype(np.int32))
+    return np.broadcast_to(np.asarray(make_schedule(*schedule)(counts), np.float64), counts.shape)

@@ -1,0 +1,48 @@
+"""Where a run's weights come from, said in one line at each start: its own newest good checkpoint, or none."""
+
+import difflib
+from pathlib import Path
+
+from jaxlm.parallel.distributed import is_main
+from jaxlm.remote import is_remote
+from jaxlm.reporting.files import Location, as_path, names_in
+from jaxlm.reporting.metrics import read_metrics
+from jaxlm.reporting.progress import print_line
+from jaxlm.settings import Settings
+from jaxlm.training.manifest import CHECKPOINTS, finished_steps
+
+ALIKE = 0.88  # of two names, by difflib: one letter of eight and more
+
+
+def origin_of(settings: Settings, first: int, set_aside: list[str]) -> str:
+    """The line, before metrics.jsonl is cut to what the checkpoint has seen. `first`: its step, 0 where there is none;
+    `set_aside`: folders of checkpoints that were damaged."""
+    run_dir = as_path(settings.run_dir)
+    done = max((row["step"] for row in read_metrics(run_dir)), default=0)
+    again = "" if done <= first else f"; steps {first + 1} to {done}, which no checkpoint holds, are done again"
+    if first:
+        return f"resuming from step {first} of {settings.train.steps} ({run_dir / CHECKPOINTS}){again}"
+    line = f"new weights (seed {settings.seed})"
+    if set_aside:
+        return f"{line}; {run_dir / CHECKPOINTS} has no good checkpoint, only {', '.join(set_aside)}"
+    if again:
+        return line + again
+    other = None if is_remote(run_dir) else _namesake(run_dir)
+    return line + (f"; {other} has checkpoints: to go on from them, run_dir={other}" if other else "")
+
+
+def _namesake(run_dir: Path) -> Path | None:
+    """A run beside this one that has checkpoints, and a name that this one may have been meant to be; names that differ in
+    numbers only are meant to differ."""
+    def letters(name: str) -> str:
+        return "".join(letter for letter in name if not letter.isdigit())
+
+    others = [name for name in names_in(run_dir.parent) if name != run_dir.name and letters(name) != letters(run_dir.name)]
+    close = difflib.get_close_matches(run_dir.name, others, n=3, cutoff=ALIKE)
+    return next((run_dir.parent / name for name in close if finished_steps(run_dir.parent / name)), None)
+
+
+def say_which(checkpoints: Location, step: int) -> None:
+    """One line on stderr, of the first process: which checkpoint is evaluated, or generates."""
+    if is_main():
+        print_line(f"weights: step {step} ({checkpoints / str(step)})")

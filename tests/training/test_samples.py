@@ -1,0 +1,75 @@
+"""Samples while a run trains (line 22: logging.samples_every_steps)."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlm import config
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.loading import validation_batches
+from jaxlm.generation.sampling import generate_from_run
+from jaxlm.models.layers import Context
+from jaxlm.reporting.metrics import read_metrics
+
+BERT = ("model.family=bert", "model.vocab_size=40", "data.tokenizer=wordpiece")
+GREEDY = ("generate.temperature=0", "generate.prompts=[ba, cab]")
+
+
+def losses(run_dir) -> list[float]:
+    return [row.get("loss", row.get("val_loss")) for row in read_metrics(run_dir)]
+
+
+def test_samples_change_no_number_and_are_what_generate_gives(finished, folder, run_file, jaxlm, capsys):
+    """Bitwise the same losses as without. The last samples are of the weights that the run ends with."""
+    run_dir = folder / "sampled_on_the_way"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "logging.samples_every_steps=6", "logging.tensorboard=true", *GREEDY) == 0
+    told = capsys.readouterr().err
+    assert losses(run_dir) == losses(finished)
+    assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["12.txt", "6.txt"]
+    text = (run_dir / "samples" / "12.txt").read_text()
+    assert f"samples after step 12:\n{text}" in told and "samples after step 6:\n" in told
+    assert text == (run_dir / "samples.txt").read_text() and text.startswith("ba") and "\ncab" in text
+    assert text != (run_dir / "samples" / "6.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [
+    ["mesh.fsdp=2", "mesh.tensor=2"], ["mesh.stage=2", "mesh.data=2", "train.stage_repeats=1", "train.gradient_accumulation=2"],
+    ["mesh.context=2", "mesh.data=2"]], ids=["cut", "pipeline", "context"])
+def test_every_mesh_shows_what_its_checkpoint_says(mesh, folder, run_file, jaxlm):
+    """Weights that lie in stages, or in another order, are laid out anew for decoding."""
+    run_dir = folder / f"sampled_{mesh[0]}"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "train.steps=4", "logging.samples_every_steps=4", "devices.count=4",
+                 *mesh, *GREEDY) == 0
+    alone = config.load(run_dir, ["devices.count=1", *(f"mesh.{axis}=1" for axis in ("data", "stage", "fsdp", "tensor", "context")),
+                                  "train.gradient_accumulation=1"])
+    want = [f"{sample.prompt}{sample.text}" for sample in generate_from_run(alone)]
+    assert (run_dir / "samples" / "4.txt").read_text().split("\n" + "-" * 40 + "\n") == [want[0], want[1] + "\n"]
+
+
+def test_a_bert_fills_masks_of_the_validation_text(folder, run_file, jaxlm, restore):
+    """The text itself, with its masks, and with what the model puts there: the likeliest token, by logits of all positions."""
+    run_dir = folder / "sampled_bert"
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", *BERT, f"data.corpus={folder / 'masked'}", "train.steps=6",
+                 "optimizer.learning_rate=3e-3", "logging.samples_every_steps=6") == 0
+    blocks = (run_dir / "samples" / "6.txt").read_text().split("-" * 40 + "\n")
+    assert len(blocks) == 3
+    settings, corpus = config.load(run_dir), Corpus(folder / "masked")
+    batch = validation_batches(corpus, settings.data, family="bert", batch_size=3).batch(0)
+    trainer, state = restore(run_dir)
+
+    @jax.jit
+    def every_logit(params, tokens, positions, segments):
+        bert = trainer.model.bind(params)
+        return bert.logits(bert.hidden(tokens, Context(positions, np.arange(tokens.shape[1])[None], segments)))
+
+    best = np.asarray(every_logit(state.params, batch["tokens"], batch["positions"], batch["segment_ids"])).argmax(-1)
+    for row, block in enumerate(blocks):
+        places = batch["masked_positions"][row][batch["masked_mask"][row]]
+        wanted = batch["masked_targets"][row][batch["masked_mask"][row]]
+        text, filled = batch["tokens"][row].copy(), batch["tokens"][row].copy()
+        text[places], filled[places] = wanted, best[row][places]
+        decode = corpus.tokenizer.decode
+        assert block.splitlines() == [
+            f"text:    {decode(text.tolist())}", f"masked:  {decode(batch['tokens'][row].tolist())}",
+            f"filled:  {decode(filled.tolist())}", f"{(best[row][places] == wanted).sum()} of {len(wanted)} right"]
