@@ -231,8 +231,8 @@ class Corpus:
                 words = read_report(self.directory).get("splits", {}).get(documents.split, {}).get("unknown", {})
                 commonest = ", ".join(f"{word!r} {count:,}" for word, count in itertools.islice(words.items(), 5))
                 lines.append(f"WARNING: {self.directory}: {share(unknown, documents.num_tokens)} of the {documents.split} tokens "
-                             f"are unknown, their text is lost{f' (most often {commonest})' if commonest else ''}; a larger "
-                             "model.vocab_size keeps more, and data.tokenizer=bpe, unigram or bytes keeps all")
+                             f"are unknown, their text is lost{f' (most often {commonest})' if commonest else ''}; "
+                             "data.tokenizer=bpe, unigram or bytes loses none")
         if self.tokenizer.special.eos is None and self.train.num_documents > 1:
             lines.append(f"WARNING: {self.directory}: the tokenizer has no end token that is known, so documents run together "
                          f"({self.train.num_documents:,} of them); name one with data.end_token")

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.data.sequences import start_token
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
@@ -82,6 +83,8 @@ def make_generator(run: Run, tokenizer: Tokenizer) -> Callable[[Params], list[Sa
     if max(lengths) + settings.max_new_tokens > limit and is_main():
         print(f"generate.max_new_tokens={settings.max_new_tokens}: a continuation ends where it and its prompt fill "
               f"model.max_length={limit} tokens", file=sys.stderr)
+    if "" in prompts and start_token(tokenizer.special, run.settings.data.packing) is None and is_main():
+        print("generate.prompts: '' begins with token 0, for the tokenizer has neither a start nor an end token", file=sys.stderr)
     tokens = np.zeros((rows, min(limit, max(lengths) + settings.max_new_tokens)), np.int32)
     for row, ids in enumerate(encoded):
         tokens[row, : len(ids)] = ids

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from jaxlm.data.sequences import start_token
 from jaxlm.errors import RunError, UserError
 from jaxlm.models.sizes import num_parameters
 from jaxlm.parallel import distributed
@@ -217,6 +218,11 @@ def _describe(run: Run, corpora: Corpora, padding_share: float) -> list[str]:
     for corpus, _ in corpora:
         lines += [f"{corpus.directory}: {corpus.lost}"] if settings.model.family == "gpt" and corpus.loses_text else []
         lines += corpus.warnings()
+    if settings.model.family == "gpt" and settings.data.packing == "documents" and (
+            start_token(corpora[0][0].tokenizer.special, "documents") is None or not settings.data.start_token):
+        why = "the tokenizer has none" if settings.data.start_token else "data.start_token=false"
+        lines.append(f"documents begin without a start token ({why}): their first token is not learnt, so an empty prompt "
+                     "begins with anything")
     schedule, rest = settings.schedule, settings.train.steps - (settings.schedule.decay_steps or settings.train.steps)
     if schedule.name in ("linear", "cosine") and rest and schedule.final_ratio == 0:
         lines.append(f"WARNING: schedule.decay_steps={schedule.decay_steps}: the last {rest} steps have a learning rate of 0; "
