@@ -66,7 +66,7 @@ def test_a_share_far_from_what_was_asked_is_said_with_its_real_size(folder):
     assert "data.validation_split=tail" in note
     report = json.loads((folder / "corpus" / "report.json").read_text())
     assert report["shares"] == pytest.approx({"train": 1 - share, "validation": share})
-    assert any(line.startswith("validation") and f"{100 * share:.0f} % of the text" in line for line in corpus.describe())
+    assert f"shares      train {100 - 100 * share:.0f} %, validation {100 * share:.0f} % of the text" in corpus.describe()
     assert prepared(["a.txt", "b.txt"], "other", validation=0.01, validation_split="tail").notes == [
         "the validation split has only 202 tokens: its loss will say little; raise data.validation, or name a text for it"]
 
