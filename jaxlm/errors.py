@@ -61,6 +61,11 @@ def shown(value: Any) -> str:
     return short.repr(value)
 
 
+def printable(text: str) -> str:
+    """With escapes in place of control characters: a terminal must not obey what a file holds, or is called."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def clipped(text: str) -> str:
     """Text as a message shows it: cut where it is long."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

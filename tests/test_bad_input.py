@@ -58,6 +58,10 @@ def write_inputs(folder: Path) -> None:
     (folder / "other_field.jsonl").write_text('{"txt": "one"}\n')
     (folder / "number.jsonl").write_text('{"text": "one"}\n\n{"text": 5}\n')
     (folder / "table.parquet").write_text("no parquet")
+    (folder / "reviews.csv").write_text("id,review\n1,good\n")
+    (folder / "train-v1.1.json").write_text('{"version": "1.1", "data": [{"title": "t", "paragraphs": []}]}')
+    (folder / "latin.txt").write_bytes("Die Straße führt über die Brücke\n".encode("latin-1") * 20)
+    (folder / "page.pdf").write_bytes(b"%PDF-1.7\n")
     (folder / "garbage.model").write_bytes(b"\1\2\3")
     (folder / "garbage.json").write_text("{}")
     words = tokenizers.models.WordLevel({"[UNK]": 0, "the": 1, "line": 2}, unk_token="[UNK]")
@@ -189,6 +193,12 @@ AT_ONCE = {
     f"{NEW} 'data.raw=[text.txt, x/*.txt]'": ("data.raw: 'x/*.txt' matches no file",),
     f"{NEW} data.raw=no_text": ("data.raw: no text file in 'no_text'",),
     f"{NEW} data.raw=python://stdlip": ("data.raw: 'python://stdlip'", "did you mean 'python://stdlib'?"),
+    f"{NEW} data.encoding=latn-1": ("data.encoding=latn-1", "did you mean 'latin-1'?"),
+    f"{NEW} data.raw=page.pdf": ("page.pdf: a PDF document", "pdftotext"),
+    f"{NEW} data.raw=train-v1.1.json": ("train-v1.1.json: SQuAD JSON", "jq"),
+    f"{NEW} data.raw=latin.txt": ("latin.txt", "not utf-8", "data.encoding=cp1252"),
+    f"{NEW} data.raw=/dev/zero": ("data.raw: /dev/zero is a device", "a pipe"),
+    f"{NEW} data.text_field=review": ("data.text_field=review", "text.txt is plain text"),
     f"{NEW} data.validation=nowhere.txt": ("data.validation: 'nowhere.txt' matches no file",),
     f"{NEW} data.cleaning.scripts=[latn]": ("data.cleaning.scripts", "did you mean 'latin'?"),
     # corpora
@@ -251,6 +261,9 @@ READING = {
     f"{NEW} data.raw=number.jsonl": ("number.jsonl, line 3: field 'text'", "int, expected a string"),
     f"{NEW} data.raw=table.parquet": ("table.parquet: not a valid Parquet file",),
     f"{NEW} data.raw=blank.txt": ("data.raw: no document is left", "empty"),
+    f"{NEW} data.raw=reviews.csv": ("reviews.csv: no column 'text' (data.text_field)", "id, review"),
+    f"{NEW} data.raw=reviews.csv data.text_field=review": ("data.document=line", "reviews.csv is CSV"),
+    f"{NEW} data.cleaning.max_bytes=10": ("data.cleaning.max_bytes=10", "80 documents", "the largest has 28 bytes"),
     f"{NEW} data.cleaning.min_characters=1000": ("data.raw: no document is left", "data.cleaning"),
     f"{NEW} data.document=file data.validation_split=documents": ("data.validation", "data.validation_split=tail"),
     f"{NEW} data.tokenizer=bpe model.vocab_size=5000": ("model.vocab_size: 5000", "at most"),

@@ -37,9 +37,8 @@ def changes(corpus: Corpus, data: DataSettings) -> list[str]:
             problems.append(f"'{item}' cannot be found now ({error})" if is_remote(item) else f"'{item}' is not there any more")
     if problems:
         return [f"data.raw: {', '.join(problems)}, so it cannot be compared with {corpus.directory}, which is used as it is"]
-    altered = [f"{name}{difference(known[name], now[name])}" for name in changed(known, now)]
+    altered, gone = list(changed(known, now)), sorted(known.keys() - now.keys())
     new = [name for name in sorted(now.keys() - known.keys()) if is_read(now[name], data)]
-    gone = sorted(known.keys() - now.keys())
     told = [words for words in (told_of("file changed", "files changed", altered), told_of("file gone", "files gone", gone),
                                 told_of("new file", "new files", new)) if words]
     if not told:
@@ -56,17 +55,19 @@ def raw_items(data: DataSettings) -> list[str]:
 
 
 def changed(known: dict[str, dict[str, Any]], now: dict[str, SourceFile]) -> Iterator[str]:
-    """Names of files that are still there, with another size, or another time and not the same content."""
+    """`a.txt: 10 to 12 bytes`: the files that are still there, with another size, or another time and not the same content."""
     budget = DIGESTED
     for name in sorted(known.keys() & now.keys()):
         before, file = known[name], now[name]
         if file.bytes != before["bytes"]:
-            yield name
+            yield f"{name}: {before['bytes']:,} to {file.bytes:,} bytes"
         elif before.get("version") not in (None, file.version):
-            small = file.bytes <= budget and not is_remote(file.path) and "sha256" in before
-            budget -= file.bytes if small else 0
-            if not small or not has_digest(file, before["sha256"]):
-                yield name
+            if file.bytes > budget or is_remote(file.path) or "sha256" not in before:
+                yield f"{name}: written since, of the same size"
+                continue
+            budget -= file.bytes
+            if not has_digest(file, before["sha256"]):
+                yield f"{name}: other content"
 
 
 def has_digest(file: SourceFile, digest: str) -> bool:
@@ -74,13 +75,6 @@ def has_digest(file: SourceFile, digest: str) -> bool:
         return file_digest(file.path) == digest
     except OSError:
         return False
-
-
-def difference(before: dict[str, Any], file: SourceFile) -> str:
-    if file.bytes != before["bytes"]:
-        return f": {before['bytes']:,} to {file.bytes:,} bytes"
-    small = file.bytes <= DIGESTED and not is_remote(file.path)
-    return ": other content" if small else ": written since, of the same size"
 
 
 def is_read(file: SourceFile, data: DataSettings) -> bool:

@@ -176,17 +176,18 @@ class Corpus:
             f"sources     {counted(len(sources), 'file')}, {format_count(sum(source['bytes'] for source in sources))}B",
             *([f"read as     {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}"] if kinds else []),
             f"documents   {report['documents_in']:,} read, {report['documents_out']:,} kept "
-            f"({report['repaired']:,} of them mended or with replaced characters)",
+            f"({report['repaired']:,} of them mended or with invalid UTF-8 replaced)",
             f"dropped     {', '.join(dropped) or 'none'}",
         ]
         if "replaced_characters" in report:
             lines.append(f"replaced    {counted(report['replaced_characters'], 'character')} that could not be decoded")
-        shares = report.get("shares", {})
         for documents in (self.train, self.validation):
             each = f", {documents.num_bytes / documents.num_tokens:.2f} bytes a token" if documents.num_tokens else ""
-            part = f", {100 * shares[documents.split]:.3g} % of the text" if documents.split in shares else ""
             lines.append(f"{documents.split:11} {counted(documents.num_documents, 'document')}, "
-                         f"{counted(documents.num_tokens, 'token')}{part}{each}")
+                         f"{counted(documents.num_tokens, 'token')}{each}")
+        if "shares" in report:
+            shares = [f"{split} {100 * share:.3g} %" for split, share in report["shares"].items()]
+            lines.append(f"shares      {', '.join(shares)} of the text")
         longest = max((int(np.diff(documents.offsets).max()) for documents in (self.train, self.validation)
                        if documents.num_documents), default=0)
         lines.append(f"longest     a document of {counted(longest, 'token')}")

@@ -36,14 +36,17 @@ LATIN = 0.4  # of the bytes: with fewer than that beyond ASCII it is a Latin alp
 
 def encoding_problems(name: str) -> Iterator[str]:
     """A line unless Python knows a text encoding of this name (data.encoding)."""
-    try:
-        if not name.isascii() or "\0" in name or not codecs.lookup(name)._is_text_encoding:
-            raise LookupError
-        "a".encode(name).decode(name)
-    except (LookupError, UnicodeError):
-        known = {alias.replace("_", "-") for alias in aliases if codecs.lookup(alias)._is_text_encoding}
+    if not is_text_encoding(name):
+        known = sorted({each.replace("_", "-") for each in (*aliases, *aliases.values(), "latin-1") if is_text_encoding(each)})
         yield (f"data.encoding={name}: no text encoding that Python knows, such as utf-8, latin-1, cp1252, gb18030 or shift-jis"
-               f"{nearest(name.replace('_', '-'), sorted(known))}")
+               f"{nearest(name.replace('_', '-'), known)}")
+
+
+def is_text_encoding(name: str) -> bool:
+    try:
+        return "a".encode(name).decode(name) == "a"  # refuses base64, too, which is between bytes
+    except (LookupError, UnicodeError, ValueError):
+        return False
 
 
 def encoding_of(head: bytes, wanted: str) -> str:

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.errors import printable
 
 if TYPE_CHECKING:
     from jaxlm.data.corpus import Documents
@@ -58,7 +59,3 @@ def pieces(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
         shown.append(printable(text[len(before):]) if whole else "")
         before = text if whole else before
     return shown
-
-
-def printable(text: str) -> str:
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)

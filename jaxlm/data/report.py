@@ -11,6 +11,7 @@ from jaxlm.data.corpus import SPLITS
 from jaxlm.data.decoding import MOST_REPLACED, foreign
 from jaxlm.data.stages import EXACT_DUPLICATE, NEAR_DUPLICATE, VALIDATION, tail_share
 from jaxlm.data.work import Result
+from jaxlm.errors import printable
 from jaxlm.reporting.units import counted
 from jaxlm.settings import DataSettings
 
@@ -42,7 +43,8 @@ def report(data: DataSettings, clean_results: list[Result], fate: np.ndarray, sp
         "documents_out": int(np.count_nonzero(fate <= VALIDATION)),
         "splits": {split: {key: splits[split][key] for key in COUNTS} | {"unknown": unknown[split]} for split in SPLITS},
         "shares": {split: splits[split]["bytes"] / total if total else 0.0 for split in SPLITS},
-        "notes": [*found, *too_long_notes(data, clean_results), *replaced_notes(clean_results), *split_notes(data, fate, splits)],
+        "notes": [printable(note) for note in (*found, *too_long_notes(data, clean_results), *replaced_notes(clean_results),
+                                               *split_notes(data, fate, splits))],
     }
 
 

@@ -21,7 +21,7 @@ from jaxlm.data.prepare import prepare
 from jaxlm.data.sequences import start_token
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, printable
 from jaxlm.models.model import Model
 from jaxlm.parallel import distributed
 from jaxlm.parallel.layout import cutting, shrunk
@@ -101,7 +101,7 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
     corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
     if distributed.place()[0] == 0:
         for line in (corpus.notes if notes else []) if is_new else changes(corpus, settings.data):
-            print_line(f"note: {line}")
+            print_line(printable(f"note: {line}"))
     return [(corpus, 1.0)]
 
 

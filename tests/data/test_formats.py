@@ -1,4 +1,4 @@
-"""What a file is: records under any name are read by their fields, prose and source code as they stand, the rest is refused by name."""
+"""What a file is: records under any name are read by their fields, prose and code as they stand, the rest is refused."""
 
 import bz2
 import codecs
@@ -24,7 +24,8 @@ from jaxlm.data.sources import PassedOver, find_sources, plan_units
 from jaxlm.errors import UserError
 from jaxlm.settings import DataSettings
 
-TEXTS = ["one, and \"two\"", "line\nand line", "tab\there", "", "é 日本 \U0001f600", *(f"text number {number}" for number in range(40))]
+TEXTS = ["one, and \"two\"", "line\nand line", "tab\there", "", "é 日本 \U0001f600",
+         *(f"text number {number}" for number in range(40))]
 LINES = "".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(TEXTS)).encode()
 RECORDS = [{"text": text, "id": 1} for text in TEXTS]
 
@@ -115,14 +116,18 @@ SQUAD = {"version": "1.1", "data": [{"title": "t", "paragraphs": [{"context": "c
 REFUSED = {  # name: content, words of the message
     "a.pdf": (b"%PDF-1.7 ...", "a PDF document", "pdftotext"), "pdf.txt": (b"%PDF-1.7 ...", "a PDF document", "extract"),
     "a.docx": (archive("zip"), "a zip archive", "save it as text"), "zip.txt": (archive("zip"), "a zip archive", "unpack"),
-    "a.tar.gz": (gzip.compress(archive("tar")), "a tar archive", "unpack"), "x.npy": (stored(lambda file: np.save(file, [1])), "NumPy"),
-    "x.txt": (pickle.dumps({"text": "a"}), "pickle", "JSON Lines"), "twice.gz": (gzip.compress(gzip.compress(b"a")), "compressed twice"),
+    "a.tar.gz": (gzip.compress(archive("tar")), "a tar archive", "unpack"),
+    "x.npy": (stored(lambda file: np.save(file, [1])), "NumPy"), "x.txt": (pickle.dumps({"text": "a"}), "pickle", "JSON Lines"),
+    "twice.gz": (gzip.compress(gzip.compress(b"a")), "compressed twice"),
     "a.warc": (b"WARC/1.0\r\nWARC-Type: warcinfo\r\n", "WARC", "trafilatura"),
-    "download.txt": (b"<!DOCTYPE html>\n<html></html>", "web page", ".html"), "saved.json": (b"<html></html>", "web page", ".html"),
+    "download.txt": (b"<!DOCTYPE html>\n<html></html>", "web page", ".html"),
+    "saved.json": (b"<html></html>", "web page", ".html"),
     "binary.txt": (b"a\0b\xff" * 9, "byte 1 is zero", "binary"),
     "train.txt": (WORDS.encode(), "CoNLL", "sentences"), "ner.tsv": (WORDS.replace(" ", "\t").encode(), "CoNLL"),
-    "doc.txt": (b"-DOCSTART- -X- O O\n\nEU NNP B-NP B-ORG\n", "CoNLL"), "x.conllu": (b"# text = a\n1\ta\ta\tX\t_\t_\t0\troot\t_\t_\n", "CoNLL"),
-    "train-v1.1.json": (json.dumps(SQUAD).encode(), "SQuAD", "jq"), "squad.txt": (json.dumps(SQUAD, indent=1).encode(), "SQuAD", "jq"),
+    "doc.txt": (b"-DOCSTART- -X- O O\n\nEU NNP B-NP B-ORG\n", "CoNLL"),
+    "x.conllu": (b"# text = a\n1\ta\ta\tX\t_\t_\t0\troot\t_\t_\n", "CoNLL"),
+    "train-v1.1.json": (json.dumps(SQUAD).encode(), "SQuAD", "jq"),
+    "squad.txt": (json.dumps(SQUAD, indent=1).encode(), "SQuAD", "jq"),
     "wrapped.json": (json.dumps({"data": RECORDS}).encode(), "line 1", "'data'", "jq -c '.data[]'"),
     "pretty.json": (json.dumps({"rows": RECORDS}, indent=1).encode(), "record 1", "'rows'", "jq -c '.rows[]'"),
     "strings.json": (json.dumps(TEXTS).encode(), "record 1", "expected a JSON object, found str"),
@@ -167,7 +172,7 @@ def test_a_large_array_is_read_piece_by_piece(tmp_path):
     texts = [f"{number} " + "word " * 2000 for number in range(400)]  # 4 MB: several pieces
     (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in texts]))
     assert documents(tmp_path / "a.json")[1] == texts
-    with pytest.raises(UserError, match=r"a\.json, line 1: a record of more than 1,048,578 characters; raise data\.cleaning\.max"):
+    with pytest.raises(UserError, match=r"a\.json, line 1: a record of more than 1,048,578 characters; raise data\.cleaning"):
         (tmp_path / "a.json").write_text(json.dumps([{"text": "x" * 3 * 2**20}]))
         documents(tmp_path / "a.json", max_bytes=1)
 
@@ -196,7 +201,8 @@ def test_each_file_of_a_folder_by_its_own_kind_and_the_rest_counted(tmp_path, mo
         "6 files in in were passed over: .log 2, .bin 1, .json without records 1, hidden 1, without suffix 1"]
     assert corpus.train.num_documents == 2 + 3 * (len(TEXTS) - 1)
     kinds = {entry["path"]: entry["kind"] for entry in corpus.manifest["sources"]}
-    assert kinds == {"in/a.txt": "text", "in/b.json": "JSON Lines", "in/c.csv": "CSV", "in/d.parquet": "Parquet", "in/own.json": "JSON"}
+    assert kinds == {"in/a.txt": "text", "in/b.json": "JSON Lines", "in/c.csv": "CSV", "in/d.parquet": "Parquet",
+                     "in/own.json": "JSON"}
 
 
 def test_the_same_file_named_outright_is_not_passed_over(tmp_path):
