@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
-from jaxlm.errors import Preempted, RunError, UserError, nearest, without_secrets
+from jaxlm.errors import Preempted, RunError, UserError, nearest, reason, without_secrets
 from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,18 +37,30 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
 
     from jaxlm.generation.sampling import generate_from_run
     from jaxlm.parallel.distributed import is_main
-    from jaxlm.reporting.files import as_path, write_text
-    from jaxlm.reporting.report import write_report
+    from jaxlm.reporting.progress import optional
     from jaxlm.training.loop import train
 
-    summary = train(settings)
-    samples = generate_from_run(settings) if settings.model.family == "gpt" else []
+    summary, samples = train(settings), []
+    with optional("the run is finished, but has no samples"):
+        samples = generate_from_run(settings) if settings.model.family == "gpt" else []
     if is_main():
-        if samples:
-            text = SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples)
-            write_text(as_path(settings.run_dir) / "samples.txt", text)
-            print(text)
-        print(f"{settings.run_dir}: {_in_short(summary)}; see {write_report(settings.run_dir)}")
+        _tell_the_end(settings, summary, SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples))
+
+
+def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> None:
+    """Samples, report and figures of a run that is finished and saved, whatever becomes of these."""
+    from jaxlm.reporting.files import as_path, write_text
+    from jaxlm.reporting.progress import optional
+    from jaxlm.reporting.report import write_report
+
+    line = f"{settings.run_dir}: {_in_short(summary)}"
+    if samples:
+        with optional("the run is finished, but its samples.txt is not written"):
+            write_text(as_path(settings.run_dir) / "samples.txt", samples)
+    with optional("the run is finished, but its report is not written"):
+        line += f"; see {write_report(settings.run_dir)}"
+    with optional("the run is finished, but what it shows cannot be"):
+        print(*([samples] if samples else []), line, sep="\n", flush=True)
 
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -78,7 +90,7 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
     samples = generate_from_run(settings)
     if is_main():
         if arguments.json:
-            print("\n".join(json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples))
+            print("\n".join(json.dumps(sample._asdict()) for sample in samples))
         else:
             print(SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in samples), end="")
 
@@ -219,12 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"jaxlm: {error}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds of it
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:
-            raise
-        return _failed(f"{error.filename}: {error.strerror}", 1)
+        return _failed(f"the current folder has been removed; cd to one that is there ({reason(error)})" if _is_nowhere()
+                       else reason(error), 1)
     except KeyboardInterrupt:
         hint = "; the same command goes on where it was stopped" if arguments[0] in RESUMED else ""
         print(f"jaxlm: interrupted{hint}", file=sys.stderr)
@@ -241,6 +251,13 @@ def _failed(message: str, code: int) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _is_nowhere() -> bool:
+    try:
+        return not os.getcwd()
+    except FileNotFoundError:
+        return True
 
 
 def _run(arguments: list[str]) -> int:
@@ -263,8 +280,17 @@ def _run(arguments: list[str]) -> int:
 
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
         return supervise(arguments, settings, processes, restarts or 0)
+    _import_jax()
     VERBS[verb](settings, parsed)
     return 0
+
+
+def _import_jax() -> None:
+    """JAX reads its environment variables when it is imported, and raises what it cannot read."""
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise UserError(f"JAX does not start: {reason(error)}; mend or unset that variable") from None
 
 
 class _Parser(argparse.ArgumentParser):

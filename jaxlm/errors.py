@@ -41,6 +41,16 @@ class Preempted(Exception):
         self.exit_code = exit_code
 
 
+def reason(error: Exception) -> str:
+    """An error as the end of a line that says what it was about."""
+    line = " ".join(str(error).split("\n", 1)[0].split())
+    if isinstance(error, (UserError, RunError)):
+        return line
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
 def without_secrets(text: str) -> str:
     """The text with `***` for what stands in URLs to be let in: user and password, signatures, tokens, keys."""
     return QUERY.sub(r"\1***", USERINFO.sub(r"\1***@", text))
