@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
-from jaxlm.errors import Preempted, RunError, UserError, nearest, reason, without_secrets
-from jaxlm.settings import Settings
+from jaxlm.errors import LostProcess, Preempted, RunError, UserError, nearest, reason, without_secrets
+from jaxlm.parallel.launcher import is_follower, let_the_first_speak
+from jaxlm.reporting.progress import optional, print_line
+from jaxlm.settings import Settings, expand_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -37,7 +39,6 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
 
     from jaxlm.generation.sampling import generate_from_run
     from jaxlm.parallel.distributed import is_main
-    from jaxlm.reporting.progress import optional
     from jaxlm.training.loop import train
 
     summary, samples = train(settings), []
@@ -50,7 +51,6 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
 def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> None:
     """Samples, report and figures of a run that is finished and saved, whatever becomes of these."""
     from jaxlm.reporting.files import as_path, write_text
-    from jaxlm.reporting.progress import optional
     from jaxlm.reporting.report import write_report
 
     line = f"{settings.run_dir}: {_in_short(summary)}"
@@ -208,8 +208,8 @@ VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
     "plan": plan}
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
-EXIT_CODES = ("0 done, 1 failed, 2 bad input, 3 failed and would fail again, 75 hung, 130 or 143 stopped by Ctrl-C or SIGTERM "
-              "(a run that trains has saved)")
+EXIT_CODES = ("0 done, 1 failed, 2 bad input, 3 failed and would fail again, 75 hung, 130, 143 or 129 stopped by Ctrl-C, SIGTERM "
+              "or a closed terminal (a run that trains has saved)")
 ALL_VERBS = (*VERBS, "report")
 RESUMED = ("train", "prepare")
 LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
@@ -221,9 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _run(arguments)
         sys.stdout.flush()
+        _settle_log()
         return code
     except UserError as error:
+        if is_follower():
+            let_the_first_speak()
         return _failed(str(error), 2)
+    except LostProcess as error:
+        let_the_first_speak()
+        return _failed(str(error), error.exit_code)
     except RunError as error:
         return _failed(str(error), error.exit_code)
     except Preempted as error:
@@ -244,13 +250,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _failed(message: str, code: int) -> int:
     """Says why, and leaves: at once where other processes wait for this one, which would wait for them."""
     line = without_secrets(" ".join(message.split()))  # a message may quote what a file holds: a terminal must not obey it
-    print("jaxlm: " + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line), file=sys.stderr)
+    line = "jaxlm: " + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    if code == 2:
+        _settle_log()
     distributed = sys.modules.get("jaxlm.parallel.distributed")
     if distributed and distributed.has_joined():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        from jaxlm.parallel.runtime_log import leave
+
+        leave(line, code)
+    print_line(line)
     return code
+
+
+def _settle_log() -> None:
+    """Of one of several processes, which ends well or has refused its input."""
+    if log := sys.modules.get("jaxlm.parallel.runtime_log"):
+        log.settle()
 
 
 def _is_nowhere() -> bool:
@@ -308,11 +323,12 @@ class _Parser(argparse.ArgumentParser):
 def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "report":
         parser = _Parser(prog="jaxlm report", description=_summary_of(report))
-        parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="one: writes its report.md; several: prints a table "
+        parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR", help="one: writes its report.md; several: prints a table "
                             "and draws comparison.png in the first")
         return parser
     parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]))
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run file, or the run directory of an earlier `jaxlm train`")
+    parser.add_argument("config", type=expand_home, metavar="CONFIG.yaml",
+                        help="a run file, or the run directory of an earlier `jaxlm train`")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
     if verb == "plan":
         _add_plan_options(parser)
@@ -343,7 +359,7 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
                      "config into this folder; compiles a few, which takes minutes")
     how.add_argument("--explain", action="store_true",
                      help="show how every array is cut and what each product sends, without compiling")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw memory and times")
+    parser.add_argument("--picture", type=lambda name: Path(expand_home(name)), metavar="FILE.png", help="also draw memory and times")
 
 
 def _positive(text: str) -> int:

@@ -32,6 +32,10 @@ class RunError(Exception):
         self.exit_code = exit_code
 
 
+class LostProcess(RunError):
+    """An exchange with another process of the run failed: that one, which most likely has ended, knows why."""
+
+
 class Preempted(Exception):
     """The run was told to stop, has saved, and can be gone on with; the message, of one process, says how. `exit_code`: as shells
     count signals."""

@@ -1,12 +1,13 @@
 """Every key of a run file, with its type, default, unit and meaning.
 
-Plain frozen dataclasses at the bottom of the house: every other module may import them, they import nothing of it.
+Plain frozen dataclasses at the bottom of the house: every other module may import them, they import its errors only.
 `jaxlm.config` reads, validates and prints them; `jaxlm VERB --help` is this file as a table.
 `None` means "derive it"; what it becomes is said in the key's help and printed when a run starts.
 """
 
 import dataclasses
 import itertools
+import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,9 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, BeforeValidator
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator
+
+from jaxlm.errors import UserError
 
 
 def _number(value: Any) -> Any:
@@ -24,6 +27,17 @@ def _number(value: Any) -> Any:
     return value
 
 
+def expand_home(path: str) -> str:
+    """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: there is no such home."""
+    expanded = os.path.expanduser(path)
+    if not expanded.startswith("~") or os.path.lexists(path):
+        return expanded
+    user = path[1:].partition("/")[0]
+    whose = f"there is no user '{user}' here" if user else "no home folder is known (HOME is not set)"
+    raise UserError(f"{path}: {whose}; give the whole path, or ./{path} for what is called so")
+
+
+Place = Annotated[str, AfterValidator(expand_home)]  # file or folder; every key that names one is of this type
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 Positive = Annotated[Integer, Gt(0)]
@@ -127,18 +141,18 @@ class MaskingSettings:
 class DataSettings:
     """Text, tokenizer, corpus and how a batch is cut from it."""
 
-    raw: str | list[str] | None = key(
+    raw: Place | list[Place] | None = key(
         None, "text to prepare: file, folder, glob or a list of them (.txt .md .py .jsonl .parquet, .gz .zst); "
               "python://stdlib is the running interpreter's own library")
     text_field: str = key("text", "field or column that holds the text (jsonl, parquet)")
     document: Literal["file", "line"] = key("file", "what one document is in a text file")
-    corpus: str | dict[str, PositiveFloat] | None = key(
+    corpus: Place | dict[Place, PositiveFloat] | None = key(
         None, "folder of the prepared corpus (also in s3:// or gs://), or {folder: weight} for a mixture; null: RUN_DIR/corpus")
-    validation: Annotated[Number, Ge(0), Lt(1)] | str = key(
+    validation: Annotated[Number, Ge(0), Lt(1)] | Place = key(
         0.01, "share of the text held out, or raw text (path or glob) to use instead")
     validation_split: Literal["documents", "tail"] = key(
         "documents", "hold out whole documents by their hash, or the last part of every document")
-    tokenizer: str = key(
+    tokenizer: Place = key(
         "bpe", "train one (unigram, bpe: SentencePiece; wordpiece), use bytes or characters, or the path of a "
                "SentencePiece .model, a tokenizer.json or a saved tokenizer folder")
     lowercase: bool = key(False, "lowercase and strip accents (when training wordpiece, unigram or bpe)")
@@ -308,7 +322,7 @@ class BenchSettings:
 class Settings:
     """One run."""
 
-    run_dir: str = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
+    run_dir: Place = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     data: DataSettings = key(DataSettings(), "")

@@ -124,13 +124,12 @@ def matching_files(item: str, key: str) -> Iterator[SourceFile]:
     if remote.is_remote(item):
         yield from remote_files(item, key)
         return
-    pattern = os.path.expanduser(item)
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
     if not paths:
-        folder = Path(pattern).parent
+        folder = Path(item).parent
         beside = [str(folder / name) for name in os.listdir(folder)] if folder.is_dir() else []
-        raise UserError(f"{key}: '{item}' matches no file{nearest(pattern, beside)}")
-    if len(paths) > 1 and not Path(pattern).suffix:  # `folder/*` is like the folder, `folder/*.log` means just those
+        raise UserError(f"{key}: '{item}' matches no file{nearest(item, beside)}")
+    if len(paths) > 1 and not Path(item).suffix:  # `folder/*` is like the folder, `folder/*.log` means just those
         paths = [path for path in paths if os.path.isdir(path) or has_known_suffix(path)]
     for path in paths:
         for name in folder_files(path) if os.path.isdir(path) else [path]:

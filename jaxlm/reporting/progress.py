@@ -3,6 +3,7 @@
 rich is imported only once a terminal is there, because the worker processes of data/ import this module too.
 """
 
+import functools
 import math
 import os
 import sys
@@ -25,6 +26,12 @@ def on_terminal() -> bool:
 def print_line(text: str) -> None:
     """One line on stderr, visible at once even in a log file."""
     print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def print_once(text: str) -> None:
+    """The same, the first time only."""
+    print_line(text)
 
 
 @contextmanager
