@@ -323,8 +323,8 @@ class _Parser(argparse.ArgumentParser):
 def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "report":
         parser = _Parser(prog="jaxlm report", description=_summary_of(report))
-        parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR", help="one: writes its report.md; several: prints a table "
-                            "and draws comparison.png in the first")
+        parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR",
+                            help="one: writes its report.md; several: prints a table and draws comparison.png in the first")
         return parser
     parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]))
     parser.add_argument("config", type=expand_home, metavar="CONFIG.yaml",
@@ -359,7 +359,8 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
                      "config into this folder; compiles a few, which takes minutes")
     how.add_argument("--explain", action="store_true",
                      help="show how every array is cut and what each product sends, without compiling")
-    parser.add_argument("--picture", type=lambda name: Path(expand_home(name)), metavar="FILE.png", help="also draw memory and times")
+    parser.add_argument("--picture", type=lambda name: Path(expand_home(name)), metavar="FILE.png",
+                        help="also draw memory and times")
 
 
 def _positive(text: str) -> int:

@@ -28,7 +28,7 @@ def _number(value: Any) -> Any:
 
 
 def expand_home(path: str) -> str:
-    """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: there is no such home."""
+    """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: no such home."""
     expanded = os.path.expanduser(path)
     if not expanded.startswith("~") or os.path.lexists(path):
         return expanded

@@ -84,8 +84,10 @@ def shrunk(settings: MeshSettings, num_devices: int) -> tuple[MeshSettings, int]
 
 
 def across(settings: MeshSettings, shape: dict[str, int], islands: int, kind: str = "slices or nodes") -> dict[str, int]:
-    """Into how many parts, of which each lies inside one island (`kind`: its name), every axis is cut; they multiply to the number
-    of islands.
+    """Into how many parts, of which each lies inside one island, every axis is cut; they multiply to the number of islands.
+
+    Args:
+      kind: what messages call the islands.
 
     Raises:
       UserError: `settings.across` is not such a cut.
