@@ -207,6 +207,15 @@ def _console() -> "Console":
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
     "plan": plan}
+SUMMARIES = {
+    "train": "prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints",
+    "prepare": "raw text to tokenizer and corpus",
+    "evaluate": "a checkpoint over the whole validation set",
+    "generate": "continue generate.prompts with a checkpoint",
+    "bench": "time the training step on random tokens",
+    "plan": "memory, traffic and speed on devices that are not here, from their own compiler",
+    "report": "one page about a run, or a table that compares several",
+}
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
 EXIT_CODES = ("0 done, 1 failed, 2 bad input, 3 failed and would fail again, 75 hung, 130, 143 or 129 stopped by Ctrl-C, SIGTERM "
               "or a closed terminal (a run that trains has saved)")
@@ -234,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _failed(str(error), error.exit_code)
     except Preempted as error:
         if str(error):
-            print(f"jaxlm: {error}", file=sys.stderr)
+            print_line(f"jaxlm: {error}")
+        _settle_log()
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         return 128 + signal.SIGPIPE
@@ -243,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                        else reason(error), 1)
     except KeyboardInterrupt:
         hint = "; the same command goes on where it was stopped" if arguments[0] in RESUMED else ""
-        print(f"jaxlm: interrupted{hint}", file=sys.stderr)
+        print_line(f"jaxlm: interrupted{hint}")
         return 130
 
 
@@ -322,11 +332,11 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "report":
-        parser = _Parser(prog="jaxlm report", description=_summary_of(report))
+        parser = _Parser(prog="jaxlm report", description=SUMMARIES[verb])
         parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR",
                             help="one: writes its report.md; several: prints a table and draws comparison.png in the first")
         return parser
-    parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]))
+    parser = _Parser(prog=f"jaxlm {verb}", description=SUMMARIES[verb])
     parser.add_argument("config", type=expand_home, metavar="CONFIG.yaml",
                         help="a run file, or the run directory of an earlier `jaxlm train`")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
@@ -369,13 +379,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _summary_of(function: Callable) -> str:
-    return function.__doc__.partition(": ")[2].strip()
-
-
 def _overview() -> str:
     lines = ["usage: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
-    lines += [f"  {name:10} {_summary_of(function)}" for name, function in (*VERBS.items(), ("report", report))]
+    lines += [f"  {name:10} {summary}" for name, summary in SUMMARIES.items()]
     lines += ["", "jaxlm VERB --help lists every key. Exit codes:", f"  {EXIT_CODES}"]
     return "\n".join(lines)
 

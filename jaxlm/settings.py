@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, AllowInfNan, BeforeValidator
+from pydantic_core import PydanticCustomError
 
 from jaxlm.errors import UserError
 
@@ -37,7 +38,15 @@ def expand_home(path: str) -> str:
     raise UserError(f"{path}: {whose}; give the whole path, or ./{path} for what is called so")
 
 
-Place = Annotated[str, AfterValidator(expand_home)]  # file or folder; every key that names one is of this type
+def _place(path: str) -> str:
+    try:
+        return expand_home(path)
+    except UserError as error:
+        raise PydanticCustomError(NO_PLACE, "{why}", {"why": str(error).partition(": ")[2]}) from None
+
+
+NO_PLACE = "no_place"
+Place = Annotated[str, AfterValidator(_place)]  # file or folder; every key that names one is of this type
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 Positive = Annotated[Integer, Gt(0)]

@@ -116,6 +116,7 @@ def _aborted(number: int) -> None:
         said = file.read()
     if FATAL in said:
         let_the_first_speak()
-        leave(f"jaxlm: process {place()[0]}: another process has most likely ended, or cannot be reached any more{where()}", 1)
+        leave(f"jaxlm: process {place()[0]}: another process has most likely ended, or cannot be reached any more; start all of "
+              f"them again to go on{where()}", 1)
     fatal = next((line for line in said.splitlines() if line.startswith("F")), "").partition("] ")[2]
     leave(f"jaxlm: process {place()[0]}: ended by a C++ library{f' ({fatal[:200]})' if fatal else ''}{where()}", 1)

@@ -131,7 +131,7 @@ def _in_one_line(run_dir: str) -> Iterator[None]:
         if jax.process_count() == 1:
             raise
         raise LostProcess(f"process {jax.process_index()}: an exchange with another process failed, which has most likely ended "
-                          f"({reason(error)[:160]}){runtime_log.where()}") from error
+                          f"({reason(error)[:160]}); start all of them again to go on{runtime_log.where()}") from error
 
 
 @contextmanager

@@ -33,7 +33,8 @@ def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, 
                 return code
             after = _newest(settings)
             fruitless = 0 if after > before else fruitless + 1
-            what = launcher.ending or ("hung" if code == HUNG else "failed")
+            word = "hung" if code == HUNG else "failed"
+            what = launcher.ending or word
             if _is_finished(settings) and not finished:
                 print_line(f"jaxlm: {what}, when all {after} steps were done and saved; `jaxlm report {settings.run_dir}` and "
                            f"`jaxlm generate {settings.run_dir}` make what is missing")
@@ -43,7 +44,7 @@ def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, 
                     print_line(f"jaxlm: {what}; {_how_to_go_on(arguments[0], after)}")
                 return code
             if fruitless > restarts:
-                print_line(f"jaxlm: {what}, {fruitless} times in a row without a new checkpoint; giving up")
+                print_line(f"{word} {fruitless} times in a row without a new checkpoint; giving up")
                 return code
             if after > before:
                 processes = num_processes
@@ -59,7 +60,7 @@ def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, 
 def _how_to_go_on(verb: str, step: int) -> str:
     if verb != "train":
         return "the same command starts again"
-    return (f"the same command goes on from {f'step {step}' if step else 'the beginning'}, and with --restart 10 by itself")
+    return f"the same command goes on from {f'step {step}' if step else 'the beginning'}, and with --restart 10 by itself"
 
 
 def _newest(settings: Settings) -> int:
