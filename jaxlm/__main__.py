@@ -3,9 +3,14 @@
 import os
 import sys
 
+from jaxlm.reporting.streams import steady
+
 
 def main() -> int:
     """Runs the command line of this process."""
+    if os.environ.get("HOME") == "":
+        del os.environ["HOME"]  # `~` would be the root of all files
+    steady()
     _ask_for_huge_pages()
     from jaxlm.cli import main
 
@@ -20,7 +25,10 @@ def _ask_for_huge_pages() -> None:
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        try:
+            os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+        except OSError as error:  # an interpreter that has been replaced since, or a system that lets nobody start another
+            print(f"WARNING: no huge pages, steps may take a sixth longer: {sys.executable}: {error.strerror}", file=sys.stderr)
 
 
 if __name__ == "__main__":

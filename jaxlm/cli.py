@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config
-from jaxlm.errors import Preempted, RunError, UserError, nearest, without_secrets
+from jaxlm.errors import LostProcess, Preempted, RunError, UserError, nearest, reason, without_secrets
+from jaxlm.parallel.launcher import is_follower, let_the_first_speak
 from jaxlm.reporting.files import json_text
-from jaxlm.settings import Settings
+from jaxlm.reporting.progress import optional, print_line
+from jaxlm.settings import Settings, expand_home
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -39,18 +41,28 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.generation.samples import make_sampler
     from jaxlm.generation.sampling import generate_from_run
     from jaxlm.parallel.distributed import is_main
-    from jaxlm.reporting.files import as_path, write_text
-    from jaxlm.reporting.report import write_report
     from jaxlm.training.loop import train
 
-    summary = train(settings, make_sampler)
-    samples = generate_from_run(settings) if settings.model.family == "gpt" else []
+    summary, samples = train(settings, make_sampler), []
+    with optional("the run is finished, but has no samples"):
+        samples = generate_from_run(settings) if settings.model.family == "gpt" else []
     if is_main():
-        if samples:
-            text = SEPARATOR.join(f"{sample.marked()}\n" for sample in samples)
-            write_text(as_path(settings.run_dir) / "samples.txt", text)
-            print(text)
-        print(f"{settings.run_dir}: {_in_short(summary)}; see {write_report(settings.run_dir)}")
+        _tell_the_end(settings, summary, SEPARATOR.join(f"{sample.marked()}\n" for sample in samples))
+
+
+def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> None:
+    """Samples, report and figures of a run that is finished and saved, whatever becomes of these."""
+    from jaxlm.reporting.files import as_path, write_text
+    from jaxlm.reporting.report import write_report
+
+    line = f"{settings.run_dir}: {_in_short(summary)}"
+    if samples:
+        with optional("the run is finished, but its samples.txt is not written"):
+            write_text(as_path(settings.run_dir) / "samples.txt", samples)
+    with optional("the run is finished, but its report is not written"):
+        line += f"; see {write_report(settings.run_dir)}"
+    with optional("the run is finished, but what it shows cannot be"):
+        print(*([samples] if samples else []), line, sep="\n", flush=True)
 
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -80,7 +92,7 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
     samples = generate_from_run(settings)
     if is_main():
         if arguments.json:
-            print("\n".join(json.dumps(sample._asdict(), ensure_ascii=False) for sample in samples))
+            print("\n".join(json.dumps(sample._asdict()) for sample in samples))
         else:
             print(SEPARATOR.join(f"{sample.marked()}\n" for sample in samples), end="")
 
@@ -197,9 +209,18 @@ def _console() -> "Console":
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
     "plan": plan}
+SUMMARIES = {
+    "train": "prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints",
+    "prepare": "raw text to tokenizer and corpus",
+    "evaluate": "a checkpoint over the whole validation set",
+    "generate": "continue generate.prompts with a checkpoint",
+    "bench": "time the training step on random tokens",
+    "plan": "memory, traffic and speed on devices that are not here, from their own compiler",
+    "report": "one page about a run, or a table that compares several",
+}
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
-EXIT_CODES = ("0 done, 1 failed, 2 bad input, 3 failed and would fail again, 75 hung, 130 or 143 stopped by Ctrl-C or SIGTERM "
-              "(a run that trains has saved)")
+EXIT_CODES = ("0 done, 1 failed, 2 bad input, 3 failed and would fail again, 75 hung, 130, 143 or 129 stopped by Ctrl-C, SIGTERM "
+              "or a closed terminal (a run that trains has saved)")
 ALL_VERBS = (*VERBS, "report")
 RESUMED = ("train", "prepare")
 LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
@@ -211,38 +232,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code = _run(arguments)
         sys.stdout.flush()
+        _settle_log()
         return code
     except UserError as error:
+        if is_follower():
+            let_the_first_speak()
         return _failed(str(error), 2)
+    except LostProcess as error:
+        let_the_first_speak()
+        return _failed(str(error), error.exit_code)
     except RunError as error:
         return _failed(str(error), error.exit_code)
     except Preempted as error:
         if str(error):
-            print(f"jaxlm: {error}", file=sys.stderr)
+            print_line(f"jaxlm: {error}")
+        _settle_log()
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python still holds of it
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.filename is None:
-            raise
-        return _failed(f"{error.filename}: {error.strerror}", 1)
+        return _failed(f"the current folder has been removed; cd to one that is there ({reason(error)})" if _is_nowhere()
+                       else reason(error), 1)
     except KeyboardInterrupt:
         hint = "; the same command goes on where it was stopped" if arguments[0] in RESUMED else ""
-        print(f"jaxlm: interrupted{hint}", file=sys.stderr)
+        print_line(f"jaxlm: interrupted{hint}")
         return 130
 
 
 def _failed(message: str, code: int) -> int:
     """Says why, and leaves: at once where other processes wait for this one, which would wait for them."""
     line = without_secrets(" ".join(message.split()))  # a message may quote what a file holds: a terminal must not obey it
-    print("jaxlm: " + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line), file=sys.stderr)
+    line = "jaxlm: " + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
+    if code == 2:
+        _settle_log()
     distributed = sys.modules.get("jaxlm.parallel.distributed")
     if distributed and distributed.has_joined():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        from jaxlm.parallel.runtime_log import leave
+
+        leave(line, code)
+    print_line(line)
     return code
+
+
+def _settle_log() -> None:
+    """Of one of several processes, which ends well or has refused its input."""
+    if log := sys.modules.get("jaxlm.parallel.runtime_log"):
+        log.settle()
+
+
+def _is_nowhere() -> bool:
+    try:
+        return not os.getcwd()
+    except FileNotFoundError:
+        return True
 
 
 def _run(arguments: list[str]) -> int:
@@ -265,8 +307,17 @@ def _run(arguments: list[str]) -> int:
 
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
         return supervise(arguments, settings, processes, restarts or 0)
+    _import_jax()
     VERBS[verb](settings, parsed)
     return 0
+
+
+def _import_jax() -> None:
+    """JAX reads its environment variables when it is imported, and raises what it cannot read."""
+    try:
+        import jax  # noqa: F401
+    except ValueError as error:
+        raise UserError(f"JAX does not start: {reason(error)}; mend or unset that variable") from None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -283,12 +334,13 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "report":
-        parser = _Parser(prog="jaxlm report", description=_summary_of(report))
-        parser.add_argument("runs", nargs="+", metavar="RUN_DIR", help="one: writes its report.md; several: prints a table "
-                            "and draws comparison.png in the first")
+        parser = _Parser(prog="jaxlm report", description=SUMMARIES[verb])
+        parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR",
+                            help="one: writes its report.md; several: prints a table and draws comparison.png in the first")
         return parser
-    parser = _Parser(prog=f"jaxlm {verb}", description=_summary_of(VERBS[verb]))
-    parser.add_argument("config", metavar="CONFIG.yaml", help="a run file, or the run directory of an earlier `jaxlm train`")
+    parser = _Parser(prog=f"jaxlm {verb}", description=SUMMARIES[verb])
+    parser.add_argument("config", type=expand_home, metavar="CONFIG.yaml",
+                        help="a run file, or the run directory of an earlier `jaxlm train`")
     parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
     if verb == "plan":
         _add_plan_options(parser)
@@ -319,7 +371,8 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
                      "config into this folder; compiles a few, which takes minutes")
     how.add_argument("--explain", action="store_true",
                      help="show how every array is cut and what each product sends, without compiling")
-    parser.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw memory and times")
+    parser.add_argument("--picture", type=lambda name: Path(expand_home(name)), metavar="FILE.png",
+                        help="also draw memory and times")
 
 
 def _positive(text: str) -> int:
@@ -328,13 +381,9 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _summary_of(function: Callable) -> str:
-    return function.__doc__.partition(": ")[2].strip()
-
-
 def _overview() -> str:
     lines = ["usage: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
-    lines += [f"  {name:10} {_summary_of(function)}" for name, function in (*VERBS.items(), ("report", report))]
+    lines += [f"  {name:10} {summary}" for name, summary in SUMMARIES.items()]
     lines += ["", "jaxlm VERB --help lists every key. Exit codes:", f"  {EXIT_CODES}"]
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from jaxlm.checks import check
 from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
 from jaxlm.remote import check_url, is_remote
 from jaxlm.reporting.files import Location, as_path, exists, names_in, read_text
-from jaxlm.settings import Settings, flatten, parse_yaml, sections
+from jaxlm.settings import NO_PLACE, Settings, flatten, parse_yaml, sections
 
 _SETTINGS = pydantic.TypeAdapter(Settings)
 
@@ -170,12 +170,15 @@ def _suggestion(name: str, known: Sequence[str]) -> str:
 
 def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
     """The key whose value has not the right type, and what to say of it."""
-    problem = error.errors()[0]
+    problems = error.errors()
+    problem = next((each for each in problems if each["type"] == NO_PLACE), problems[0])
     known = {full: kind for full, kind, *_ in key_table()}
     location = [str(part) for part in problem["loc"]]
     # pydantic appends the branch of a union or the index in a list to the key's own path
     name = next(name for name in (".".join(location[:n]) for n in range(len(location), 0, -1)) if name in known)
-    kind = known[name]
+    if problem["type"] == NO_PLACE:
+        return name, f"{name}={problem['input']}: {problem['msg']}"
+    kind = known[name] + (" in UTF-8" if problem["type"] == "string_unicode" else "")
     hint = nearest(problem["input"], kind.split(" | ")) if " | " in kind and isinstance(problem["input"], str) else ""
     return name, f"{name}={shown(problem['input'])}: expected {kind}{hint}"
 

@@ -32,6 +32,10 @@ class RunError(Exception):
         self.exit_code = exit_code
 
 
+class LostProcess(RunError):
+    """An exchange with another process of the run failed: that one, which most likely has ended, knows why."""
+
+
 class Preempted(Exception):
     """The run was told to stop, has saved, and can be gone on with; the message, of one process, says how. `exit_code`: as shells
     count signals."""
@@ -39,6 +43,16 @@ class Preempted(Exception):
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def reason(error: Exception) -> str:
+    """An error as the end of a line that says what it was about."""
+    line = " ".join(str(error).split("\n", 1)[0].split())
+    if isinstance(error, (UserError, RunError)):
+        return line
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def without_secrets(text: str) -> str:

@@ -1,12 +1,13 @@
 """Every key of a run file, with its type, default, unit and meaning.
 
-Plain frozen dataclasses at the bottom of the house: every other module may import them, they import nothing of it.
+Plain frozen dataclasses at the bottom of the house: every other module may import them, they import its errors only.
 `jaxlm.config` reads, validates and prints them; `jaxlm VERB --help` is this file as a table.
 `None` means "derive it"; what it becomes is said in the key's help and printed when a run starts.
 """
 
 import dataclasses
 import itertools
+import os
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,10 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AllowInfNan, BeforeValidator
+from pydantic import AfterValidator, AllowInfNan, BeforeValidator
+from pydantic_core import PydanticCustomError
+
+from jaxlm.errors import UserError
 
 
 def _number(value: Any) -> Any:
@@ -24,6 +28,25 @@ def _number(value: Any) -> Any:
     return value
 
 
+def expand_home(path: str) -> str:
+    """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: no such home."""
+    expanded = os.path.expanduser(path)
+    if not expanded.startswith("~") or os.path.lexists(path):
+        return expanded
+    user = path[1:].partition("/")[0]
+    whose = f"there is no user '{user}' here" if user else "no home folder is known (HOME is not set)"
+    raise UserError(f"{path}: {whose}; give the whole path, or ./{path} for what is called so")
+
+
+def _place(path: str) -> str:
+    try:
+        return expand_home(path)
+    except UserError as error:
+        raise PydanticCustomError(NO_PLACE, "{why}", {"why": str(error).partition(": ")[2]}) from None
+
+
+NO_PLACE = "no_place"
+Place = Annotated[str, AfterValidator(_place)]  # file or folder; every key that names one is of this type
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 Positive = Annotated[Integer, Gt(0)]
@@ -128,7 +151,7 @@ class MaskingSettings:
 class DataSettings:
     """Text, tokenizer, corpus and how a batch is cut from it."""
 
-    raw: str | list[str] | None = key(
+    raw: Place | list[Place] | None = key(
         None, "text to prepare: file, folder, glob, pipe or a list of them (text, source code, JSON Lines, JSON, CSV, TSV, "
               "Parquet, Arrow; each also compressed); python://stdlib is the running interpreter's own library")
     text_field: str = key("text", "field or column that holds the text (JSON, CSV, TSV, Parquet, Arrow)")
@@ -136,14 +159,14 @@ class DataSettings:
     encoding: str = key(
         "utf-8", "encoding of the text, for example latin-1, gb18030, shift-jis; byte order marks win. Where more than 0.1 % of "
                  "a file's characters are none of it, `prepare` stops and names the likely one")
-    corpus: str | dict[str, PositiveFloat] | None = key(
+    corpus: Place | dict[Place, PositiveFloat] | None = key(
         None, "folder of the prepared corpus (also in s3:// or gs://), or {folder: weight} for a mixture; null: RUN_DIR/corpus")
-    validation: Annotated[Number, Ge(0), Lt(1)] | str = key(
+    validation: Annotated[Number, Ge(0), Lt(1)] | Place = key(
         0.01, "share of the text held out, or raw text (path or glob) to use instead")
     validation_split: Literal["documents", "tail"] | None = key(
         None, "hold out whole documents by their hash, or the last part of every document; null: documents, or the tail of a "
               "single one")
-    tokenizer: str = key(
+    tokenizer: Place = key(
         "bpe", "train one (unigram, bpe: SentencePiece; wordpiece), use bytes or characters, or the path of a "
                "SentencePiece .model, a tokenizer.json or a saved tokenizer folder")
     end_token: str | None = key(
@@ -322,7 +345,7 @@ class BenchSettings:
 class Settings:
     """One run."""
 
-    run_dir: str = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
+    run_dir: Place = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     data: DataSettings = key(DataSettings(), "")

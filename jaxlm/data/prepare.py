@@ -45,7 +45,7 @@ from jaxlm.reporting.files import (
     write_json,
 )
 from jaxlm.reporting.progress import progress_bar
-from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings
+from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings, expand_home
 
 CACHE = "~/.cache/jaxlm/prepare"  # of corpora that go into a bucket when they are done
 SHAPING = ("raw", "text_field", "document", "encoding", "validation", "validation_split", "tokenizer", "end_token",
@@ -114,7 +114,7 @@ def workplace(directory: Location) -> Path:
     """Where a corpus is prepared, and what is done already outlives an interruption: beside its place, or in the user's cache."""
     if not is_remote(directory):
         return directory.with_name(directory.name + ".partial")
-    return Path(CACHE).expanduser() / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.partial"
+    return Path(expand_home(CACHE)) / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.partial"
 
 
 def put_in_place(corpus: Path, directory: Location) -> None:

@@ -100,13 +100,12 @@ def matching_files(item: str, key: str, passed_over: PassedOver) -> Iterator[Sou
     if remote.is_remote(item):
         yield from remote_files(item, key, passed_over)
         return
-    pattern = os.path.expanduser(item)
-    paths = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))
+    paths = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
     if not paths:
-        folder = Path(pattern).parent
+        folder = Path(item).parent
         beside = [str(folder / name) for name in os.listdir(folder)] if folder.is_dir() else []
-        raise UserError(f"{key}: '{item}' matches no file{nearest(pattern, beside)}")
-    searched = len(paths) > 1 and not Path(pattern).suffix  # `folder/*` is like the folder, `folder/*.log` means just those
+        raise UserError(f"{key}: '{item}' matches no file{nearest(item, beside)}")
+    searched = len(paths) > 1 and not Path(item).suffix  # `folder/*` is like the folder, `folder/*.log` means just those
     for path in paths:
         if os.path.isdir(path):
             yield from (local_file(name, name, key, searched=True) for name in folder_files(path, passed_over))

@@ -4,7 +4,6 @@ A phase is a list of tasks. A task writes files named after its stem and returns
 them as `stem.json`, last and atomically: where that file is, the task is done, and a later run takes the result from there.
 """
 
-import fcntl
 import itertools
 import json
 import multiprocessing
@@ -20,7 +19,8 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import IO, Any, Self
 
-from jaxlm.reporting.files import write_json
+from jaxlm.parallel.launcher import is_follower
+from jaxlm.reporting.files import lock, write_json
 from jaxlm.reporting.progress import print_line, progress_bar
 
 Result = dict[str, Any]
@@ -135,11 +135,10 @@ def _locked(folder: Path) -> IO | None:
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
     file = open(path, "w", encoding="ascii")  # noqa: SIM115 (whoever holds it closes it)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print_line(f"{folder}: waiting for the process that is preparing this corpus")
-        fcntl.flock(file, fcntl.LOCK_EX)
+    if not lock(file):
+        if not is_follower():
+            print_line(f"{folder}: waiting for the process that is preparing this corpus")
+        lock(file, wait=True)
     with suppress(FileNotFoundError):
         if os.path.samestat(path.stat(), os.fstat(file.fileno())):
             return file

@@ -5,6 +5,7 @@ the backends that are installed get theirs. Flags that the user has set come las
 compiled programs: docs/memory-and-overlap.md.
 """
 
+import functools
 import os
 import stat
 from importlib.util import find_spec
@@ -14,7 +15,8 @@ from typing import NamedTuple
 import jax
 
 from jaxlm.errors import UserError
-from jaxlm.settings import DevicesSettings
+from jaxlm.reporting.progress import optional
+from jaxlm.settings import DevicesSettings, expand_home
 
 
 class Backend(NamedTuple):
@@ -44,8 +46,9 @@ def prepare_compiler(settings: DevicesSettings) -> None:
     if settings.overlap:
         for platform in BACKENDS if settings.platform == "auto" else [settings.platform]:
             set_flags(platform)
-    if settings.compiled and not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes first
-        jax.config.update("jax_compilation_cache_dir", _folder(settings.compiled))
+    folder = settings.compiled and _usable(settings.compiled)
+    if folder and not jax.config.jax_compilation_cache_dir:  # JAX_COMPILATION_CACHE_DIR goes first
+        jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def programs_folder(settings: DevicesSettings) -> Path | None:
@@ -53,11 +56,22 @@ def programs_folder(settings: DevicesSettings) -> Path | None:
     return Path(_folder(settings.compiled)) if settings.compiled and "://" not in settings.compiled else None
 
 
+def find_programs(settings: DevicesSettings) -> Path | None:
+    """The same for a run, which can do without."""
+    return programs_folder(settings) if settings.compiled and _usable(settings.compiled) else None
+
+
+@functools.cache  # it is said once
+def _usable(name: str) -> str | None:
+    with optional("compiled programs are not kept"):
+        return _folder(name)
+
+
 def _folder(name: str) -> str:
     """A folder that is there, and that others can put nothing into; remote ones (gs://...) as they are. Raises UserError."""
     if "://" in name:
         return name
-    path = Path(name).expanduser()
+    path = Path(expand_home(name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.mkdir(mode=0o700, exist_ok=True)
@@ -66,6 +80,8 @@ def _folder(name: str) -> str:
     problem = find_strangers(path)
     if problem:
         raise UserError(f"devices.compiled={name}: {problem}, and what is in it runs as code; choose another, or null")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"devices.compiled={name}: no permission to write in {path}; choose another, or null")
     return str(path)
 
 
@@ -85,10 +101,15 @@ def find_strangers(path: Path) -> str | None:
 
 
 def set_flags(platform: str) -> None:
-    """Puts a backend's flags before those that the user has set, if the backend is installed. A file of flags is left alone."""
+    """Puts a backend's flags before those that the user has set, if the backend is installed. A file of flags is left alone.
+
+    Raises UserError: what the user has set is neither.
+    """
     backend = BACKENDS[platform]
     given = os.environ.get(backend.variable, "").strip()
     if given and not given.startswith("--"):
+        if not os.path.isfile(given):  # XLA would end the process
+            raise UserError(f"{backend.variable}='{given}': expected flags, --name=value, or a file of them")
         return
     new = [flag for name, value in backend.flags.items() if (flag := f"--{name}={value}") not in given.split()]
     if new and any(map(find_spec, backend.packages)):

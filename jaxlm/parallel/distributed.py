@@ -3,29 +3,30 @@
 import functools
 import os
 import signal
-import sys
 import threading
 import time
 
 import jax
 
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, reason
 from jaxlm.parallel.compiler import prepare_compiler
 from jaxlm.parallel.launcher import COORDINATOR, LAUNCHER, NUM_PROCESSES, PROCESS_ID
 from jaxlm.settings import DevicesSettings
+
+SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
 
 
 def initialize(settings: DevicesSettings) -> list[jax.Device]:
     """Chooses the backend, joins the other processes when launched as one of several, and returns the run's devices.
 
-    Launched as one of several means, in this order: the JAX_* variables above (`--processes N` sets them), a Slurm step of
-    several tasks, or devices.platform=tpu (a pod's hosts find each other through JAX). Call once, before any other use of JAX.
+    Call once, before any other use of JAX.
 
     Raises:
-      UserError: the platform is not there, or has fewer devices than devices.count.
+      UserError: the platform is not there, or has fewer devices than devices.count; the environment's variables contradict
+        each other.
     """
+    several = is_one_of_several(settings)
     prepare_compiler(settings)
-    several = COORDINATOR in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1 or settings.platform == "tpu"
     if LAUNCHER in os.environ:
         threading.Thread(target=_end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
     if settings.platform != "auto":
@@ -41,8 +42,10 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
     try:
         local = jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # an assertion of JAX fails where the platform's plugin is not installed
-        reason = str(error).splitlines()[0] if str(error) else "JAX knows no plugin for it"
-        raise UserError(f"devices.platform={settings.platform}: no such backend here ({reason})") from None
+        why = str(error).splitlines()[0] if str(error) else "JAX knows no plugin for it"
+        asked = os.environ.get("JAX_PLATFORMS") if settings.platform == "auto" else None
+        what = f"JAX_PLATFORMS={asked}" if asked else f"devices.platform={settings.platform}"
+        raise UserError(f"{what}: no such backend here ({why})") from None
     count = settings.count or len(local)
     if count > len(local):
         raise UserError(f"devices.count={count}: this process has {len(local)} {local[0].platform} device(s); "
@@ -53,20 +56,43 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
     return [device for devices in chosen.values() for device in devices[:count]]
 
 
+def is_one_of_several(settings: DevicesSettings) -> bool:
+    """Whether this process was launched as one of several that make a run together.
+
+    That is, in this order: by JAX's own variables (`--processes N` sets them), as a task of a Slurm step of several, or with
+    devices.platform=tpu (a pod's hosts find each other through JAX). Raises UserError where they make no sense.
+    """
+    if COORDINATOR in os.environ:
+        host, _, port = os.environ[COORDINATOR].rpartition(":")
+        if not host or not port.isdecimal():
+            raise UserError(f"{COORDINATOR}='{os.environ[COORDINATOR]}': expected HOST:PORT, where process 0 listens")
+        missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if not os.environ.get(name, "").isdecimal()]
+        if missing:
+            raise UserError(f"{COORDINATOR} is set, so {missing[0]} must be a number, found '{os.environ.get(missing[0], '')}'")
+        if not int(os.environ[PROCESS_ID]) < int(os.environ[NUM_PROCESSES]):
+            raise UserError(f"{PROCESS_ID}={os.environ[PROCESS_ID]}: expected less than {NUM_PROCESSES}="
+                            f"{os.environ[NUM_PROCESSES]}; the first process has number 0")
+        return True
+    if os.environ.get(NUM_PROCESSES, "1") != "1":  # each would train alone, in the same folder
+        raise UserError(f"{NUM_PROCESSES}={os.environ[NUM_PROCESSES]} is set, but {COORDINATOR} is not; set it to HOST:PORT of "
+                        f"process 0, or unset {NUM_PROCESSES}; on one machine, --processes does all of it")
+    tasks = os.environ.get(SLURM_TASKS, "1")
+    if not tasks.isdecimal():
+        raise UserError(f"{SLURM_TASKS}='{tasks}': expected a number, as srun sets it; unset it where this is no Slurm step")
+    return int(tasks) > 1 or settings.platform == "tpu"
+
+
 def _join() -> None:
-    # Gloo writes its greetings to file descriptor 1; standard output is for what was asked for.
-    sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
     if COORDINATOR not in os.environ:
         try:
             jax.distributed.initialize()  # Slurm or TPU: JAX asks the cluster
-        except ValueError:  # there is none to ask
+        except (ValueError, KeyError) as error:  # there is none to ask, or a variable that it should have set is missing
+            if int(os.environ.get(SLURM_TASKS, "1")) > 1:
+                raise UserError(f"{SLURM_TASKS}={os.environ[SLURM_TASKS]}: JAX finds no Slurm step of several tasks here "
+                                f"({reason(error)}); start jaxlm with srun, or unset {SLURM_TASKS}") from None
             raise UserError(f"devices.platform=tpu: no TPU here; start jaxlm on a TPU host, or set {COORDINATOR}, "
                             f"{NUM_PROCESSES} and {PROCESS_ID}") from None
         return
-    missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if not os.environ.get(name, "").isdigit()]
-    if missing:
-        raise UserError(f"{COORDINATOR} is set, so {missing[0]} must be a number, found '{os.environ.get(missing[0], '')}'")
     address = os.environ[COORDINATOR]
     only_here = address if address.startswith(("127.0.0.1:", "localhost:", "[::1]:")) else None  # else JAX takes all interfaces
     if only_here:
@@ -85,8 +111,8 @@ def _keep_gloo_here() -> None:
 
 def place() -> tuple[int, int]:
     """This process's number and how many there are, as far as that is known before they have joined."""
-    for number, count in ((PROCESS_ID, NUM_PROCESSES), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
-        if os.environ.get(number, "").isdigit() and os.environ.get(count, "").isdigit():
+    for number, count in ((PROCESS_ID, NUM_PROCESSES), ("SLURM_PROCID", SLURM_TASKS)):
+        if os.environ.get(number, "").isdecimal() and os.environ.get(count, "").isdecimal():
             return int(os.environ[number]), int(os.environ[count])
     return 0, 1
 

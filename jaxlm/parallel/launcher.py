@@ -12,31 +12,47 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Self
 
-from jaxlm.reporting.progress import print_line
-
 # JAX's own names, so that any launcher that sets them for JAX serves jaxlm.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 LAUNCHER = "JAXLM_LAUNCHER"  # id of the process that started this one, which must not outlive it
 HUNG = 75  # exit code of a process that its own watch has ended: it may be started again (EX_TEMPFAIL of sysexits.h)
-STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)  # exit codes of processes that were told to stop, and have saved
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # ask a run to save and end; SIGHUP: its terminal has been closed
+STOPPED = tuple(128 + number for number in STOPS)  # exit codes of processes that were told to stop, and have saved
 OPEN_FILE = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")  # what a shell makes of data.raw=<(zcat x.gz)
 PATIENCE = 2.0  # seconds that processes which fail together get to say so
 
 
+def stops() -> list[signal.Signals]:
+    """Those of STOPS that whoever started this process has not told it to ignore, as nohup does with SIGHUP."""
+    return [number for number in STOPS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+def is_follower() -> bool:
+    """Whether a launcher has started this process as one of several, and not as the first: what is true of all, that one says."""
+    return LAUNCHER in os.environ and os.environ.get(PROCESS_ID, "0") != "0"
+
+
+def let_the_first_speak() -> None:
+    """Waits, in one of several processes of a launcher, until that has ended it, because another had failed before."""
+    if LAUNCHER in os.environ and PROCESS_ID in os.environ:
+        time.sleep(2 * PATIENCE)
+
+
 class Launcher:
-    """Starts groups of processes, one group at a time, and hands SIGTERM and Ctrl-C on to them. A context manager.
+    """Starts groups of processes, one group at a time, and hands SIGTERM, SIGHUP and Ctrl-C on to them. A context manager.
 
     The first signal is passed on, so that the processes save and end; the second ends them at once.
     """
 
     def __init__(self) -> None:
         self.stopped: int | None = None  # the signal that came
+        self.ending = ""  # how the last group ended, where its own processes have not said it
         self._processes: list[subprocess.Popen] = []
 
     def __enter__(self) -> Self:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._hand_on) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {number: signal.signal(number, self._hand_on) for number in stops()}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -45,6 +61,8 @@ class Launcher:
         self._end()
 
     def _hand_on(self, number: int, frame: FrameType | None) -> None:
+        if self.stopped is not None and number == signal.SIGHUP:  # which a terminal's end sends more than once
+            return
         again, self.stopped = self.stopped is not None, number
         for process in self._processes:
             if process.poll() is None:
@@ -55,6 +73,7 @@ class Launcher:
 
         Returns the exit code: 0 when all ended well, else that of the first that failed; the others are then ended.
         """
+        self.ending = ""
         address = f"127.0.0.1:{_free_port()}"
         for number in range(num_processes):
             several = {COORDINATOR: address, NUM_PROCESSES: str(num_processes), PROCESS_ID: str(number)}
@@ -80,17 +99,17 @@ class Launcher:
             for process in self._processes:
                 if process.poll() is None:
                     process.send_signal(signal.SIGUSR1)  # writes the stacks of its threads
+        said = code == 2 or (code < 0 and code != -signal.SIGTERM)  # the others have nothing to add
         while any(process.poll() is None for process in self._processes) and (
-                time.monotonic() < deadline or code in STOPPED):  # who has been stopped saves, together with the others
+                code in STOPPED or (not said and time.monotonic() < deadline)):  # who has been stopped saves, with the others
             time.sleep(0.05)
         codes = [process.poll() for process in self._processes]
         code = next((told for told in (2, HUNG) if told in codes), code)  # what hits all alike, each of them may say
-        if code == -signal.SIGKILL and self.stopped is not None:
-            return 128 + self.stopped  # told twice: it was killed from here
-        several = len(self._processes) > 1
-        if (several or code < 0) and code != 2 and code not in STOPPED:
-            number, pid = self._processes.index(failed[0]), failed[0].pid
-            print_line(f"process {number} (pid {pid}) ended{' first' * several}: {_told(code)}")
+        if self.stopped is not None and code in (-signal.SIGKILL, -signal.SIGTERM, *STOPPED):
+            return 128 + self.stopped  # whatever the processes were told; told twice, they were killed from here
+        if code < 0:
+            number = f" {self._processes.index(failed[0])}" if len(self._processes) > 1 else ""
+            self.ending = f"process{number} (pid {failed[0].pid}) was killed by {signal.Signals(-code).name}"
         return code if code > 0 else 128 + signal.SIGTERM if code == -signal.SIGTERM else 1
 
     def _end(self) -> None:
@@ -98,13 +117,6 @@ class Launcher:
             process.kill()  # what is being written is whole or not there
             process.wait()
         self._processes = []
-
-
-def _told(code: int) -> str:
-    """What an exit code means."""
-    if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
-    return {2: "bad input", HUNG: "hung"}.get(code, f"exit code {code}")
 
 
 def _free_port() -> int:

@@ -83,8 +83,11 @@ def shrunk(settings: MeshSettings, num_devices: int) -> tuple[MeshSettings, int]
     return replace(settings, data=num_devices // (others * fsdp), fsdp=fsdp), wanted // num_devices
 
 
-def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[str, int]:
+def across(settings: MeshSettings, shape: dict[str, int], islands: int, kind: str = "slices or nodes") -> dict[str, int]:
     """Into how many parts, of which each lies inside one island, every axis is cut; they multiply to the number of islands.
+
+    Args:
+      kind: what messages call the islands.
 
     Raises:
       UserError: `settings.across` is not such a cut.
@@ -101,6 +104,6 @@ def across(settings: MeshSettings, shape: dict[str, int], islands: int) -> dict[
             raise UserError(f"mesh.across: {axis}={parts} does not divide mesh.{axis}={shape[axis]}")
     if math.prod(outer.values()) != islands:
         described = " * ".join(f"{axis}={parts}" for axis, parts in settings.across.items()) or "no axis"
-        raise UserError(f"mesh.across: {described} does not make the {islands} slice(s) or node(s) that these devices stand in; "
+        raise UserError(f"mesh.across: {described} does not make the {islands} {kind} that these devices stand in; "
                         "leave it null to have it worked out")
     return outer

@@ -17,6 +17,14 @@ def island(device: jax.Device) -> int:
     return device.process_index if device.platform == "cpu" else getattr(device, "slice_index", 0)
 
 
+_of_machine = island
+
+
+def islands_of(platform: str) -> str:
+    """What `island` numbers, in a message."""
+    return {"cpu": "processes", "tpu": "slices"}.get(platform, "nodes")
+
+
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device], island: Callable[[jax.Device], int] = island) -> Mesh:
     """The mesh of all axes over `devices`.
 
@@ -30,11 +38,12 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device], island: Cal
     islands: dict[int, list[jax.Device]] = {}
     for device in devices:
         islands.setdefault(island(device), []).append(device)
+    kind = islands_of(devices[0].platform) if island is _of_machine else "slices or nodes"  # of a target: not told
     smallest, largest = (pick(map(len, islands.values())) for pick in (min, max))
     if smallest != largest:
-        raise UserError(f"{len(devices)} devices in {len(islands)} slices or nodes of different sizes ({smallest} to {largest}); "
+        raise UserError(f"{len(devices)} devices in {len(islands)} {kind} of different sizes ({smallest} to {largest}); "
                         "a mesh needs as many in each, set devices.count")
-    outer = across(settings, shape, len(islands))
+    outer = across(settings, shape, len(islands), kind)
     inner = [shape[axis] // outer[axis] for axis in AXES]
     laid = np.empty(list(outer.values()), object)
     for place, number in zip(np.ndindex(laid.shape), sorted(islands), strict=True):

@@ -1,5 +1,7 @@
 """Files, on this machine's file systems and in s3:// and gs:// buckets: read whole or in part, written whole or not at all."""
 
+import errno
+import fcntl
 import itertools
 import json
 import math
@@ -12,10 +14,12 @@ from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from jaxlm import remote
-from jaxlm.errors import UserError, without_secrets
+from jaxlm.errors import UserError, clipped, without_secrets
 from jaxlm.remote import is_remote
+from jaxlm.reporting.progress import print_once
 
 Location: TypeAlias = Any  # pathlib.Path, or etils.epath.Path for a remote one: `/`, name, parent and str() are alike
+UNSUPPORTED = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)  # what some file systems answer
 SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 
 
@@ -134,12 +138,40 @@ def write_bytes(path: str | os.PathLike, content: bytes, *, durable: bool = Fals
             file.write(content)
             if durable:
                 file.flush()
-                os.fsync(file.fileno())
+                sync(file)
 
     if is_remote(path):
         remote.write(path, content)
     else:
         write_atomically(path, write)
+
+
+def sync(file: IO) -> None:
+    """Until what is in a local file stays there when the machine loses its power (fsync), if its file system can say so."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        print_once(f"WARNING: {Path(file.name).parent}: this file system does not say when files are safe from a loss of power "
+                   f"(fsync: {error.strerror})")
+
+
+def lock(file: IO, wait: bool = False) -> bool:
+    """Locks a local file for this process; the end of the process, in any way, frees it. False: another process holds it.
+
+    `wait`: until that one frees it. On a file system without locks nothing is held, and a line says so.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        print_once(f"WARNING: {file.name}: no locks on this file system ({error.strerror}); make sure that nothing else works "
+                   "in this folder")
+    return True
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -148,7 +180,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Indented JSON with a final newline. NaN and infinities raise ValueError: JSON has none."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_bytes(path, text.encode(errors="backslashreplace"))  # of file names that are no UTF-8: JSON's own escapes, \\udcff
 
 
 def json_text(value: Any) -> str:
@@ -212,6 +245,11 @@ def check_folder(path: str | os.PathLike, key: str) -> None:
         remote.check_bucket(path, key)
         return
     path = Path(path)
+    try:
+        os.lstat(path)
+    except (OSError, ValueError) as error:  # a name that is too long, or holds what no name can
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise UserError(f"{key}={clipped(str(path))}: {getattr(error, 'strerror', error)}; choose another") from None
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if os.path.exists(folder))
     if not there.is_dir():
         raise UserError(f"{key}={path}: {there} is a file; expected a folder, or a name that is free")

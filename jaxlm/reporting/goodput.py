@@ -28,15 +28,21 @@ class Account:
     def __init__(self, began: float | None = None):
         """`began`: when the start began, by `time.time()`; None: now."""
         self.began = time.time() if began is None else began
+        self._since = time.monotonic() - (time.time() - self.began)  # the same moment by a clock that nobody sets
         self.earlier = 0.0  # seconds that the steps before this start took
         self.parts: Counter[str] = Counter()
         self._mirror: Mirror | None = None
         self._written = 0.0
 
     @property
+    def seconds(self) -> float:
+        """Of this start so far."""
+        return time.monotonic() - self._since
+
+    @property
     def wall_seconds(self) -> float:
         """Of the run so far, without what was lost or lay between its starts."""
-        return self.earlier + time.time() - self.began
+        return self.earlier + self.seconds
 
     @contextmanager
     def spending(self, part: str) -> Iterator[None]:
@@ -52,13 +58,13 @@ class Account:
         self.first = self.step = step
         self.skipped, self._mirror = 0, Mirror(run_dir)
         self._path = self._mirror.fetch(FILE_NAME)
-        self.parts["startup"] += time.time() - self.began
+        self.parts["startup"] += self.seconds
         self.write()
 
     def reached(self, step: int, skipped: int) -> None:
         """`step` steps of the run are done, of which this start has skipped so many. Writes a line if one is due."""
         self.step, self.skipped = step, skipped
-        if time.monotonic() - self._written > min(INTERVAL, SHARE * (time.time() - self.began)):
+        if time.monotonic() - self._written > min(INTERVAL, SHARE * self.seconds):
             self.write()
 
     def write(self) -> None:
@@ -66,7 +72,7 @@ class Account:
         if self._mirror is None:
             return
         self._written = time.monotonic()
-        line = {"began": self.began, "seconds": time.time() - self.began, "from": self.first, "to": self.step,
+        line = {"began": self.began, "seconds": self.seconds, "from": self.first, "to": self.step,
                 "skipped": self.skipped}
         with open(self._path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line | {part: round(self.parts[part], 3) for part in PARTS}) + "\n")
@@ -105,7 +111,7 @@ def goodput(run_dir: str | Path) -> dict[str, Any] | None:
         seconds.update({part: start[part] for part in PARTS})
         if following:
             seconds["restarts"] += max(0.0, following["began"] - start["began"] - start["seconds"])
-    wall = starts[-1]["began"] + starts[-1]["seconds"] - starts[0]["began"]
+    wall = sum(start["seconds"] for start in starts) + seconds["restarts"]  # the host's clock may have been set back meanwhile
     productive = seconds.pop("steps") - seconds["repeated"] - seconds["skipped"]
     other = max(0.0, wall - productive - seconds.total())
     return {"goodput": productive / wall if wall else 0.0, "wall_seconds": wall, "productive_seconds": productive,
@@ -127,4 +133,4 @@ def _starts(run_dir: str | Path) -> Iterator[dict[str, Any]]:
                 last[line["began"]] = line
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-    return iter(sorted(last.values(), key=lambda line: line["began"]))
+    return iter(last.values())

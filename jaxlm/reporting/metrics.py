@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from jaxlm.reporting.files import as_path, json_text, read_bytes, write_text
 from jaxlm.reporting.mirror import Mirror
+from jaxlm.reporting.progress import optional
 
 FILE_NAME, SAMPLES = "metrics.jsonl", "samples"
 
@@ -91,7 +92,8 @@ class MetricsWriter:
 
 
 def open_tensorboard(folder: Path, resume_step: int) -> Any:
-    """A writer that hides what earlier writers said about the steps after `resume_step`."""
-    from tensorboardX import SummaryWriter
+    """A writer that hides what earlier writers said about the steps after `resume_step`; None where it cannot be had."""
+    with optional("no TensorBoard events are written"):
+        from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".from{resume_step}")
+        return SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1, filename_suffix=f".from{resume_step}")

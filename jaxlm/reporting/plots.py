@@ -1,5 +1,8 @@
 """loss.png, and the loss curves of several runs in one picture. matplotlib is imported when a picture is made."""
 
+import logging
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +91,12 @@ def _level(window: np.ndarray, place: int) -> float:
 
 
 def new_figure() -> tuple[Any, Any]:
+    os.environ.pop("MPLBACKEND", None)  # of windows; matplotlib cannot be imported where it does not know the name
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it tells of a home folder that it cannot write to
+    import matplotlib
     from matplotlib.figure import Figure  # without pyplot: no global state, always the Agg canvas
 
+    matplotlib.rcParams["text.parse_math"] = False  # a run may be called a$b$c
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     return figure, figure.subplots()
 
@@ -107,4 +114,6 @@ def finish(axes: Any, title: str, values: np.ndarray) -> None:
 
 
 def save(figure: Any, path: str | Path) -> None:
-    write_atomically(path, lambda temporary: figure.savefig(temporary))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")  # letters of a run's name that no font here has
+        write_atomically(path, lambda temporary: figure.savefig(temporary))

@@ -3,6 +3,7 @@
 rich is imported only once a terminal is there, because the worker processes of data/ import this module too.
 """
 
+import functools
 import math
 import os
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
+from jaxlm.errors import reason
 from jaxlm.reporting.units import format_count, format_duration, format_milliseconds, format_scientific
 
 PLAIN_INTERVAL_SECONDS = 15.0
@@ -24,6 +26,21 @@ def on_terminal() -> bool:
 def print_line(text: str) -> None:
     """One line on stderr, visible at once even in a log file."""
     print(text, file=sys.stderr, flush=True)
+
+
+@functools.cache
+def print_once(text: str) -> None:
+    """The same, the first time only."""
+    print_line(text)
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Around what a run can do without: where it fails, one line says what is missing and why, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        print_line(f"WARNING: {what}: {reason(error)}")
 
 
 @contextmanager

@@ -80,7 +80,7 @@ class Clock:
     def speed(self, step: int) -> dict[str, float | None]:
         """Columns of a training row at `step`, and a new interval. Slots are told where they are not all tokens."""
         steps = max(1, step - self.step)
-        seconds = (time.monotonic() - self.since) / steps
+        seconds = max(time.monotonic() - self.since, 1e-9) / steps  # a clock may be too coarse for a tiny model
         wait, tokens = self.data_wait / steps, (self.tokens.since_start(step) - self.before) / steps
         self.restart(step)
         slots = {"slots_per_second": self.slots / seconds} if self.tokens.varies else {}

@@ -1,7 +1,6 @@
 """`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
 
 import dataclasses
-import fcntl
 import functools
 import math
 import os
@@ -15,16 +14,16 @@ from typing import Any
 import jax
 
 from jaxlm.data.sequences import start_token
-from jaxlm.errors import RunError, UserError
+from jaxlm.errors import LostProcess, RunError, UserError, reason
 from jaxlm.models.sizes import num_parameters
-from jaxlm.parallel import distributed
-from jaxlm.parallel.mesh import crossings
+from jaxlm.parallel import distributed, runtime_log
+from jaxlm.parallel.mesh import crossings, islands_of
 from jaxlm.remote import is_remote
-from jaxlm.reporting.files import Location, as_path, check_folder, plain, write_json, write_text
+from jaxlm.reporting.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
 from jaxlm.reporting.goodput import Account, goodput
 from jaxlm.reporting.metrics import MetricsWriter, read_metrics
 from jaxlm.reporting.plots import plot_loss
-from jaxlm.reporting.progress import TrainingProgress, print_line
+from jaxlm.reporting.progress import TrainingProgress, optional, print_line
 from jaxlm.reporting.report import write_report
 from jaxlm.reporting.runs import read_summary
 from jaxlm.reporting.units import counted, format_count
@@ -70,6 +69,9 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[
         raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
                         "is for `evaluate` and `generate`")
     guards = settings.guards
+    if distributed.is_one_of_several(settings.devices):
+        make_folder(settings.run_dir)
+        runtime_log.divert(settings)
     with Watch(settings.run_dir, (guards.start_seconds, guards.step_seconds, guards.save_seconds)) as watch:
         watch.one_of(*distributed.place())
         with watch.phase("joining the other processes", guards.start_seconds):
@@ -122,7 +124,8 @@ def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, 
     summary = _summary(run, stepping)
     if main:
         write_json(run_dir / "summary.json", summary)
-        plot_loss(run_dir)
+        with optional("the run is finished, but loss.png is not drawn"):
+            plot_loss(run_dir)
         if summary["diverged"]:
             write_report(run_dir)
     _refuse_divergence(run_dir, summary)
@@ -139,11 +142,12 @@ def _refuse_divergence(run_dir: Location, summary: dict[str, Any]) -> None:
 
 def _process_start() -> float:
     """When this process began, by `time.time()`: imports count. Where the system does not say, now."""
-    stat = Path("/proc/self/stat")
-    if not stat.exists():
-        return time.time()
-    since_boot = int(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")  # starttime, man 5 proc
-    return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
+    try:
+        since_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, man 5 proc
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):  # no Linux, or one that keeps it to itself
+        age = 0.0
+    return time.time() - max(age, 0.0)
 
 
 @contextmanager
@@ -156,8 +160,8 @@ def _in_one_line(run_dir: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if jax.process_count() == 1:
             raise
-        raise RunError(f"process {jax.process_index()}: an exchange with another process failed, which has most likely ended "
-                       f"({str(error).splitlines()[0][:160]})") from error
+        raise LostProcess(f"process {jax.process_index()}: an exchange with another process failed, which has most likely ended "
+                          f"({reason(error)[:160]}); start all of them again to go on{runtime_log.where()}") from error
 
 
 @contextmanager
@@ -171,11 +175,9 @@ def _alone_in(run_dir: Location) -> Iterator[None]:
         return
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(file):
             raise UserError(f"run_dir={run_dir}: another `jaxlm train` is at work in it; wait for its end, "
-                            "or choose another run_dir") from None
+                            "or choose another run_dir")
         yield
 
 
@@ -208,7 +210,7 @@ def _describe(run: Run, corpora: Corpora, padding_share: float) -> list[str]:
     lines = [
         f"{settings.model.family} of {format_count(num_parameters(settings.model))} parameters, {settings.train.precision} "
         f"compute; {counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
-        + (f"; between slices or nodes: {slow}" if slow else ""),
+        + (f"; between {islands_of(device.platform)}: {slow}" if slow else ""),
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
         f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} "
         + (f"slots, {1 - padding_share:.1%} of them tokens" if padding_share else "tokens")

@@ -26,6 +26,7 @@ from jaxlm.reporting.files import (
     names_in,
     open_bytes,
     read_bytes,
+    sync,
     write_bytes,
 )
 
@@ -59,7 +60,7 @@ def digest_files(folder: Location, names: Iterable[str]) -> Files:
     def one(name: str) -> list:
         with open_bytes(folder / name) as file:
             if not is_remote(folder):
-                os.fsync(file.fileno())
+                sync(file)
             return [file_size(folder / name), hashlib.file_digest(file, "sha256").hexdigest()]
 
     names = sorted(names)

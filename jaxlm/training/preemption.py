@@ -1,4 +1,5 @@
-"""SIGTERM, Ctrl-C and the cloud's notice: every process agrees on the step after which the run is saved and ends.
+"""SIGTERM, Ctrl-C, a closed terminal (SIGHUP) and the cloud's notice: every process agrees on the step after which the run is
+saved and ends.
 
 A process asks here before it begins a step (or a batch of an evaluation): that is a turn, and all processes take the same turns.
 One that is told to stop says so through the coordinator; all then hold still between two turns, say how many they have taken, and
@@ -17,9 +18,9 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
+from jaxlm.parallel.launcher import STOPS, is_follower, stops
 from jaxlm.reporting.progress import print_line
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 KEY = "jaxlm/preemption"  # at the coordinator
 STOP, OVER = "stop", "over"  # who says one of them first, says it for all
 WEEK = 7 * 24 * 3600 * 1000  # milliseconds: what waits for others waits until the hang watch ends it
@@ -45,9 +46,11 @@ class Preemption:
         if threading.current_thread() is not threading.main_thread():  # only there can signals be listened to
             self._before = {}
             return self
+        self._before = {number: signal.signal(number, _left_to_the_listener) for number in stops()}
+        if not self._before:
+            return self
         self._ear, self._mouth = os.pipe()
         os.set_blocking(self._mouth, False)
-        self._before = {number: signal.signal(number, _left_to_the_listener) for number in SIGNALS}
         self._wakeup = signal.set_wakeup_fd(self._mouth, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, args=[self._ear], daemon=True, name="signals").start()
         return self
@@ -66,20 +69,23 @@ class Preemption:
     def _listen(self, ear: int) -> None:
         """In a thread, so that a second signal is heard even while the main thread waits for a device that never answers."""
         while heard := os.read(ear, 1):
-            if heard[0] not in SIGNALS:
+            if heard[0] not in STOPS:
                 continue
             number = signal.Signals(heard[0])
+            if self.signal and number == signal.SIGHUP:  # which a terminal's end sends more than once, by kernel and shell
+                continue
             if self.signal:
                 print_line(f"{number.name} again: ended at once")
                 os._exit(128 + number)
             self.signal = number
-            print_line(f"{number.name}: saving after this step or the next; once more ends at once")
+            if not is_follower():
+                print_line(f"{number.name}: saving after this step or the next; once more ends at once")
             threading.Thread(target=self._say, args=[STOP], daemon=True).start()  # the coordinator may be the one that hangs
         os.close(ear)
 
     @property
     def exit_code(self) -> int:
-        """As shells count: 143 for SIGTERM, 130 for Ctrl-C; 143 where another process had the notice."""
+        """As shells count: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP; 143 where another process had the notice."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def may_go_on(self) -> bool:

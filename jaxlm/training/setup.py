@@ -23,7 +23,7 @@ from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError, printable
 from jaxlm.models.model import Model
-from jaxlm.parallel import distributed
+from jaxlm.parallel import distributed, runtime_log
 from jaxlm.parallel.layout import cutting, shrunk
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
@@ -49,6 +49,7 @@ def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
 
     Returns the settings, too: with mesh.elastic they follow the devices that are there. Raises UserError for what does not fit.
     """
+    runtime_log.divert(settings)
     devices = distributed.initialize(settings.devices)
     if settings.mesh.elastic:
         smaller, times = shrunk(settings.mesh, len(devices))

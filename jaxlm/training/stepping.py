@@ -15,12 +15,12 @@ from orbax.checkpoint import multihost
 from jaxlm.errors import Preempted, RunError
 from jaxlm.models.model import Params
 from jaxlm.parallel import executables
-from jaxlm.parallel.compiler import programs_folder
+from jaxlm.parallel.compiler import find_programs
 from jaxlm.parallel.sharding import abstract
 from jaxlm.reporting.files import as_path, plain, write_text
 from jaxlm.reporting.goodput import Account
 from jaxlm.reporting.metrics import MetricsWriter
-from jaxlm.reporting.progress import TrainingProgress
+from jaxlm.reporting.progress import TrainingProgress, optional
 from jaxlm.training.checkpoints import Checkpoints
 from jaxlm.training.clock import Clock
 from jaxlm.training.copies import find_differences, has_copies, make_digests
@@ -147,8 +147,9 @@ class Stepping:
         """The step, from a program that `jaxlm train --compile-only` has left, if there is one."""
         shapes = batch_shapes(self.settings)
         batch = abstract(shapes, dict.fromkeys(shapes, batch_sharding(self.run.mesh)))
-        lowered, folder = self.run.trainer.step.lower(state, batch), programs_folder(self.settings.devices)
-        ready = folder and executables.load(lowered, self.run.mesh, folder)
+        lowered, folder, ready = self.run.trainer.step.lower(state, batch), find_programs(self.settings.devices), None
+        with optional("the program that was compiled before is not taken"):
+            ready = folder and executables.load(lowered, self.run.mesh, folder)
         if ready:
             self.output.progress.print(f"step: compiled before, taken from {folder}")
         return ready or lowered.compile()

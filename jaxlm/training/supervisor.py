@@ -2,9 +2,13 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 
+from jaxlm.errors import UserError
 from jaxlm.parallel.launcher import HUNG, STOPPED, Launcher
+from jaxlm.reporting.files import as_path
 from jaxlm.reporting.progress import print_line
+from jaxlm.reporting.runs import read_summary
 from jaxlm.reporting.units import counted, format_duration
 from jaxlm.settings import Settings
 from jaxlm.training.manifest import finished_steps
@@ -20,7 +24,7 @@ def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, 
     was told to stop; with pauses that grow, and at most `restarts` times in a row without a new checkpoint. With mesh.elastic,
     after two of those half the processes go on, and all of them are tried again once there is progress.
     """
-    fruitless, processes = 0, num_processes
+    fruitless, processes, finished = 0, num_processes, _is_finished(settings)
     with Launcher() as launcher:
         while True:
             before = _newest(settings)
@@ -29,11 +33,18 @@ def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, 
                 return code
             after = _newest(settings)
             fruitless = 0 if after > before else fruitless + 1
-            what = "hung" if code == HUNG else "failed"
+            word = "hung" if code == HUNG else "failed"
+            what = launcher.ending or word
+            if _is_finished(settings) and not finished:
+                print_line(f"jaxlm: {what}, when all {after} steps were done and saved; `jaxlm report {settings.run_dir}` and "
+                           f"`jaxlm generate {settings.run_dir}` make what is missing")
+                return 0
             if not restarts:
+                if launcher.ending:
+                    print_line(f"jaxlm: {what}; {_how_to_go_on(arguments[0], after)}")
                 return code
             if fruitless > restarts:
-                print_line(f"{what} {fruitless} times in a row without a new checkpoint; giving up")
+                print_line(f"{word} {fruitless} times in a row without a new checkpoint; giving up")
                 return code
             if after > before:
                 processes = num_processes
@@ -46,8 +57,22 @@ def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, 
             _sleep(pause, launcher)
 
 
+def _how_to_go_on(verb: str, step: int) -> str:
+    if verb != "train":
+        return "the same command starts again"
+    return f"the same command goes on from {f'step {step}' if step else 'the beginning'}, and with --restart 10 by itself"
+
+
 def _newest(settings: Settings) -> int:
     return max(finished_steps(settings.run_dir), default=0)
+
+
+def _is_finished(settings: Settings) -> bool:
+    """Whether all steps are saved and added up; what comes after that (samples, report) is no part of the run."""
+    with suppress(UserError):  # a summary that cannot be read is none
+        summary = read_summary(as_path(settings.run_dir) / "summary.json")
+        return summary is not None and summary["steps"] == settings.train.steps == _newest(settings)
+    return False
 
 
 def _sleep(seconds: float, launcher: Launcher) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.layout import across, shrunk
-from jaxlm.parallel.mesh import crossings, make_mesh
+from jaxlm.parallel.mesh import crossings, islands_of, make_mesh
 from jaxlm.settings import AXES, MeshSettings
 
 
@@ -69,13 +69,21 @@ def test_any_mesh_can_be_laid_over_any_number_of_equal_nodes():
 
 
 @pytest.mark.parametrize(("settings", "sizes", "message"), [
-    (MeshSettings(data=8), (5, 3), "slices or nodes of different sizes"),
-    (MeshSettings(data=8, across={"data": 4}), (4, 4), r"data=4 does not make the 2 slice\(s\)"),
+    (MeshSettings(data=8), (5, 3), "2 nodes of different sizes"),
+    (MeshSettings(data=8, across={"data": 4}), (4, 4), "data=4 does not make the 2 nodes"),
     (MeshSettings(fsdp=8, across={"data": 2}), (4, 4), "data=2 does not divide mesh.data=1"),
 ])
 def test_what_does_not_fit_the_nodes_is_refused(settings, sizes, message):
     with pytest.raises(UserError, match=message):
         make_mesh(settings, nodes(*sizes))
+
+
+def test_local_processes_are_called_processes():
+    """Emulated devices of different processes stand neither in slices nor in nodes (line 18)."""
+    devices = [Device(number, 0, "cpu", process_index=number // 5) for number in range(8)]
+    with pytest.raises(UserError, match="8 devices in 2 processes of different sizes"):
+        make_mesh(MeshSettings(data=8), devices)
+    assert [islands_of(platform) for platform in ("cpu", "tpu", "gpu")] == ["processes", "slices", "nodes"]
 
 
 # ---- fewer devices than the mesh says --------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ class Processes:
 
     def __init__(self, run_dir, endings):
         self.run_dir, self.endings, self.started, self.stopped = run_dir, iter(endings), [], None
+        self.ending = ""
 
     def __enter__(self):
         return self
