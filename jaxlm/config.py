@@ -2,6 +2,8 @@
 
 import dataclasses
 import difflib
+import json
+import shlex
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,8 @@ from jaxlm.checks import check
 from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
 from jaxlm.remote import check_url, is_remote
 from jaxlm.reporting.files import Location, as_path, exists, names_in, read_text
-from jaxlm.settings import Settings, flatten, parse_yaml, sections
+from jaxlm.settings import Settings, flatten, sections
+from jaxlm.values import PYTHONS_NULLS, alternatives, from_command_line, how_to_write, parse_yaml, typed
 
 _SETTINGS = pydantic.TypeAdapter(Settings)
 
@@ -43,6 +46,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         where = f"{path}:{lines[key]}: " if key in lines else ""
         raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
                         "keep; leave it out, and give it by the storage's own environment variables or credential files")
+    values = typed(values)
+    for key in _doubtful_nulls(values):
+        where = f"{path}:{lines[key]}: " if key in lines else ""
+        raise UserError(f"{where}{key}={flatten(values)[key]}: nothing is written null, and a folder of that name "
+                        f"./{flatten(values)[key]}")
     try:
         settings = _SETTINGS.validate_python(values)
     except pydantic.ValidationError as error:
@@ -65,6 +73,22 @@ def _keys_with_secrets(values: dict[str, Any]) -> Iterator[str]:
         text = str(value)
         if not name.startswith("generate.") and "://" in text and without_secrets(text) != text:
             yield name
+
+
+def _doubtful_nulls(values: dict[str, Any]) -> Iterator[str]:
+    """Keys that take a text or null, and have Python's word for null, which may be the one or the other."""
+    hints = {name: alternatives(hint) for name, hint in _key_hints()}
+    for name, value in flatten(values).items():
+        if isinstance(value, str) and value in PYTHONS_NULLS and {str, types.NoneType} <= set(hints[name]):
+            yield name
+
+
+def _key_hints() -> Iterator[tuple[str, Any]]:
+    """(dotted name, annotation) of every key."""
+    for prefix, section in [("", Settings), *sections()]:
+        for name, hint in typing.get_type_hints(section, include_extras=True).items():
+            if not dataclasses.is_dataclass(hint):
+                yield f"{prefix}.{name}" if prefix else name, hint
 
 
 def key_table() -> Iterator[tuple[str, str, Any, str, str]]:
@@ -129,9 +153,14 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
                             f"{next(full for full in known if full.startswith(f'{name}.'))}=...")
         raise UserError(f"unknown key '{clipped(name)}'{_suggestion(name, known)}")
     try:
-        value = parse_yaml(text)[0] if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"'{clipped(override)}': the value is not valid YAML; quote it") from None
+        text.encode()
+        value = from_command_line(text, dict(_key_hints())[name])
+    except UnicodeEncodeError:
+        raise UserError(f"{name}={clipped(ascii(text))}: not UTF-8 text") from None
+    except ValueError as error:
+        written = shlex.quote(json.dumps([text], ensure_ascii=False))
+        raise UserError(f"'{clipped(override)}': brackets are for a list or a mapping, and this is none ({error}); a text with "
+                        f"brackets around it is written {name}={clipped(written)}") from None
     *path, last = name.split(".")
     for section in path:
         if values.get(section) is None:
@@ -172,12 +201,19 @@ def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
     """The key whose value has not the right type, and what to say of it."""
     problem = error.errors()[0]
     known = {full: kind for full, kind, *_ in key_table()}
+    units = {full: unit for full, _, _, unit, _ in key_table()}
     location = [str(part) for part in problem["loc"]]
     # pydantic appends the branch of a union or the index in a list to the key's own path
     name = next(name for name in (".".join(location[:n]) for n in range(len(location), 0, -1)) if name in known)
     kind = known[name]
-    hint = nearest(problem["input"], kind.split(" | ")) if " | " in kind and isinstance(problem["input"], str) else ""
+    hint = _how_to_write(problem["input"], kind, units[name]) if isinstance(problem["input"], str) else ""
     return name, f"{name}={shown(problem['input'])}: expected {kind}{hint}"
+
+
+def _how_to_write(value: str, kind: str, unit: str) -> str:
+    if kind.startswith(("integer", "number")):
+        return how_to_write(value, unit)
+    return nearest(value, kind.split(" | ")) if " | " in kind else ""
 
 
 def _type_name(hint: Any) -> str:

@@ -6,7 +6,6 @@ Plain frozen dataclasses at the bottom of the house: every other module may impo
 """
 
 import dataclasses
-import itertools
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -347,49 +346,6 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 def dump(settings: Settings) -> str:
     """YAML that `jaxlm.config.load` turns back into the same settings."""
     return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
-
-
-LARGEST_YAML = 10_000_000  # characters
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, but for scalars that are not what they look like (2001-99-99, !!int x): it raises whatever it met; and for deep
-    nesting: it takes the square of the depth in time."""
-
-    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
-        if self.flow_level == 100:
-            raise RecursionError
-        super().fetch_flow_collection_start(token)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind} ({error})", node.start_mark) from None
-
-
-def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """What YAML says, and its tree, which knows the lines. Raises yaml.YAMLError."""
-    try:
-        tree = yaml.compose(text, _Loader)
-        if tree and _size(tree, {}) > LARGEST_YAML:
-            raise yaml.YAMLError("too long once its aliases are written out")
-        return yaml.load(text, _Loader), tree  # noqa: S506
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-
-
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters and nodes with every alias written out: ten lines of aliases to aliases are small only until they are shown."""
-    if id(node) not in known:
-        known[id(node)] = 1  # what a node is to itself, where an alias stands in what it names
-        if isinstance(node, yaml.ScalarNode):
-            known[id(node)] = 1 + len(node.value)
-        else:
-            children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-            known[id(node)] = 1 + sum(_size(child, known) for child in children)
-    return known[id(node)]
 
 
 def changed(settings: Any, default: Any = None) -> dict[str, Any]:
