@@ -1,13 +1,13 @@
 """Every key of a run file, with its type, default, unit and meaning.
 
 Plain frozen dataclasses at the bottom of the house: every other module may import them, they import nothing of it.
-`jaxlm.config` reads, validates and prints them; `jaxlm VERB --help` is this file as a table.
+`jaxlm.config` reads and validates them; `jaxlm help` and docs/reference.md are this file, made readable.
 `None` means "derive it"; what it becomes is said in the key's help and printed when a run starts.
 """
 
 import dataclasses
+import functools
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -330,12 +330,14 @@ def remat_choices(remat: str | dict[str, str]) -> dict[str, str] | None:
     return None if choices is None else dict.fromkeys(ACTIVATIONS, "recompute") | {"residual": "keep"} | choices
 
 
-def sections(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, type]]:
+@functools.cache
+def sections(section: type = Settings, prefix: str = "") -> tuple[tuple[str, type], ...]:
     """Every section below `section` as (dotted name, dataclass)."""
+    found = []
     for name, hint in typing.get_type_hints(section).items():
         if dataclasses.is_dataclass(hint):
-            yield f"{prefix}{name}", hint
-            yield from sections(hint, f"{prefix}{name}.")
+            found += [(f"{prefix}{name}", hint), *sections(hint, f"{prefix}{name}.")]
+    return tuple(found)
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
