@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm import config, manual
-from jaxlm.command_line import HELP, VERB_NAMES, about_verb, parse
+from jaxlm.command_line import ALL_VERBS, HELP, about_verb, parse
 from jaxlm.errors import Preempted, RunError, UserError, without_secrets
 from jaxlm.settings import Settings
 
@@ -273,10 +273,11 @@ def _run(arguments: list[str]) -> int:
     if verb in (*HELP, "help", "--version", "-V", "version"):
         print(_about(verb, words))
         return 0
-    if verb not in VERB_NAMES:
+    if verb not in ALL_VERBS:
         raise UserError(about_verb(verb))
     if any(word in HELP for word in words):
-        print(manual.show(manual.topics_among(words) or [verb], _summaries()))
+        topics = manual.topics_among(words)
+        print(manual.show(topics, _summaries()) if topics else manual.verb_help(verb, _summaries()[verb]))
         return 0
     parsed = parse(verb, words)
     if verb == "report":

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import advice, key_table
 from jaxlm.errors import UserError, nearest
-from jaxlm.near_misses import MISSING, NOT_YET, VERBS, normal, right_key
+from jaxlm.near_misses import MISSING, NOT_YET, SAME_VALUE, VERBS, normal, right_key
 from jaxlm.settings import sections
 
-VERB_NAMES = ("prepare", "train", "evaluate", "generate", "bench", "plan", "report")
+ALL_VERBS = ("prepare", "train", "evaluate", "generate", "bench", "plan", "report")
 WITH_JSON = ("evaluate", "generate", "bench", "plan")
 LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
 
@@ -141,8 +141,8 @@ def _about_option(verb: str, name: str, value: str, names: Sequence[str]) -> str
     key, note = right_key(bare, known)
     namesakes = [full for full in known if full.rpartition(".")[2] == normal(bare).rpartition(".")[2]]
     if right := key or next(iter(namesakes), None):
-        beside = f" ({note.rstrip('.')})" if note else ""
-        return f"unknown option {name}; keys are set without dashes: {right}={value or '...'}{beside}"
+        value = value if value and (not note or note in SAME_VALUE) else "..."
+        return f"unknown option {name}; keys are set without dashes: {right}={value}" + (f" ({note.rstrip('.')})" if note else "")
     if normal(bare) in MISSING:
         return f"unknown option {name}; {note}"
     return f"unknown option {name}{nearest(name, names) or advice(normal(bare), known)}"
@@ -150,7 +150,7 @@ def _about_option(verb: str, name: str, value: str, names: Sequence[str]) -> str
 
 def about_verb(word: str) -> str:
     """What to say of a first word that is no verb."""
-    verbs = ", ".join(VERB_NAMES)
+    verbs = ", ".join(ALL_VERBS)
     name = normal(word)
     if word.startswith("-"):
         return f"expected a verb before {word}, one of {verbs}; see jaxlm help"
@@ -160,7 +160,7 @@ def about_verb(word: str) -> str:
         return f"'{word}': expected a verb and a run file before it: jaxlm train CONFIG.yaml {word}"
     if name in NOT_YET:
         return f"unknown verb '{word}': nothing here {NOT_YET[name]} yet; there are {verbs}"
-    near = f"; did you mean '{VERBS[name]}'?" if name in VERBS else nearest(word, VERB_NAMES)
+    near = f"; did you mean '{VERBS[name]}'?" if name in VERBS else nearest(word, ALL_VERBS)
     if not near and (name in {prefix for prefix, _ in sections()} or name in {key.name for key in key_table()}):
         near = f"; for what this key is: jaxlm help {word}"
     return f"unknown verb '{word}', expected one of {verbs}{near}"

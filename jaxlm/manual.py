@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jaxlm
-from jaxlm.command_line import VERB_NAMES, options_of, positionals_of
+from jaxlm.command_line import ALL_VERBS, options_of, positionals_of
 from jaxlm.config import Key, advice, key_table
 from jaxlm.errors import UserError, nearest
 from jaxlm.near_misses import VERBS, normal, right_key
@@ -45,8 +45,9 @@ def show(topics: Sequence[str], summaries: Mapping[str, str]) -> str:
 
 def _on(topic: str, summaries: Mapping[str, str]) -> str:
     name = topic if topic in summaries else normal(topic.partition("=")[0])
-    if name in summaries:
-        return verb_help(name, summaries[name])
+    if name in summaries:  # train, generate and bench are sections, too
+        pages = [verb_help(name, summaries[name]), *([section_help(name)] if name in section_names() else [])]
+        return "\n\n".join(pages)
     if name in ("keys", "all"):
         return "\n\n".join(section_help(section) for section in section_names())
     if name in section_names():
@@ -59,7 +60,7 @@ def _on(topic: str, summaries: Mapping[str, str]) -> str:
     if note:
         raise UserError(f"no help for '{topic}': {note}")
     known = [key.name for key in key_table()]
-    near = advice(name, known) if "." in name else nearest(name, [*VERB_NAMES, *section_names(), *(last(key) for key in known)])
+    near = advice(name, known) if "." in name else nearest(name, [*ALL_VERBS, *section_names(), *(last(key) for key in known)])
     raise UserError(f"no help for '{topic}'{near or '; jaxlm help names the verbs and the sections of keys'}")
 
 
@@ -98,7 +99,7 @@ def keys_of(section: str) -> list[Key]:
 def overview(summaries: Mapping[str, str]) -> str:
     """The verbs and the sections of keys, on one screen."""
     lines = ["usage: jaxlm VERB CONFIG.yaml|RUN_DIR [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
-    lines += [_indented(f"{verb:10}{summaries[verb]}", 2, 12) for verb in VERB_NAMES]
+    lines += [_indented(f"{verb:10}{summaries[verb]}", 2, 12) for verb in ALL_VERBS]
     lines += ["", "  jaxlm VERB --help   what a verb takes",
               "  jaxlm help WORD     keys of a section, or one key: jaxlm help learning_rate",
               "  jaxlm --version", "",
@@ -115,7 +116,7 @@ def verb_help(verb: str, summary: str) -> str:
     usage = " ".join(["usage: jaxlm", verb, *words, *needed, *(["[options]"] if len(options) > len(needed) else [])])
     rows = [*positionals_of(verb), *((option.written, option.help) for option in options)]
     column = 4 + max(len(word) for word, _ in rows)
-    lines = [usage, "", _indented(_sentence(summary), 0, 0), ""]
+    lines = [_indented(usage, 0, 7), "", _indented(_sentence(summary), 0, 0), ""]
     lines += [_indented(f"{word:{column - 2}}{what}", 2, column) for word, what in rows]
     return "\n".join(lines if verb == "report" else [*lines, "", _indented(HOW_TO_SEE_KEYS, 0, 0)])
 
@@ -125,7 +126,7 @@ def section_help(section: str) -> str:
     below = [name for name in section_names() if name.startswith(f"{section}.")]
     lines = [_indented(f"{section}: {' '.join(about.split())}", 0, 2)]
     if below:
-        lines.append(f"  see also: {', '.join(f'jaxlm help {name}' for name in below)}")
+        lines.append(_indented(f"see also: {', '.join(f'jaxlm help {name}' for name in below)}", 2, 4))
     return "\n".join([*lines, "", keys_help(keys_of(section))])
 
 
@@ -171,12 +172,12 @@ def reference(summaries: Mapping[str, str]) -> str:
     lines = ["# Reference", "", "Made by `jaxlm help --markdown > docs/reference.md`; a test compares.", "", "## Verbs", "",
              "    jaxlm VERB CONFIG.yaml|RUN_DIR [KEY=VALUE ...]", "    jaxlm report RUN_DIR ...",
              "    jaxlm help [VERB|SECTION|KEY ...]", "    jaxlm --version", ""]
-    for verb in VERB_NAMES:
+    for verb in ALL_VERBS:
         lines += [f"### jaxlm {verb}", "", *_filled(f"{_sentence(summaries[verb])}"), ""]
         for name, what in (*positionals_of(verb), *((option.written, option.help) for option in options_of(verb))):
             lines += _filled(f"- `{name}`: {what}")
         lines.append("")
-    lines += ["Exit codes: " + EXIT_CODES + ".", "", "## Keys", "",
+    lines += [*_filled(f"Exit codes: {EXIT_CODES}."), "", "## Keys", "",
               *_filled(HOW_KEYS_ARE_WRITTEN), ""]
     for section in section_names():
         about = dict(sections()).get(section, Settings).__doc__ or ""

@@ -92,6 +92,7 @@ _KEYS = {
 KEYS = {name: key for key, names in _KEYS.items() for name in names.split()}
 
 _IN_STEPS = "A run's length is counted in steps, each of data.global_batch_size * data.sequence_length tokens."
+_AS_LONG = "model.max_length must be at least as long."
 _IN_SEQUENCES = "It is in sequences, over all devices and micro-batches."
 NOTES = {
     **_each("epochs epoch num_epochs max_epochs n_epochs num_train_epochs train_epochs num_tokens train_tokens "
@@ -103,13 +104,15 @@ NOTES = {
     **_each("fp16 float16", "There is no float16; bfloat16 needs no loss scaling: train.precision=bfloat16."),
     **_each("fp32 float32 tf32", "Write train.precision=float32, which is the default."),
     **_each("block_size seq_len seq_length context_length max_seq_len max_seq_length n_ctx",
-            "model.max_length must be at least as long."),
+            _AS_LONG),
     **_each("warmup_ratio warmup_steps_fraction warmup_fraction", "It is in steps, no share."),
     **_each("min_lr min_learning_rate final_lr end_lr lr_min", "It is a share of optimizer.learning_rate."),
     **_each("wandb use_wandb wandb_log wandb_project report_to",
             "Figures go to metrics.jsonl and TensorBoard events, to nothing else."),
     **_each("gradient_checkpointing activation_checkpointing", "Write train.remat=full, or dots."),
 }
+
+SAME_VALUE = (_AS_LONG, _IN_SEQUENCES)  # notes of names whose value can be taken over
 
 # What other tools have and jaxlm has not: no key is near.
 _OTHER_WEIGHTS = "a run goes on from the checkpoints in its own run_dir; it cannot start from other weights yet"

@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -110,22 +109,6 @@ def test_flatten_keeps_values_that_are_mappings():
 
 # ------------------------------------------------------------------------------------------------------------------ help
 
-def test_help_lists_every_key_for_every_verb(capsys):
-    table = list(config.key_table())
-    assert len(table) == len({name for name, *_ in table}) > 90
-    for verb in cli.VERBS:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([verb, "--help"])
-        assert ended.value.code == 0
-        shown = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
-        rows = {cells[0]: cells[1:] for cells in shown if cells}
-        for name, kind, default, unit, meaning in table:
-            assert meaning and " ".join(rows[name]).startswith(kind[:20].strip()), name
-            text = json.dumps(default)
-            assert text in rows[name] or len(text) > 20, name
-            assert not unit or unit in rows[name], name
-
-
 def test_help_says_types_for_people():
     kinds = {name: kind for name, kind, *_ in config.key_table()}
     assert kinds["train.steps"] == "integer > 0"
@@ -134,13 +117,6 @@ def test_help_says_types_for_people():
     assert kinds["model.bias"] == "true | false"
     assert kinds["data.corpus"] == "text | mapping of text to number > 0 | null"
     assert kinds["generate.prompts"] == "list of text"
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-def test_the_overview_names_every_verb(capsys, arguments):
-    assert cli.main(arguments) == 0
-    out = capsys.readouterr().out
-    assert all(f"\n  {verb} " in out for verb in cli.ALL_VERBS)
 
 
 def test_another_store_is_refused(tmp_path, monkeypatch, capsys):
