@@ -10,6 +10,7 @@ import time
 import jax
 
 from jaxlm.errors import UserError
+from jaxlm.parallel.accelerators import collected, how_to_install
 from jaxlm.parallel.compiler import prepare_compiler
 from jaxlm.parallel.launcher import COORDINATOR, LAUNCHER, NUM_PROCESSES, PROCESS_ID
 from jaxlm.settings import DevicesSettings
@@ -39,10 +40,14 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
         _join()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would only note it; before there is something to save, it ends us
     try:
-        local = jax.local_devices()
+        with collected() as said:
+            local = jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # an assertion of JAX fails where the platform's plugin is not installed
-        reason = str(error).splitlines()[0] if str(error) else "JAX knows no plugin for it"
-        raise UserError(f"devices.platform={settings.platform}: no such backend here ({reason})") from None
+        reason = (said or str(error).splitlines() or ["JAX knows no plugin for it"])[0]
+        raise UserError(f"devices.platform={settings.platform}: no such backend here ({reason})"
+                        f"{how_to_install(settings.platform)}") from None
+    for line in said:
+        print(f"jaxlm: {line}; going on with {local[0].platform}", file=sys.stderr)
     count = settings.count or len(local)
     if count > len(local):
         raise UserError(f"devices.count={count}: this process has {len(local)} {local[0].platform} device(s); "
@@ -62,7 +67,7 @@ def _join() -> None:
             jax.distributed.initialize()  # Slurm or TPU: JAX asks the cluster
         except ValueError:  # there is none to ask
             raise UserError(f"devices.platform=tpu: no TPU here; start jaxlm on a TPU host, or set {COORDINATOR}, "
-                            f"{NUM_PROCESSES} and {PROCESS_ID}") from None
+                            f"{NUM_PROCESSES} and {PROCESS_ID}{how_to_install('tpu')}") from None
         return
     missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if not os.environ.get(name, "").isdigit()]
     if missing:

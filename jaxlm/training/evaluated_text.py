@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxlm.data.corpus import TOKENIZER
 from jaxlm.data.manifest import MANIFEST
+from jaxlm.data.sources import find_sources
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.reporting.files import Location, as_path, exists
@@ -19,8 +20,8 @@ from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches
 def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
     """The corpora to evaluate a checkpoint on; `saved` is what the checkpoint says of itself.
 
-    data.corpus alone names a corpus that is there, and is taken as it was prepared. data.raw alone, or text as data.validation, is
-    prepared into a folder of its own in run_dir, and all of it evaluated (of data.raw: unless data.validation says how much).
+    data.corpus alone names a corpus that is there, and is taken as it was prepared. data.raw alone, or text as data.validation,
+    is prepared into a folder of its own in run_dir, and all of it evaluated (of data.raw: unless data.validation says how much).
 
     Raises UserError: there is no such corpus, its tokenizer is not the run's, or it holds no validation text.
     """
@@ -46,6 +47,7 @@ def _prepared_alike(settings: Settings, data: DataSettings, own: dict[str, Any],
         raise UserError(f"data.raw: the tokenizer of {settings.run_dir} is not in {tokenizer} any more; prepare the text with "
                         "data.tokenizer=FOLDER, where it is, and name what was made with data.corpus")
     if data.validation == own["validation"] and isinstance(data.raw, str):
+        find_sources(data.raw)  # what is not there is not there as data.raw
         data = dataclasses.replace(data, validation=data.raw)
     name = hashlib.sha256(json.dumps([data.raw, data.validation]).encode()).hexdigest()[:12]
     corpus = data.corpus if data.corpus != own["corpus"] else str(as_path(settings.run_dir) / "evaluated" / name)
