@@ -51,7 +51,8 @@ def test_runtime_follows_the_accelerator(accelerator, runtime):
 
 
 @pytest.mark.parametrize(("given", "named"), [
-    ("v5e-16", "v5litepod-16"), ("v5litepod-16", "v5litepod-16"), ("v5lite-4", "v5litepod-4"), ("V5P-64", "v5p-64"), ("v6e-8", "v6e-8")])
+    ("v5e-16", "v5litepod-16"), ("v5litepod-16", "v5litepod-16"), ("v5lite-4", "v5litepod-4"),
+    ("V5P-64", "v5p-64"), ("v6e-8", "v6e-8")])
 def test_a_type_takes_the_name_that_the_cloud_has_for_it(given, named):
     (words,) = dry_run("create.sh", "--name", "pod", "--zone", "z", "--type", given)
     assert words[words.index("--accelerator-type") + 1] == named

@@ -138,4 +138,4 @@ def test_a_comparison_that_does_not_fit_is_a_line_for_each_run(tmp_path):
     names = ["n" * 70, "m" * 70]
     lines = fitted(compare([make_run(tmp_path / name, learning_rate=rate) for name, rate in zip(names, (1, 2), strict=True)]),
                    80).splitlines()
-    assert max(map(len, lines)) <= 80 and lines[:3] == ["optimizer.learning_rate", f"  {names[0]}:", "      1"]
+    assert max(map(len, lines)) <= 80 and lines[:3] == ["optimizer.learning_rate", f"  {names[0]}:", "      1.0"]
