@@ -3,25 +3,25 @@
 import argparse
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm import config
-from jaxlm.errors import LostProcess, Preempted, RunError, UserError, nearest, reason, without_secrets
+from jaxlm import config, manual
+from jaxlm.command_line import ALL_VERBS, HELP, about_verb, parse
+from jaxlm.errors import LostProcess, Preempted, RunError, UserError, reason, without_secrets
 from jaxlm.parallel.launcher import is_follower, let_the_first_speak
 from jaxlm.reporting.files import json_text
 from jaxlm.reporting.progress import optional, print_line
-from jaxlm.settings import Settings, expand_home
+from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from jaxlm.planning.targets import Target
-
-KEY_TABLE_NOTE = "Every key, with its type, default, unit and meaning. Set it in CONFIG.yaml (nested), or as KEY=VALUE behind it."
 
 
 def train(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -63,6 +63,9 @@ def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> 
         line += f"; see {write_report(settings.run_dir)}"
     with optional("the run is finished, but what it shows cannot be"):
         print(*([samples] if samples else []), line, sep="\n", flush=True)
+        if settings.logging.tensorboard:
+            _say(f"curves: {_words('tensorboard', '--logdir', settings.run_dir)} (pip install tensorboard)")
+        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if samples else ["evaluate", settings.run_dir]))
 
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -72,6 +75,7 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     for corpus, _ in open_corpora(settings, notes=False):
         for line in corpus.describe():
             print(line)
+    _say_next("train", arguments.config, *arguments.overrides)
 
 
 def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -82,6 +86,8 @@ def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     row = evaluate_checkpoint(settings)
     if is_main():
         _print_figures(row, arguments.json)
+        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if settings.model.family == "gpt" else
+                    ["report", settings.run_dir]))
 
 
 def generate(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -95,6 +101,7 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
             print("\n".join(json.dumps(sample._asdict()) for sample in samples))
         else:
             print(SEPARATOR.join(f"{sample.marked()}\n" for sample in samples), end="")
+        _say_next("evaluate", settings.run_dir)
 
 
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -105,6 +112,7 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
     figures = bench(settings)
     if is_main():
         _print_figures(figures, arguments.json)
+        _say_next("train", arguments.config, *arguments.overrides)
 
 
 def plan(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -124,6 +132,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         from jaxlm.planning.explain import explain
 
         _console().print(explain(settings, target), highlight=False, soft_wrap=True)
+        _say_next("plan", arguments.config, *arguments.overrides, "--target", arguments.target)
         return
     if arguments.search:
         _search(settings, target, arguments)
@@ -143,6 +152,10 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     if arguments.picture:
         draw(made, arguments.picture)
         print(f"drawn: {arguments.picture}", file=sys.stderr)
+    if made.fits is False:
+        _say_next("plan", arguments.config, *arguments.overrides, "--target", arguments.target, "--search")
+    else:
+        _say_next("train", arguments.config, *arguments.overrides)
 
 
 def _search(settings: Settings, target: "Target", arguments: argparse.Namespace) -> None:
@@ -157,23 +170,26 @@ def _search(settings: Settings, target: "Target", arguments: argparse.Namespace)
     else:
         _console().print(ranking(choices), highlight=False, soft_wrap=True)
     print(f"written to {path}", file=sys.stderr)
+    _say_next("train", str(path))
 
 
 def report(run_dirs: Sequence[str]) -> None:
     """report: one page about a run, or a table that compares several"""
     from jaxlm.reporting.files import as_path, read_text
     from jaxlm.reporting.plots import plot_comparison
-    from jaxlm.reporting.report import compare, write_report
+    from jaxlm.reporting.report import compare, fitted, write_report
 
     if len(run_dirs) == 1:
         path = write_report(run_dirs[0])
         print(read_text(path))
         print(f"written to {path}")
+        _say_next("report", run_dirs[0], "OTHER_RUN")
     else:
-        _console().print(compare(run_dirs))
+        _console().print(fitted(compare(run_dirs), manual.width()))
         picture = as_path(run_dirs[0]) / "comparison.png"
         plot_comparison(run_dirs, picture)
         print(f"loss curves: {picture}")
+        _say_next("report", run_dirs[0])
 
 
 def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
@@ -184,6 +200,20 @@ def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
         if isinstance(value, dict):
             value = " ".join(f"{axis}={size}" for axis, size in value.items())
         print(f"{name:20} {'not known' if value is None else f'{value:.6g}' if isinstance(value, float) else value}")
+
+
+def _say_next(*words: str) -> None:
+    """The last line of a verb: the command that comes next. On standard error: standard output is for what was asked for."""
+    _say(f"next: {_words('jaxlm', *words)}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _words(*words: str) -> str:
+    """A command as it can be pasted into a shell."""
+    return shlex.join(map(str, words))
 
 
 def _in_short(summary: dict[str, Any]) -> str:
@@ -200,10 +230,9 @@ def _in_short(summary: dict[str, Any]) -> str:
 
 
 def _console() -> "Console":
-    """As wide as the terminal; wide enough for any table where there is none."""
     from rich.console import Console
 
-    return Console() if sys.stdout.isatty() else Console(width=200)
+    return Console(width=manual.width())
 
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
@@ -219,15 +248,11 @@ SUMMARIES = {
     "report": "one page about a run, or a table that compares several",
 }
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
-EXIT_CODES = ("0 done, 1 failed, 2 bad input, 3 failed and would fail again, 75 hung, 130, 143 or 129 stopped by Ctrl-C, SIGTERM "
-              "or a closed terminal (a run that trains has saved)")
-ALL_VERBS = (*VERBS, "report")
 RESUMED = ("train", "prepare")
-LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs `jaxlm ARGUMENTS`. Exit codes: see EXIT_CODES."""
+    """Runs `jaxlm ARGUMENTS`. Exit codes: see jaxlm.manual.EXIT_CODES."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         code = _run(arguments)
@@ -288,15 +313,17 @@ def _is_nowhere() -> bool:
 
 
 def _run(arguments: list[str]) -> int:
-    verb = arguments[0] if arguments else "--help"
-    if verb in ("-h", "--help"):
-        print(_overview())
+    verb, words = (arguments[0], arguments[1:]) if arguments else ("help", [])
+    if verb in (*HELP, "help", "--version", "-V", "version"):
+        print(_about(verb, words))
         return 0
     if verb not in ALL_VERBS:
-        raise UserError(f"unknown verb '{verb}', expected one of {', '.join(ALL_VERBS)}{nearest(verb, ALL_VERBS)}")
-    if empty := next((argument for argument in arguments if argument.startswith("--") and argument.endswith("=--")), None):
-        raise UserError(f"'{empty}': expected a value")  # before Python 3.13 argparse makes [] of it
-    parsed = _parser(verb).parse_intermixed_args(arguments[1:])
+        raise UserError(about_verb(verb))
+    if any(word in HELP for word in words):
+        topics = manual.topics_among(words)
+        print(manual.show(topics, SUMMARIES) if topics else manual.verb_help(verb, SUMMARIES[verb]))
+        return 0
+    parsed = parse(verb, words)
     if verb == "report":
         report(parsed.runs)
         return 0
@@ -320,82 +347,10 @@ def _import_jax() -> None:
         raise UserError(f"JAX does not start: {reason(error)}; mend or unset that variable") from None
 
 
-class _Parser(argparse.ArgumentParser):
-    """One line instead of the usage text, and the keys' table behind --help."""
-
-    def error(self, message: str) -> None:
-        raise UserError(f"{self.prog.removeprefix('jaxlm ')}: {message}; see {self.prog} --help")
-
-    def print_help(self, file=None) -> None:
-        super().print_help(file)
-        if self.prog != "jaxlm report":
-            _print_keys()
-
-
-def _parser(verb: str) -> argparse.ArgumentParser:
-    if verb == "report":
-        parser = _Parser(prog="jaxlm report", description=SUMMARIES[verb])
-        parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR",
-                            help="one: writes its report.md; several: prints a table and draws comparison.png in the first")
-        return parser
-    parser = _Parser(prog=f"jaxlm {verb}", description=SUMMARIES[verb])
-    parser.add_argument("config", type=expand_home, metavar="CONFIG.yaml",
-                        help="a run file, or the run directory of an earlier `jaxlm train`")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="for example train.steps=100 mesh.fsdp=8")
-    if verb == "plan":
-        _add_plan_options(parser)
-    if verb in ("evaluate", "generate", "bench", "plan"):
-        parser.add_argument("--json", action="store_true", help="JSON on standard output, for scripts")
-    else:
-        parser.set_defaults(json=False)
-    if verb == "train":
-        parser.add_argument("--compile-only", action="store_true", help="compile the step, leave it in devices.compiled, and end")
-        parser.add_argument("--restart", type=_positive, metavar="N",
-                            help="start again after a crash, a kill or a hang, from the newest checkpoint; give up after N "
-                            "restarts in a row without a new one")
-        parser.add_argument("--target", help="with --compile-only: for devices that are not here, as in `jaxlm plan`")
-    if verb in LOCAL_PROCESSES:
-        parser.add_argument("--processes", type=_positive, default=1, metavar="N",
-                            help="start N processes on this machine, joined into one run (default 1)")
-    return parser
-
-
-def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", required=True, help="cpu:8; TPU slices by topology, v5p:4x4x4 or 2xv5e:16x16, or by the "
-                        "cloud's name, v5p-128; GPUs of a node x nodes, h100:8x4")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--fast", action="store_true",
-                     help="estimate all of it at once, without a compiler (how far off it can be: docs/planning.md)")
-    how.add_argument("--search", action="store_true",
-                     help="find the mesh, micro-batches and remat that are predicted fastest and fit, and write them as a "
-                     "config into this folder; compiles a few, which takes minutes")
-    how.add_argument("--explain", action="store_true",
-                     help="show how every array is cut and what each product sends, without compiling")
-    parser.add_argument("--picture", type=lambda name: Path(expand_home(name)), metavar="FILE.png",
-                        help="also draw memory and times")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, found '{text}'")
-    return int(text)
-
-
-def _overview() -> str:
-    lines = ["usage: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
-    lines += [f"  {name:10} {summary}" for name, summary in SUMMARIES.items()]
-    lines += ["", "jaxlm VERB --help lists every key. Exit codes:", f"  {EXIT_CODES}"]
-    return "\n".join(lines)
-
-
-def _print_keys() -> None:
-    from rich.table import Table
-
-    table = Table(title=KEY_TABLE_NOTE, title_justify="left", box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    widths = {"key": None, "type": 40, "default": None, "unit": None, "meaning": None}
-    for column, width in widths.items():
-        table.add_column(column, overflow="fold", no_wrap=column == "key", max_width=width)
-    for name, kind, default, unit, meaning in config.key_table():
-        table.add_row(name, kind, json.dumps(default), unit, meaning)
-    print()
-    _console().print(table, markup=False, highlight=False)
+def _about(verb: str, words: list[str]) -> str:
+    """What `help`, `--help` and `--version` print."""
+    if verb in ("--version", "-V", "version"):
+        return manual.version()
+    if words == ["--markdown"]:
+        return manual.reference(SUMMARIES).rstrip()
+    return manual.show([word for word in words if word not in HELP], SUMMARIES)

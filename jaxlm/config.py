@@ -2,20 +2,25 @@
 
 import dataclasses
 import difflib
+import functools
+import json
+import shlex
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pydantic
 import yaml
 
 from jaxlm.checks import check
 from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
+from jaxlm.near_misses import right_key, right_value
 from jaxlm.remote import check_url, is_remote
 from jaxlm.reporting.files import Location, as_path, exists, names_in, read_text
-from jaxlm.settings import NO_PLACE, Settings, flatten, parse_yaml, sections
+from jaxlm.settings import NO_PLACE, Settings, flatten, sections
+from jaxlm.values import PYTHONS_NULLS, alternatives, from_command_line, how_to_write, parse_yaml, typed
 
 _SETTINGS = pydantic.TypeAdapter(Settings)
 
@@ -43,6 +48,11 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         where = f"{path}:{lines[key]}: " if key in lines else ""
         raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
                         "keep; leave it out, and give it by the storage's own environment variables or credential files")
+    values = typed(values)
+    for key in _doubtful_nulls(values):
+        where = f"{path}:{lines[key]}: " if key in lines else ""
+        raise UserError(f"{where}{key}={flatten(values)[key]}: nothing is written null, and a folder of that name "
+                        f"./{flatten(values)[key]}")
     try:
         settings = _SETTINGS.validate_python(values)
     except pydantic.ValidationError as error:
@@ -67,15 +77,41 @@ def _keys_with_secrets(values: dict[str, Any]) -> Iterator[str]:
             yield name
 
 
-def key_table() -> Iterator[tuple[str, str, Any, str, str]]:
-    """Every key as (dotted name, type, default, unit, help), in the order of `jaxlm.settings`."""
+def _doubtful_nulls(values: dict[str, Any]) -> Iterator[str]:
+    """Keys that take a text or null, and have Python's word for null, which may be the one or the other."""
+    for name, value in flatten(values).items():
+        if isinstance(value, str) and value in PYTHONS_NULLS and {str, types.NoneType} <= set(alternatives(_hints()[name])):
+            yield name
+
+
+@functools.cache
+def _hints() -> dict[str, Any]:
+    """The annotation of every key, by its dotted name."""
+    return {f"{prefix}.{name}".lstrip("."): hint for prefix, section in [("", Settings), *sections()]
+            for name, hint in typing.get_type_hints(section, include_extras=True).items() if not dataclasses.is_dataclass(hint)}
+
+
+class Key(NamedTuple):
+    """A key of a run file, as help shows it."""
+
+    name: str  # dotted
+    type: str
+    default: Any
+    unit: str
+    help: str
+
+
+@functools.cache
+def key_table() -> tuple[Key, ...]:
+    """Every key, in the order of `jaxlm.settings`."""
+    keys = []
     for prefix, section in [("", Settings), *sections()]:
-        hints = typing.get_type_hints(section, include_extras=True)
         for item in dataclasses.fields(section):
-            if not dataclasses.is_dataclass(hints[item.name]):
+            name = f"{prefix}.{item.name}".lstrip(".")
+            if name in _hints():
                 default = item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
-                name = f"{prefix}.{item.name}" if prefix else item.name
-                yield name, _type_name(hints[item.name]), default, item.metadata["unit"], item.metadata["help"]
+                keys.append(Key(name, _type_name(_hints()[name]), default, item.metadata["unit"], item.metadata["help"]))
+    return tuple(keys)
 
 
 def _read_yaml(path: Location) -> tuple[dict[str, Any], dict[str, int]]:
@@ -127,11 +163,16 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         if any(full.startswith(f"{name}.") for full in known):
             raise UserError(f"'{clipped(override)}': {name} is a section; set one of its keys, for example "
                             f"{next(full for full in known if full.startswith(f'{name}.'))}=...")
-        raise UserError(f"unknown key '{clipped(name)}'{_suggestion(name, known)}")
+        raise UserError(f"unknown key '{clipped(name)}'{advice(name, known)}")
     try:
-        value = parse_yaml(text)[0] if text else ""
-    except yaml.YAMLError:
-        raise UserError(f"'{clipped(override)}': the value is not valid YAML; quote it") from None
+        text.encode()
+        value = from_command_line(text, _hints()[name])
+    except UnicodeEncodeError:
+        raise UserError(f"{name}={clipped(ascii(text))}: not UTF-8 text") from None
+    except ValueError as error:
+        written = shlex.quote(json.dumps([text], ensure_ascii=False))
+        raise UserError(f"'{clipped(override)}': brackets are for a list or a mapping, and this is none ({error}); a text with "
+                        f"brackets around it is written {name}={clipped(written)}") from None
     *path, last = name.split(".")
     for section in path:
         if values.get(section) is None:
@@ -148,7 +189,7 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
         full = f"{prefix}{name}"
         if name not in hints:
             known = [known_name for known_name, *_ in (*key_table(), *sections())]
-            yield full, f"unknown key '{full}'{_suggestion(full, known)}"
+            yield full, f"unknown key '{full}'{advice(full, known)}"
         elif dataclasses.is_dataclass(hints[name]):
             if value is None:
                 values[name] = {}  # `model:` with nothing under it: all defaults
@@ -158,14 +199,23 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
                 yield full, f"{full} is a section: expected keys under it, found {shown(value)}"
 
 
-def _suggestion(name: str, known: Sequence[str]) -> str:
-    """A key of the same section that begins so or is much alike, else that of the same last name elsewhere, else the nearest."""
+def advice(name: str, known: Sequence[str]) -> str:
+    """What to write instead of a key that is none: `; did you mean '...'?` and a note, or why there is nothing, or nothing.
+
+    A key of the same section that begins so or is much alike; what other tools' name stands for; a key of that last name in
+    another section; the nearest.
+    """
     section, _, last = name.rpartition(".")
     siblings = {full.rpartition(".")[2]: full for full in known if full.rpartition(".")[0] == section}
     alike = [full for sibling, full in siblings.items() if sibling.startswith(f"{last}_")]
     alike += [siblings[match] for match in difflib.get_close_matches(last, siblings, n=1, cutoff=0.75)]
+    key, note = right_key(name, known)
+    if not alike and note and key is None:
+        return f"; {note}"
     namesakes = [full for full in known if full.rpartition(".")[2] == last]
-    return f"; did you mean '{(alike + namesakes)[0]}'?" if alike + namesakes else nearest(name, known)
+    found = [*alike, *([key] if key else []), *namesakes]
+    beside = f" {note}" if found and found[0] == key and note else ""
+    return f"; did you mean '{found[0]}'?{beside}" if found else nearest(name, known)
 
 
 def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
@@ -173,14 +223,23 @@ def _first_problem(error: pydantic.ValidationError) -> tuple[str, str]:
     problems = error.errors()
     problem = next((each for each in problems if each["type"] == NO_PLACE), problems[0])
     known = {full: kind for full, kind, *_ in key_table()}
+    units = {full: unit for full, _, _, unit, _ in key_table()}
     location = [str(part) for part in problem["loc"]]
     # pydantic appends the branch of a union or the index in a list to the key's own path
     name = next(name for name in (".".join(location[:n]) for n in range(len(location), 0, -1)) if name in known)
     if problem["type"] == NO_PLACE:
         return name, f"{name}={problem['input']}: {problem['msg']}"
     kind = known[name] + (" in UTF-8" if problem["type"] == "string_unicode" else "")
-    hint = nearest(problem["input"], kind.split(" | ")) if " | " in kind and isinstance(problem["input"], str) else ""
+    hint = _how_to_write(name, problem["input"], kind, units[name]) if isinstance(problem["input"], str) else ""
     return name, f"{name}={shown(problem['input'])}: expected {kind}{hint}"
+
+
+def _how_to_write(name: str, value: str, kind: str, unit: str) -> str:
+    if right := right_value(name, value):
+        return f"; did you mean '{right}'?"
+    if kind.startswith(("integer", "number")):
+        return how_to_write(value, unit)
+    return nearest(value, kind.split(" | ")) if " | " in kind else ""
 
 
 def _type_name(hint: Any) -> str:

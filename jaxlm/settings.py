@@ -1,15 +1,14 @@
 """Every key of a run file, with its type, default, unit and meaning.
 
 Plain frozen dataclasses at the bottom of the house: every other module may import them, they import its errors only.
-`jaxlm.config` reads, validates and prints them; `jaxlm VERB --help` is this file as a table.
+`jaxlm.config` reads and validates them; `jaxlm help` and docs/reference.md are this file, made readable.
 `None` means "derive it"; what it becomes is said in the key's help and printed when a run starts.
 """
 
 import dataclasses
-import itertools
+import functools
 import os
 import typing
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -368,12 +367,14 @@ def remat_choices(remat: str | dict[str, str]) -> dict[str, str] | None:
     return None if choices is None else dict.fromkeys(ACTIVATIONS, "recompute") | {"residual": "keep"} | choices
 
 
-def sections(section: type = Settings, prefix: str = "") -> Iterator[tuple[str, type]]:
+@functools.cache
+def sections(section: type = Settings, prefix: str = "") -> tuple[tuple[str, type], ...]:
     """Every section below `section` as (dotted name, dataclass)."""
+    found = []
     for name, hint in typing.get_type_hints(section).items():
         if dataclasses.is_dataclass(hint):
-            yield f"{prefix}{name}", hint
-            yield from sections(hint, f"{prefix}{name}.")
+            found += [(f"{prefix}{name}", hint), *sections(hint, f"{prefix}{name}.")]
+    return tuple(found)
 
 
 def to_dict(settings: Settings) -> dict[str, Any]:
@@ -384,49 +385,6 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 def dump(settings: Settings) -> str:
     """YAML that `jaxlm.config.load` turns back into the same settings."""
     return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
-
-
-LARGEST_YAML = 10_000_000  # characters
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, but for scalars that are not what they look like (2001-99-99, !!int x): it raises whatever it met; and for deep
-    nesting: it takes the square of the depth in time."""
-
-    def fetch_flow_collection_start(self, token: type[yaml.Token]) -> None:
-        if self.flow_level == 100:
-            raise RecursionError
-        super().fetch_flow_collection_start(token)
-
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            kind = node.tag.rpartition(":")[2]
-            raise yaml.constructor.ConstructorError(None, None, f"not a valid {kind} ({error})", node.start_mark) from None
-
-
-def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
-    """What YAML says, and its tree, which knows the lines. Raises yaml.YAMLError."""
-    try:
-        tree = yaml.compose(text, _Loader)
-        if tree and _size(tree, {}) > LARGEST_YAML:
-            raise yaml.YAMLError("too long once its aliases are written out")
-        return yaml.load(text, _Loader), tree  # noqa: S506
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-
-
-def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters and nodes with every alias written out: ten lines of aliases to aliases are small only until they are shown."""
-    if id(node) not in known:
-        known[id(node)] = 1  # what a node is to itself, where an alias stands in what it names
-        if isinstance(node, yaml.ScalarNode):
-            known[id(node)] = 1 + len(node.value)
-        else:
-            children = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-            known[id(node)] = 1 + sum(_size(child, known) for child in children)
-    return known[id(node)]
 
 
 def changed(settings: Any, default: Any = None) -> dict[str, Any]:

@@ -155,7 +155,7 @@ AT_ONCE = {
     f"{NEW} model.bias=maybe": ("model.bias='maybe': expected true | false",),
     f"{NEW} optimizer.name=adamax": ("optimizer.name='adamax'", "did you mean 'adam'?"),
     f"{NEW} optimizer.learning_rate=.inf": ("optimizer.learning_rate=inf",),
-    f"{NEW} 'seed=['": ("'seed=['", "YAML"),
+    f"{NEW} 'seed=['": ("seed='['", "expected integer >= 0"),
     f"{NEW} run_dir=": ("run_dir is empty",),
     # contradictions
     f"{NEW} model.num_heads=3": ("model.hidden_size=16", "model.num_heads=3"),
@@ -289,8 +289,8 @@ def test_bad_text_is_refused_and_what_was_prepared_is_removed(refuse, command):
 
 @pytest.mark.parametrize(("command", "words"), [
     (f"{NEW} data.globl_batch_size=1", ["data.globl_batch_size", "data.global_batch_size"]),
-    (f"{NEW} devices.platform=gpu devices.count=4", ["devices.platform=gpu: no such backend here"]),
-    (f"{NEW} devices.platform=tpu", ["devices.platform=tpu: no TPU here"]),
+    (f"{NEW} devices.platform=gpu devices.count=4", ["devices.platform=gpu: no such backend here", "jaxlm[cuda]"]),
+    (f"{NEW} devices.platform=tpu", ["devices.platform=tpu: no TPU here", "jaxlm[tpu]"]),
 ])
 def test_a_process_of_its_own_says_no_more(house, command, words):
     before = tree(house)

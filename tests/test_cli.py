@@ -90,3 +90,11 @@ def test_report_of_one_run_and_of_two(folder, capsys):
     assert "optimizer.learning_rate" in out and "2.5010" in out and "2.5020" in out
     assert out.endswith("loss curves: one/comparison.png\n")
     assert (folder / "one" / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_width_is_the_terminals_or_columns_or_80(monkeypatch):
+    monkeypatch.setattr(sys, "__stdout__", None)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert cli._console().width == 80
+    monkeypatch.setenv("COLUMNS", "133")
+    assert cli._console().width == 133

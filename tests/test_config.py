@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,7 +57,7 @@ def test_values_come_from_the_file_and_then_from_the_overrides(load):
     ("data.corpus={one: 2, two: 0.5}", {"one": 2.0, "two": 0.5}), ("data.validation=0", 0.0),
     ("data.validation=held/*.txt", "held/*.txt"), ("data.cleaning.near_duplicates=0.8", 0.8),
     ("generate.prompts=['', \"\\n\"]", ["", "\n"]), ("logging.tensorboard=false", False), ("run_dir=a=b", "a=b")])
-def test_overrides_are_yaml(load, override, value):
+def test_overrides_are_read_by_what_their_key_takes(load, override, value):
     settings = load("model: {vocab_size: 300}", override)
     assert flatten(to_dict(settings))[override.partition("=")[0]] == value
 
@@ -110,22 +109,6 @@ def test_flatten_keeps_values_that_are_mappings():
 
 # ------------------------------------------------------------------------------------------------------------------ help
 
-def test_help_lists_every_key_for_every_verb(capsys):
-    table = list(config.key_table())
-    assert len(table) == len({name for name, *_ in table}) > 90
-    for verb in cli.VERBS:
-        with pytest.raises(SystemExit) as ended:
-            cli.main([verb, "--help"])
-        assert ended.value.code == 0
-        shown = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
-        rows = {cells[0]: cells[1:] for cells in shown if cells}
-        for name, kind, default, unit, meaning in table:
-            assert meaning and " ".join(rows[name]).startswith(kind[:20].strip()), name
-            text = json.dumps(default)
-            assert text in rows[name] or len(text) > 20, name
-            assert not unit or unit in rows[name], name
-
-
 def test_help_says_types_for_people():
     kinds = {name: kind for name, kind, *_ in config.key_table()}
     assert kinds["train.steps"] == "integer > 0"
@@ -134,13 +117,6 @@ def test_help_says_types_for_people():
     assert kinds["model.bias"] == "true | false"
     assert kinds["data.corpus"] == "text | mapping of text to number > 0 | null"
     assert kinds["generate.prompts"] == "list of text"
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
-def test_the_overview_names_every_verb(capsys, arguments):
-    assert cli.main(arguments) == 0
-    out = capsys.readouterr().out
-    assert all(f"\n  {verb} " in out for verb in cli.ALL_VERBS)
 
 
 def test_another_store_is_refused(tmp_path, monkeypatch, capsys):
@@ -165,7 +141,7 @@ def test_aliases_to_aliases_are_refused_before_they_grow(load):
     lines = ["a: &a [x,x,x,x,x,x,x,x,x]", *(f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]"
                                             for before, name in itertools.pairwise(letters))]
     assert "not valid YAML: too long once its aliases are written out" in refusal(load, "\n".join([*lines, "seed: *l"]))
-    assert "the value is not valid YAML" in refusal(load, "", f"bench.steps={{{', '.join(lines)}}}")
+    assert "too long once its aliases are written out" in refusal(load, "", f"mesh.across={{{', '.join(lines)}}}")
     merged = "\n".join(["a: &a {x: 1}", *(f"{name}: &{name} {{<<: [{','.join([f'*{before}'] * 9)}]}}"
                                           for before, name in itertools.pairwise(letters))])
     assert "too long" in refusal(load, merged)
@@ -214,7 +190,7 @@ CONTRADICTIONS = {
     "data.tokenizer=characters has no cls, sep and mask": ["model.family=bert", "data.tokenizer=characters", "data.raw=x"],
     "data.corpus is an empty mixture": ["data.corpus={}"],
     "data.raw cannot be prepared into a mixture": ["data.corpus={a: 1}", "data.raw=x", "data.tokenizer=bytes"],
-    "run_dir is empty": ["run_dir=' '"],
+    "run_dir is empty": ["run_dir= "],
     "generate.prompts is empty": ["generate.prompts=[]"],
     "schedule.warmup_steps=1000 leaves nothing of train.steps=1000": ["schedule.warmup_steps=1000"],
     "schedule.decay_steps=2000 is more than train.steps=1000": ["schedule.decay_steps=2000"],
@@ -286,5 +262,5 @@ def test_numbers_are_numbers(load):
 
 
 def test_sections_are_sections(load):
-    assert "run.yaml:1: train is a section: expected keys under it, found 5" in refusal(load, "train: 5")
+    assert "run.yaml:1: train is a section: expected keys under it, found '5'" in refusal(load, "train: 5")
     assert refusal(load, "", "train=5") == "'train=5': train is a section; set one of its keys, for example train.steps=..."

@@ -50,6 +50,24 @@ def test_runtime_follows_the_accelerator(accelerator, runtime):
     assert words[words.index("--runtime-version") + 1] == runtime
 
 
+@pytest.mark.parametrize(("given", "named"), [
+    ("v5e-16", "v5litepod-16"), ("v5litepod-16", "v5litepod-16"), ("v5lite-4", "v5litepod-4"),
+    ("V5P-64", "v5p-64"), ("v6e-8", "v6e-8")])
+def test_a_type_takes_the_name_that_the_cloud_has_for_it(given, named):
+    (words,) = dry_run("create.sh", "--name", "pod", "--zone", "z", "--type", given)
+    assert words[words.index("--accelerator-type") + 1] == named
+    assert "--runtime-version" in words
+    described = dry_run("resume.sh", "--name", "pod", "--zone", "z", "--type", given, *RUN)[2]
+    assert described[described.index("--accelerator-type") + 1] == named
+
+
+def test_a_run_in_a_bucket_is_gone_on_with():
+    commands = dry_run("run.sh", *POD, "gs://bucket/run", "train.steps=9")
+    assert "jaxlm train gs://bucket/run train.steps=9 devices.platform=tpu --restart 10" in remote(commands)[-1]
+    readme = (SCRIPTS / "README.md").read_text(encoding="utf-8")
+    assert "run_dir=gs://" in readme and "jaxlm[tpu,remote]" in readme and "v5e-16" in readme
+
+
 def test_run_copies_installs_and_starts_detached_on_all_hosts():
     commands = dry_run("run.sh", *POD, "--setup", "sudo mount a:/b /shared", *RUN)
     assert all(words[words.index("--worker") + 1] == "all" for words in commands if words[0] == "gcloud")
@@ -57,7 +75,7 @@ def test_run_copies_installs_and_starts_detached_on_all_hosts():
     assert len(scp) == 1 and scp[0][6] == "pod:jaxlm.tar.gz"
     steps = remote(commands)
     assert steps[1] == "sudo mount a:/b /shared"
-    assert any("uv pip install" in step and "'./jaxlm[tpu]'" in step for step in steps)
+    assert any("uv pip install" in step and "'./jaxlm[tpu,remote]'" in step for step in steps)
     started = shlex.split(re.search(r"setsid nohup (.*?) </dev/null", steps[-1])[1])
     # every word arrives as it was given
     assert started == ["~/venv/bin/jaxlm", "train", *RUN, "devices.platform=tpu", "--restart", "10"]

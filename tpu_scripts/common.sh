@@ -8,7 +8,7 @@ OPTIONS='Options, the same for every script:
   --name NAME         name of the queued resource and of its TPU (needed)
   --zone ZONE         for example us-east5-a (needed)
   --project PROJECT   default: the project that gcloud is set to
-  --type TYPE         accelerator type, for example v5p-64 (needed to create)
+  --type TYPE         accelerator type, for example v5p-64, v6e-16, v5e-16 (needed to create)
   --runtime VERSION   TPU software version; default: the one Google names for the type
   --spot              a spot TPU: cheap, and may be taken away at any time
   --setup COMMAND     runs on every host before the installation, for example to mount a shared disk
@@ -51,7 +51,18 @@ parse_options() {
   done
   [[ -n $NAME ]] || fail '--name is needed'
   [[ -n $ZONE ]] || fail '--zone is needed'
+  TYPE=$(cloud_type "$TYPE")
   WHERE=(--zone "$ZONE" ${PROJECT:+--project "$PROJECT"})
+}
+
+# The name that the cloud has for an accelerator type: its v5e-16 is v5litepod-16.
+cloud_type() {
+  local type
+  type=$(tr '[:upper:]' '[:lower:]' <<<"$1")
+  case $type in
+    v5e-* | v5lite-*) echo "v5litepod-${type#*-}" ;;
+    *) echo "$type" ;;
+  esac
 }
 
 # The words of a command, quoted so that the line can be pasted into a shell. (Without ${word@Q}, for the bash 3.2 of macOS.)

@@ -17,7 +17,7 @@ case $TYPE in
   *) default_runtime='' ;;
 esac
 RUNTIME=${RUNTIME:-$default_runtime}
-[[ -n $RUNTIME ]] || fail "no default --runtime is known for --type $TYPE"
+[[ -n $RUNTIME ]] || fail "no default --runtime is known for --type $TYPE; known are v6e-N, v5p-N, v5e-N (v5litepod-N), v4-N, v3-N, v2-N"
 
 [[ -n $DRY_RUN ]] || before=$(state)
 if [[ ${before:-GONE} == GONE ]]; then

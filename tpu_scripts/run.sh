@@ -4,8 +4,9 @@
 #
 # Usage: run.sh --name NAME --zone ZONE [--setup COMMAND] [--repository URL [--revision NAME]] CONFIG [key=value ...]
 #
-# CONFIG is a path inside the repository. run_dir and data.corpus must be on a disk that all hosts share and that
-# outlives the TPU (see README.md): what the hosts write to their own disks is lost with them.
+# CONFIG is a path inside the repository, or a run directory in a bucket (gs://BUCKET/FOLDER). run_dir and data.corpus must
+# be in a bucket, or on a disk that all hosts share and that outlives the TPU (see README.md): what the hosts write to their
+# own disks is lost with them.
 
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -13,7 +14,7 @@ parse_options "$@"
 ((${#REST[@]})) || fail 'the config file is needed, for example configs/gpt2_124m.yaml'
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 [[ ! $REPOSITORY =~ ^https?://[^/]*@ ]] || fail '--repository with a password or token in it would stay on the hosts; use an SSH address, or copy'
-[[ -n $REPOSITORY || -f $root/${REST[0]} ]] || fail "${REST[0]}: no such file in $root"
+[[ -n $REPOSITORY || ${REST[0]} == gs://* || ${REST[0]} == s3://* || -f $root/${REST[0]} ]] || fail "${REST[0]}: no such file in $root"
 
 # The variables in these lines belong to the hosts.
 # shellcheck disable=SC2016
@@ -40,7 +41,7 @@ fi
 # 3. The environment, in ~/venv. The hosts' own Python (3.10) is too old; uv brings a newer one.
 on_workers all "python3 -m pip install --quiet --user uv"
 on_workers all "cd ~ && .local/bin/uv venv --quiet --allow-existing --python 3.12 venv"
-on_workers all "cd ~ && .local/bin/uv pip install --quiet --python venv/bin/python -e './jaxlm[tpu]'"
+on_workers all "cd ~ && .local/bin/uv pip install --quiet --python venv/bin/python -e './jaxlm[tpu,remote]'"
 
 # 4. The run. setsid and nohup: it outlives this connection. What crashes or hangs is started again, on all hosts.
 on_workers all "cd ~/jaxlm && { setsid nohup ~/venv/bin/jaxlm train $(quoted "${REST[@]}" devices.platform=tpu --restart 10) </dev/null >>~/jaxlm.log 2>&1 & \

@@ -3,12 +3,14 @@
 import functools
 import os
 import signal
+import sys
 import threading
 import time
 
 import jax
 
 from jaxlm.errors import UserError, reason
+from jaxlm.parallel.accelerators import collected, how_to_install
 from jaxlm.parallel.compiler import prepare_compiler
 from jaxlm.parallel.launcher import COORDINATOR, LAUNCHER, NUM_PROCESSES, PROCESS_ID
 from jaxlm.settings import DevicesSettings
@@ -40,12 +42,15 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
         _join()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX would only note it; before there is something to save, it ends us
     try:
-        local = jax.local_devices()
+        with collected() as said:
+            local = jax.local_devices()
     except (RuntimeError, AssertionError) as error:  # an assertion of JAX fails where the platform's plugin is not installed
-        why = str(error).splitlines()[0] if str(error) else "JAX knows no plugin for it"
+        why = (said or str(error).splitlines() or ["JAX knows no plugin for it"])[0]
         asked = os.environ.get("JAX_PLATFORMS") if settings.platform == "auto" else None
         what = f"JAX_PLATFORMS={asked}" if asked else f"devices.platform={settings.platform}"
-        raise UserError(f"{what}: no such backend here ({why})") from None
+        raise UserError(f"{what}: no such backend here ({why}){how_to_install(asked or settings.platform)}") from None
+    for line in said:
+        print(f"jaxlm: {line}; going on with {local[0].platform}", file=sys.stderr)
     count = settings.count or len(local)
     if count > len(local):
         raise UserError(f"devices.count={count}: this process has {len(local)} {local[0].platform} device(s); "
@@ -91,7 +96,7 @@ def _join() -> None:
                 raise UserError(f"{SLURM_TASKS}={os.environ[SLURM_TASKS]}: JAX finds no Slurm step of several tasks here "
                                 f"({reason(error)}); start jaxlm with srun, or unset {SLURM_TASKS}") from None
             raise UserError(f"devices.platform=tpu: no TPU here; start jaxlm on a TPU host, or set {COORDINATOR}, "
-                            f"{NUM_PROCESSES} and {PROCESS_ID}") from None
+                            f"{NUM_PROCESSES} and {PROCESS_ID}{how_to_install('tpu')}") from None
         return
     address = os.environ[COORDINATOR]
     only_here = address if address.startswith(("127.0.0.1:", "localhost:", "[::1]:")) else None  # else JAX takes all interfaces

@@ -12,6 +12,7 @@ from jaxlm.reporting.runs import Run, read_run, yaml_scalar
 from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.table import Table
 
 UNKNOWN = "not known"
@@ -208,6 +209,23 @@ def compare(run_dirs: list[str | Path]) -> "Table":
         if key != "val_bits_per_byte" or any(figure is not None for figure in figures):  # only gpt has it
             grid.add_row(key, *("-" if figure is None else write(figure) for figure in figures))
     return grid
+
+
+def fitted(grid: "Table", width: int) -> "RenderableType":
+    """The table where its columns have room side by side, else a paragraph for each of its rows, a line for each run."""
+    from rich.console import Console
+
+    if Console(width=10**4).measure(grid).maximum <= width:
+        return grid
+    names, *columns = grid.columns
+    runs = [str(column.header) for column in columns]
+    indent = 2 + max(map(len, runs)) + 2 if max(map(len, runs)) <= width // 2 else 0
+    lines = []
+    for name, *values in zip(names.cells, *(column.cells for column in columns), strict=True):
+        lines.append(str(name))
+        lines += [f"  {run:{indent - 4}}  {value}" if indent else f"  {run}:\n      {value}"
+                  for run, value in zip(runs, values, strict=True)]
+    return "\n".join(lines)
 
 
 COMPARED = {

@@ -15,7 +15,7 @@ import yaml
 from jaxlm.errors import UserError, nearest, shown
 from jaxlm.reporting.files import Location, as_path, exists, name_of, names_in, read_text
 from jaxlm.reporting.metrics import is_number, read_metrics
-from jaxlm.settings import parse_yaml
+from jaxlm.values import parse_yaml, typed
 
 # Of summary.json; what else it holds is shown as it is.
 NUMBERS = ("steps", "tokens", "slots", "parameters", "loss", "val_loss", "tokens_per_second", "slots_per_second", "mfu",
@@ -85,7 +85,7 @@ def read_run(run_dir: str | Path) -> Run:
     path = as_path(run_dir)
     config_file = path / "config.yaml"
     try:
-        config = flatten(parse_yaml(read_text(config_file))[0] or {})
+        config = flatten(typed(parse_yaml(read_text(config_file))[0] or {}))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         runs = [str(path.parent / name) for name in names_in(path.parent) if exists(path.parent / name / "config.yaml")]
         what = "has no config.yaml" if exists(path) else "is not there"

@@ -30,6 +30,7 @@ from jaxlm.reporting.units import counted, format_count
 from jaxlm.settings import Settings, dump, to_dict
 from jaxlm.training.changes import describe_change, find_changes, refuse_rise
 from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, START_KEY, Checkpoints, check_allowed, refuse_changes, versions
+from jaxlm.training.evaluated_text import describe, open_evaluated
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.origin import origin_of, say_which
 from jaxlm.training.setup import (
@@ -277,9 +278,9 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
     settings, mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
-        corpora = open_corpora(settings, accept=functools.partial(check_corpora, settings))
-        run = start(resolve(settings, corpora[0][0].tokenizer), mesh)
         saved = checkpoints.metadata(step)
+        corpora = open_evaluated(settings, saved)
+        run = start(resolve(settings, corpora[0][0].tokenizer), mesh)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(run.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
@@ -287,4 +288,6 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         validation = make_validation_batches(run.settings, corpora)
         if validation is None:
             raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
+        if distributed.is_main():
+            print_line(describe(corpora))
         return {"step": step} | evaluate_run(run, checkpoints.restore_params(step, run.trainer), validation, corpora, whole=True)

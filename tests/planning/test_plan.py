@@ -186,7 +186,8 @@ def test_people_get_a_table_and_a_picture(config_file, capsys, tmp_path):
 
 
 @pytest.mark.usefixtures("eight_devices")
-def test_explain_says_what_is_cut_and_what_travels(config_file, capsys):
+def test_explain_says_what_is_cut_and_what_travels(config_file, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # a row in a line
     overrides = ["mesh.fsdp=2", "mesh.tensor=2", "mesh.data=2", *SMALL]
     assert cli.main(["plan", config_file, "--target", "cpu:8", "--explain", *overrides]) == 0
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]

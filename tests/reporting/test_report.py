@@ -7,7 +7,7 @@ from rich.console import Console
 from jaxlm.errors import UserError
 from jaxlm.reporting.files import write_json
 from jaxlm.reporting.metrics import MetricsWriter
-from jaxlm.reporting.report import compare, write_report
+from jaxlm.reporting.report import compare, fitted, write_report
 from jaxlm.reporting.runs import read_run
 
 SUMMARY = {"steps": 40, "tokens": 40 * 8 * 16, "val_loss": 2.25, "tokens_per_second": 1234.5, "mfu": None, "devices": 8,
@@ -122,3 +122,20 @@ def test_what_is_no_run_is_refused_by_name(tmp_path):
         assert expected in str(error.value) and str(tmp_path / name) in str(error.value)
         assert "\n" not in str(error.value)
         assert not (tmp_path / name / "report.md").exists()
+
+
+def test_a_comparison_that_does_not_fit_is_a_line_for_each_run(tmp_path):
+    """Line 22: at 80 columns, no figure is cut or folded."""
+    names = [f"a-run-with-a-long-name-{number}" for number in range(7)]
+    runs = [make_run(tmp_path / name, learning_rate=(number + 1) / 1000) for number, name in enumerate(names)]
+    assert fitted(compare(runs[:2]), 80) is not None and not isinstance(fitted(compare(runs[:2]), 80), str)
+    lines = fitted(compare(runs), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    start = lines.index("optimizer.learning_rate")
+    assert [line.split() for line in lines[start + 1:start + 8]] == [
+        [name, str((number + 1) / 1000)] for number, name in enumerate(names)]
+    assert [line for line in lines if not line.startswith(" ")][-3:] == ["tokens_per_second", "mfu", "wall_seconds"]
+    names = ["n" * 70, "m" * 70]
+    lines = fitted(compare([make_run(tmp_path / name, learning_rate=rate) for name, rate in zip(names, (1, 2), strict=True)]),
+                   80).splitlines()
+    assert max(map(len, lines)) <= 80 and lines[:3] == ["optimizer.learning_rate", f"  {names[0]}:", "      1.0"]

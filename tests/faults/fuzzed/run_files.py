@@ -115,6 +115,8 @@ def run_texts(draw: st.DrawFn) -> bytes:
 
 def as_override(assignment: tuple[str, Any]) -> str:
     name, value = assignment
+    if isinstance(value, str):
+        return f"{name}={value}"  # as typed
     return f"{name}={yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix('...' + chr(10)).strip()}"
 
 
