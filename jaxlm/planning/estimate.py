@@ -128,7 +128,7 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     chip, peak = CHIPS.get(target.device_kind), peak_flops(target.device_kind)
     speed = None
     if chip and peak:
-        speed = roofline(executed, peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
+        speed = roofline(executed / peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
     return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, wanted, executed, traffic, speed,
                 largest, None)
 

@@ -141,7 +141,7 @@ def test_what_is_hidden_overlaps_and_what_is_not_is_added():
     mesh = laid("NVIDIA H100 80GB HBM3", (1, 8), [(i, 0, 0) for i in range(8)])
     sent = [Collective("all-gather", ("fsdp",), 4.5e11, 10, 0.9e11)]
     h100 = CHIPS["NVIDIA H100 80GB HBM3"]
-    step = roofline(2e15, 1e15, 3.35e12, sent, h100, network_of_mesh(mesh, h100, lambda device: device.island))
+    step = roofline(2.0, 3.35e12, sent, h100, network_of_mesh(mesh, h100, lambda device: device.island))
     assert (step.compute, step.memory, step.fast_network, step.slow_network) == (2.0, 1.0, 1.0, 0.0)
     assert step.exposed == pytest.approx(0.2) and step.total == pytest.approx(2.2) and step.bound == "compute"
 
