@@ -174,8 +174,8 @@ class TrainSettings:
                 "{query_key_value: keep, mlp_hidden: host}, where the host's memory keeps what goes there; what is not named is "
                 "recomputed, except for residual, which is kept")
     loss_chunk: Positive | None = key(
-        None, "positions of a sequence whose logits exist at a time; null: as 64 MiB or a quarter of the table's gradient hold",
-        "tokens")
+        None, "positions of a sequence whose logits exist at a time; null: as many as a GPU or TPU has room for beside state and "
+              "activations; elsewhere as 64 MiB or a quarter of the table's gradient hold", "tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,7 +72,8 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
         tokens[row, : len(ids)] = ids
     lengths_array = np.array(lengths + [max(lengths)] * (rows - len(prompts)), np.int32)
     end_token = -1 if tokenizer.special.eos is None else tokenizer.special.eos
-    decode = jax.jit(functools.partial(decode_batch, run.trainer.model, settings, min(lengths), end_token),
+    model = run.trainer.model
+    decode = jax.jit(model.traced(functools.partial(decode_batch, model, settings, min(lengths), end_token)),
                      out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
     result = np.asarray(decode(params, tokens, lengths_array, jax.random.key(run.settings.seed)))
     samples = []

@@ -52,7 +52,7 @@ class BERT(nnx.Module):
     """Bidirectional encoder with the masked-language-model head and, on request, the next-sentence head."""
 
     def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, execution: Execution, loss_chunk: int | None,
-                 rngs: nnx.Rngs):
+                 logits_memory: float, rngs: nnx.Rngs):
         rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
         self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         self.position_embedding = Embedding(settings.max_length, width, "positions", stddev=stddev, rngs=rngs)
@@ -66,7 +66,7 @@ class BERT(nnx.Module):
         self.pooler = Linear({"embed": width}, {"residual": width}, bias=True, stddev=stddev, rngs=rngs) if paired else None
         self.next_sentence_head = Linear({"residual": width}, {None: 2}, bias=True, stddev=stddev, rngs=rngs) if paired else None
         self.settings, self.dtype, self.execution = settings, dtype, execution
-        self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
+        self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk, logits_memory)
 
     @jax.named_scope("embedding")
     def embed(self, tokens: jax.Array, token_types: jax.Array, context: Context) -> jax.Array:

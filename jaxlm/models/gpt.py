@@ -54,7 +54,7 @@ class GPT(nnx.Module):
     """Causal language model."""
 
     def __init__(self, settings: ModelSettings, *, dtype: jnp.dtype, execution: Execution, loss_chunk: int | None,
-                 rngs: nnx.Rngs):
+                 logits_memory: float, rngs: nnx.Rngs):
         rows, width, stddev = padded_vocab_size(settings.vocab_size), settings.hidden_size, settings.initializer_range
         self.token_embedding = Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         learned = settings.positions == "learned"
@@ -65,7 +65,7 @@ class GPT(nnx.Module):
         tied = settings.tied_embeddings
         self.head = None if tied else Embedding(rows, width, "vocab", stddev=stddev, rngs=rngs)
         self.settings, self.dtype, self.execution = settings, dtype, execution
-        self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk)
+        self.head_facts = Head(settings.vocab_size, settings.logit_soft_cap, settings.z_loss, loss_chunk, logits_memory)
 
     @jax.named_scope("embedding")
     def embed(self, tokens: jax.Array, context: Context) -> jax.Array:

@@ -42,6 +42,7 @@ class Head(NamedTuple):
     logit_soft_cap: float | None = None
     z_loss: float = 0.0
     chunk: int | None = None  # positions per chunk, at most; None: by `jaxlm.models.sizes.loss_chunk`
+    logits_memory: float = 0.0  # bytes of each device that it may fill with float32 logits
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -129,7 +130,7 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
         grad_table = grad_table + jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
         return (sums, grad_table, grad_bias), jnp.einsum("btv,vd->btd", grad, table, preferred_element_type=jnp.float32)
 
-    size = loss_chunk(x.shape[1], x.shape[0], *table.shape, most=head.chunk)
+    size = loss_chunk(x.shape[1], x.shape[0], *table.shape, most=head.chunk, memory=head.logits_memory)
     chunks = [_chunks(array, size) for array in (x, targets, mask)]
     zeros = Sums(*(jnp.zeros((), jnp.float32) for _ in Sums._fields))
     empty = (jnp.zeros(table.shape, jnp.float32), jnp.zeros(bias.shape, jnp.float32)) if with_gradients else (None, None)

@@ -3,6 +3,7 @@
 `nnx.split` runs once, here; a step merges at trace time only, so that dispatch sees plain pytrees.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,18 +26,20 @@ class Model:
 
     Attributes:
       settings: its architecture, vocab_size filled in.
+      dtype: the compute type.
       axes: the parameters' tree with each leaf's `Axes`.
       shapes: the parameters' tree with each leaf's `jax.ShapeDtypeStruct` (float32).
     """
 
-    def __init__(self, settings: ModelSettings, train: TrainSettings):
-        self.settings = settings
+    def __init__(self, settings: ModelSettings, train: TrainSettings, logits_memory: float = 0.0):
+        """`logits_memory`: bytes of a device for the loss's logits (`jaxlm.models.loss.Head`), where train.loss_chunk is null."""
+        self.settings, self.dtype = settings, jnp.dtype(train.precision)
         choices = remat_choices(train.remat)
         remat = None if choices is None else remat_policy(choices)
         execution = Execution(remat, train.gradient_accumulation, train.stage_repeats)
         self._make: Callable[[jax.Array], nnx.Module] = lambda key: FAMILIES[settings.family](
-            settings, dtype=jnp.dtype(train.precision), execution=execution, loss_chunk=train.loss_chunk,
-            rngs=nnx.Rngs(params=key))
+            settings, dtype=self.dtype, execution=execution, loss_chunk=train.loss_chunk,
+            logits_memory=logits_memory, rngs=nnx.Rngs(params=key))
         self._graph, state = nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
         self._structure = jax.tree.structure(state)
         self.shapes = nnx.to_pure_dict(state)
@@ -52,6 +55,19 @@ class Model:
     def bind(self, params: Params) -> GPT | BERT:
         """The module with these parameters in it. Inside a jitted function this costs nothing at run time."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, jax.tree.leaves(params)))
+
+    def traced(self, function: Callable) -> Callable:
+        """`function` as it has to be traced, so that its products are as exact as the compute type says.
+
+        JAX multiplies float32 arrays in bfloat16 on TPUs and in TF32 on GPUs, unless it is told otherwise. Where the model
+        computes in float32 it is told here, once for all that is traced below: forward and backward, kernels, the optimizer.
+        """
+        @functools.wraps(function)
+        def exact(*arguments: Any) -> Any:
+            with jax.default_matmul_precision("highest"):
+                return function(*arguments)
+
+        return exact if self.dtype == jnp.float32 else function
 
     def pad_vocabulary(self, params: Params) -> Params:
         """Parameters with a row for each token, as other programs keep them, given zeros up to the rows that this one keeps."""

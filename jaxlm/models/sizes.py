@@ -148,14 +148,14 @@ def attention_flops(model: ModelSettings, sequence_length: int) -> tuple[float, 
     return 2 * sequence_length * projections, 2 * sequence_length * 2 * sequence_length * width
 
 
-def loss_chunk(length: int, rows: int, vocab_size: int, width: int, most: int | None = None) -> int:
+def loss_chunk(length: int, rows: int, vocab_size: int, width: int, most: int | None = None, memory: float = 0.0) -> int:
     """Positions of each of `rows` sequences whose logits the loss forms at a time, for a table of this size on one device.
 
-    At most `most`. None: their float32 logits take 64 MiB, or a quarter of the table's gradient where that is more, since the
-    gradient goes through memory with every chunk. Chunks are equal: they divide `length`, or where no number near `most` does,
-    the last one is filled up.
+    At most `most`. None: as many as `memory` holds the float32 logits of, for the table's gradient goes through memory with every
+    chunk. At least they take 64 MiB, or a quarter of that gradient where that is more. Chunks are equal: they divide `length`, or
+    where no number near `most` does, the last one is filled up.
     """
-    most = most or max(2**26, vocab_size * width) // (4 * rows * vocab_size)
+    most = most or int(max(2**26, vocab_size * width, memory)) // (4 * rows * vocab_size)
     most = max(1, min(most, length))
     size = next(size for size in range(most, 0, -1) if length % size == 0)
     if 2 * size < most:  # a prime length, say: its largest divisor would be 1

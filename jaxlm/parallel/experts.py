@@ -89,7 +89,8 @@ def _routed(x, router, kernels, *, activate, routing, cuts):
     x = gather(x, cuts.scattered, axis=1)
     rows, length, width = x.shape
     tokens = x.reshape(-1, width)
-    logits = tokens.astype(jnp.float32) @ gather(router, cuts.embed, axis=0)
+    # In float32 whatever the compute type: a rounded logit may choose another expert, and these products cost next to nothing.
+    logits = jnp.matmul(tokens.astype(jnp.float32), gather(router, cuts.embed, axis=0), precision=jax.lax.Precision.HIGHEST)
     chosen_logits, chosen = jax.lax.top_k(logits, routing.per_token)
     weights = jax.nn.softmax(chosen_logits)
     kernels = {name: gather(kernel.astype(x.dtype), cuts.embed, KERNELS[name].index("embed")) for name, kernel in kernels.items()}

@@ -14,10 +14,12 @@ from jax.experimental import topologies
 from jaxlm.errors import UserError
 from jaxlm.parallel.compiler import set_flags
 from jaxlm.parallel.mesh import island
+from jaxlm.planning.chips import CHIPS, rings
 from jaxlm.planning.targets import GPU, GPUS, TPUS, Target
 
 # What libtpu asks its host, and complains of where there is no TPU.
 NO_HOST = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
+DIMENSIONS = 3  # of every topology to libtpu, whatever the network's
 
 
 class Devices(NamedTuple):
@@ -51,9 +53,11 @@ def _tpus(target: Target) -> list[jax.Device]:
     for name, value in NO_HOST.items():
         os.environ.setdefault(name, value)
     cores = {"chip_config_name": "megacore"} if target.kind == "v4" else {}  # a v4 chip's two are one device, as in a run
+    closed = rings(CHIPS[target.device_kind], target.shape)  # or libtpu sends everything as along a line
     try:
         topology = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{target.kind}:{'x'.join(map(str, target.shape))}", num_slices=target.islands, **cores)
+            platform="tpu", topology_name=f"{target.kind}:{'x'.join(map(str, target.shape))}", num_slices=target.islands,
+            wrap=closed + (False,) * (DIMENSIONS - len(closed)), **cores)
     except (RuntimeError, ValueError) as error:
         raise UserError(f"target '{target.name}': libtpu knows no such topology ({str(error).splitlines()[0]})") from None
     return list(topology.devices)

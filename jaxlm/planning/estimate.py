@@ -8,17 +8,13 @@ adds to the memory traffic.
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
 from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.models.sizes import (
-    Shape,
-    attention_dropout_rate,
     attention_flops,
-    attention_kernel,
-    head_dim,
     head_flops,
     intermediate_size,
     is_gated,
@@ -29,17 +25,32 @@ from jaxlm.models.sizes import (
     parameters,
     visible_blocks,
 )
-from jaxlm.parallel.layout import across, mesh_shape, parts
+from jaxlm.parallel.layout import across, mesh_shape
 from jaxlm.planning.chips import CHIPS
-from jaxlm.planning.plan import Buffer, Collective, Plan, model_flops, predictions
+from jaxlm.planning.plan import Buffer, Collective, Plan, model_flops
 from jaxlm.planning.roofline import network_of_sizes, roofline
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.hardware import FLOAT32_PASSES, products_peak
 from jaxlm.reporting.memory import Memory
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
+from jaxlm.training.footprint import (
+    FLOAT32,
+    Share,
+    Sizes,
+    activations_kept,
+    element_size,
+    gradient_element_size,
+    kept_of_a_layer,
+    kept_size,
+    kernel_of,
+    logits_memory,
+    moments_size,
+    predictions,
+    share_of,
+    state_sizes,
+    whole_size,
+)
 
-Sizes = Mapping[str, int]  # of the mesh's axes
-FLOAT32 = 4  # bytes
 # How far from the compiler's plan the estimate of a shipped config may be (tests/planning/test_estimate.py holds it to that).
 BOUNDS = {"memory": 0.15, "arithmetic": 0.03, "sent": 0.1, "memory traffic": 0.45, "step": 0.4}
 
@@ -62,15 +73,12 @@ HABITS = {
     "gpu": Habits(4.25, 4.25, 5.5, 4.5, 2.5, 2.1, 2.7),
     "cpu": Habits(4.25, 4.25, 5.5, 4.5, 2.5, 2.1, 2.7),
 }
-LANES = 128  # numbers in a row of a TPU's registers
 SCORE_PASSES = 20  # of float32 scores through memory in a layer, without a fused kernel: softmax, dropout, backward
 KEPT_PASSES = 2  # of what is kept for the backward pass: written, read; without recomputation it is kept in many small parts
 # Share of an exchange that no product hides, by kind of device and of exchange; all of it where none stands here.
 GPU_EXPOSED = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.07)
 EXPOSED = {kind: GPU_EXPOSED for kind in CHIPS if kind.startswith("NVIDIA")} | {
     "TPU v5 lite": {"all-gather": 0.2}, "TPU7x": {"all-gather": 0.12, "reduce-scatter": 0.08}}
-MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "sgd": 1, "rmsprop": 2}  # float32 copies of a parameter
-FACTORED = 128  # Adafactor keeps a row and a column of what is at least this wide
 
 
 class Head(NamedTuple):
@@ -80,31 +88,6 @@ class Head(NamedTuple):
     positions: float  # that are predicted
     chunk: int  # of them, whose logits are there at once
     chunks: int
-
-
-class Share(NamedTuple):
-    """What one device has of one micro-batch, in bytes of the compute type unless said, and how often it runs one."""
-
-    tokens: float
-    states: float  # [tokens, D] between the parts of a block, where tensor cuts the tokens
-    width: float  # [tokens, D]
-    query: float
-    key_value: float
-    padding: float  # of both in memory, where a kernel wants rows of 128 numbers
-    mlp: float  # [tokens, F], once; with experts, the rows that they take
-    scores: float  # float32 attention scores; 0 in a fused kernel
-    mask: float  # of segments, where the kernel wants it as an array
-    kernels: float  # a layer's, whole but for what tensor and expert cut
-    layers: int  # that follow each other in one go
-    runs: int  # goes in a step
-    head: Head
-
-    @property
-    def block(self) -> dict[str, float]:
-        """Bytes of each of `jaxlm.settings.ACTIVATIONS`, a layer's."""
-        sizes = (self.states, self.padding * (self.query + self.key_value), self.padding * self.query, self.states, self.mlp,
-                 self.states)
-        return dict(zip(ACTIVATIONS, sizes, strict=True))
 
 
 def estimated_plan(settings: Settings, target: Target) -> Plan:
@@ -120,172 +103,84 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     check_layout(settings, sizes)
     check_kernel(settings, target.platform)
     habits, share = HABITS[target.platform], share_of(settings, sizes, target.platform)
+    head = head_of(settings, sizes, target, share.tokens)
     state = state_sizes(settings, sizes)
     found = exchanges(settings, sizes, share, EXPOSED.get(target.device_kind, {}))
-    memory, largest = memory_of(settings, sizes, share, habits, state)
-    wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, target)))
-    traffic = memory_traffic(settings, sizes, share, habits, state)
-    chip, peak = CHIPS.get(target.device_kind), peak_flops(target.device_kind)
+    memory, largest = memory_of(settings, sizes, share, head, habits, state)
+    wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, sizes, target)))
+    traffic = memory_traffic(settings, sizes, share, head, habits, state)
+    chip, peak = CHIPS.get(target.device_kind), products_peak(target.device_kind, settings.train.precision)
     speed = None
     if chip and peak:
         speed = roofline(executed / peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
+    if target.platform == "tpu" and settings.train.precision == "float32":
+        executed *= FLOAT32_PASSES
     return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, wanted, executed, traffic, speed,
                 largest, None)
 
 
-# ---- what a device has -----------------------------------------------------------------------------------------------
-
-def kernel_of(settings: Settings, platform: str) -> str:
-    """The attention kernel: xla, cudnn, splash or ring."""
-    model, data = settings.model, settings.data
-    if model.attention == "auto" and settings.mesh.context > 1:
-        return "ring"
-    if model.attention != "auto":
-        return model.attention
-    return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model),
-                            fused=not attention_dropout_rate(model))
-
-
-def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:
-    model, data, train = settings.model, settings.data, settings.train
-    element, tensor, length = _element(settings), sizes["tensor"], data.sequence_length
-    rows = data.global_batch_size / train.gradient_accumulation / math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
-    tokens = rows * length / sizes["context"]
-    routed = tokens * model.experts_per_token * (model.capacity_factor or 1) if model.num_experts else tokens
-    kernel = kernel_of(settings, platform)
-    scores = {"xla": length**2, "ring": (length / sizes["context"])**2}.get(kernel, 0)
-    scores *= FLOAT32 * rows * model.num_heads / tensor
-    mask = element * rows * length**2 if kernel == "cudnn" and data.packing == "documents" else 0.0
-    kernels = sum(_whole(shape, sizes) / model.num_layers * sizes["stage"] for name, shape in parameters(model).items()
-                  if name.startswith("blocks.") and name.endswith("kernel"))
-    ticks = train.gradient_accumulation * train.stage_repeats + sizes["stage"] - 1
-    return Share(
-        tokens, states=element * tokens * model.hidden_size / tensor, width=element * tokens * model.hidden_size,
-        query=element * tokens * model.num_heads * head_dim(model) / tensor,
-        key_value=2 * element * tokens * kv_heads(model) * head_dim(model) / tensor,
-        padding=math.ceil(head_dim(model) / LANES) * LANES / head_dim(model) if kernel == "splash" else 1.0,
-        mlp=element * routed * intermediate_size(model) / tensor, scores=scores, mask=mask, kernels=element * kernels,
-        layers=model.num_layers // (sizes["stage"] * train.stage_repeats),
-        runs=ticks if sizes["stage"] > 1 else train.gradient_accumulation, head=_head_of(settings, sizes, tokens))
-
-
-def _head_of(settings: Settings, sizes: Sizes, tokens: float) -> Head:
+def head_of(settings: Settings, sizes: Sizes, target: Target, tokens: float) -> Head:
     """The head of so many tokens; in chunks as `jaxlm.models.loss` takes them."""
     model, length = settings.model, settings.data.sequence_length
     rows, positions = padded_vocab_size(model.vocab_size) // sizes["tensor"], tokens * predictions(settings) / length
     sequences = max(1, round(tokens * sizes["context"] / length))
     each = max(1, round(positions / sequences))
-    chunk = loss_chunk(each, sequences, rows, model.hidden_size, settings.train.loss_chunk)
+    memory = logits_memory(settings, sizes, target.platform, target.device_kind)
+    chunk = loss_chunk(each, sequences, rows, model.hidden_size, settings.train.loss_chunk, memory)
     return Head(rows, positions, sequences * chunk, math.ceil(each / chunk))
-
-
-def _element(settings: Settings) -> int:
-    """Bytes of the compute type."""
-    return 2 if settings.train.precision == "bfloat16" else FLOAT32
-
-
-def _gradient_element(settings: Settings) -> int:
-    return 2 if settings.train.gradient_precision == "bfloat16" else FLOAT32
-
-
-def _whole(shape: Shape, sizes: Sizes) -> float:
-    """Numbers of a parameter that a device works with: cut by all axes but fsdp, over which it is fetched."""
-    return math.prod(shape.sizes) / parts(shape.axes, {**sizes, "fsdp": 1})
-
-
-def _kept(shape: Shape, sizes: Sizes) -> float:
-    """Numbers of a parameter that a device keeps."""
-    return math.prod(shape.sizes) / parts(shape.axes, sizes)
-
-
-def state_sizes(settings: Settings, sizes: Sizes) -> dict[str, float]:
-    """Bytes of parameters, optimizer on the device, gradients."""
-    shapes, name = parameters(settings.model), settings.optimizer.name
-    numbers = sum(_kept(shape, sizes) for shape in shapes.values())
-    moments = sum(_moments(name, path, shape, sizes) for path, shape in shapes.items())
-    return {"parameters": FLOAT32 * numbers, "optimizer": 0.0 if settings.optimizer.offload else FLOAT32 * moments,
-            "gradients": FLOAT32 * numbers}
-
-
-def _moments(optimizer: str, path: str, shape: Shape, sizes: Sizes) -> float:
-    """Numbers that an update rule keeps of a parameter on each device."""
-    if optimizer == "muon":  # for the hidden matrices; Adam for the others
-        return (1 if path.startswith("blocks.") and path.endswith("kernel") else 2) * _kept(shape, sizes)
-    if optimizer != "adafactor":
-        return MOMENTS[optimizer] * _kept(shape, sizes)
-    stacked = shape.axes[0] == "layers"
-    *rest, second, first = sorted((1, 1, *shape.sizes[stacked:]))
-    if second < FACTORED:
-        return _kept(shape, sizes)
-    # Shazeer & Stern 2018: the two largest dimensions one by one, whole on every device
-    return math.prod(rest) * (first + second) * (shape.sizes[0] / parts(shape.axes[:1], sizes) if stacked else 1)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
-def memory_of(settings: Settings, sizes: Sizes, share: Share, habits: Habits, state: dict[str, float]
+def memory_of(settings: Settings, sizes: Sizes, share: Share, head: Head, habits: Habits, state: dict[str, float]
               ) -> tuple[Memory, list[Buffer]]:
     """The larger of two moments: the head with all layers' activations kept, and the first layer of the backward pass."""
-    train, per_layer = settings.train, kept_of_a_layer(settings, share)
+    train = settings.train
     depth = share.layers * (share.runs if sizes["stage"] > 1 else 1)
     moved = (name for name, choice in (remat_choices(train.remat) or {}).items() if choice == "host")
     on_host = depth * sum(share.block[name] for name in moved)
-    gradients = state["gradients"] * _gradient_element(settings) / FLOAT32
-    copies = gradients if _gradient_element(settings) < FLOAT32 else 0.0  # kernels cast for their gradients' sake
+    gradients = state["gradients"] * gradient_element_size(settings) / FLOAT32
+    copies = gradients if gradient_element_size(settings) < FLOAT32 else 0.0  # kernels cast for their gradients' sake
     if train.gradient_accumulation > 1 and sizes["stage"] == 1:
         gradients += state["gradients"]
-    head = {"head: table, its gradient, logits": _head_memory(settings, share.head)}
+    at_the_head = {"head: table, its gradient, logits": _head_memory(settings, head)}
     layer = {
         "mlp, backward": (habits.gated_mlp if is_gated(settings.model) else habits.mlp) * share.mlp,
         "attention, backward": habits.heads * share.block["query_key_value"] + habits.scores * share.scores + share.mask,
         "states, backward": habits.states * share.states + habits.width * share.width,
         "a layer's kernels": share.kernels,
-        "a layer's gradients": share.kernels / _element(settings) * _gradient_element(settings),
+        "a layer's gradients": share.kernels / element_size(settings) * gradient_element_size(settings),
     }
-    always = {"activations kept for the backward pass": per_layer * depth}
+    always = {"activations kept for the backward pass": activations_kept(settings, sizes, share)}
     if copies:
         always["kernels in bfloat16"] = copies
     backward = {"gradients": gradients, **layer}
-    peak = always | max(head, backward, key=lambda moment: sum(moment.values()))
+    peak = always | max(at_the_head, backward, key=lambda moment: sum(moment.values()))
     arguments = state["parameters"] + state["optimizer"]
     temporaries = sum(peak.values())
     largest = sorted((Buffer(name, size) for name, size in peak.items()), key=lambda one: -one.size)[:5]
     if settings.optimizer.offload:
-        on_host += FLOAT32 * sum(_moments(settings.optimizer.name, *one, sizes) for one in parameters(settings.model).items())
+        on_host += FLOAT32 * sum(moments_size(settings.optimizer.name, *one, sizes) for one in parameters(settings.model).items())
     return Memory(round(arguments), round(temporaries), round(on_host), round(arguments + temporaries)), largest
 
 
-def kept_of_a_layer(settings: Settings, share: Share) -> float:
-    """Bytes of a layer's activations that stay on the device until the backward pass, by train.remat."""
-    gates = 2 if is_gated(settings.model) else 1
-    block = share.block | {"mlp_hidden": share.mlp * gates}
-    if settings.model.family == "gpt":
-        block["mlp_output"] = 0.0  # nothing asks for it
-    choices = remat_choices(settings.train.remat)
-    if choices is None:  # what every function of the block asks for, too: norms and rotations in float32, the activation
-        wide = FLOAT32 / _element(settings)
-        rotated = wide * (share.query + share.key_value / 2) if settings.model.positions == "rope" else 0.0
-        return sum(block.values()) + 2 * (2 * wide + 1) * share.states + rotated + 4 * share.mlp + 2 * share.scores
-    return sum(size for name, size in block.items() if choices[name] == "keep")
-
-
 def _head_memory(settings: Settings, head: Head) -> float:
-    element, width = _element(settings), settings.model.hidden_size
+    element, width = element_size(settings), settings.model.hidden_size
     logits, states = FLOAT32 * head.chunk * head.rows, (2 * element + FLOAT32) * head.positions * width
     return (element + FLOAT32) * head.rows * width + 1.5 * logits + states
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
-def executed_flops(settings: Settings, target: Target) -> float:
-    """With what is computed again, of a whole step on all devices."""
+def executed_flops(settings: Settings, sizes: Sizes, target: Target) -> float:
+    """With what is computed again, of a whole step on all devices; float32 once."""
     model, train, length = settings.model, settings.train, settings.data.sequence_length
     projections, attention = attention_flops(model, length)
     gates, kernel = (2 if is_gated(model) else 1), kernel_of(settings, target.platform)
     mlp = 2 * length * model.hidden_size * intermediate_size(model) * (gates + 1)
     router = 0.0
     if model.num_experts is not None:
-        mlp *= model.experts_per_token * (model.capacity_factor or 1)
+        mlp *= model.experts_per_token * (model.capacity_factor or _dropless(model.num_experts, sizes["expert"], target))
         router = 2 * length * model.hidden_size * model.num_experts
     # products of scores, in forward passes; all but plain XLA leave out what causality hides
     forward, backward = {"xla": (1, 2), "splash": (1, 3.5), "cudnn": (1, 2.5), "ring": (1, 2.5)}[kernel]
@@ -309,27 +204,36 @@ def executed_flops(settings: Settings, target: Target) -> float:
     return settings.data.global_batch_size * (model.num_layers * block * idle + head)
 
 
+def _dropless(experts: int, expert_axis: int, target: Target) -> float:
+    """What experts that drop nothing compute for every token that they get.
+
+    A device has room for the tokens of all devices of the axis. XLA's compiler for GPUs makes of a product over groups of rows a
+    dense one for each expert on the device; libtpu has a kernel for it.
+    """
+    return expert_axis * (1 if target.platform == "tpu" else experts // expert_axis)
+
+
 def recompute(settings: Settings) -> dict[str, bool]:
     """Which of a block's activations the backward pass computes again."""
     choices = remat_choices(settings.train.remat) or {}
     return {name: choices.get(name) == "recompute" for name in ACTIVATIONS}
 
 
-def memory_traffic(settings: Settings, sizes: Sizes, share: Share, habits: Habits, state: dict[str, float]) -> float:
+def memory_traffic(settings: Settings, sizes: Sizes, share: Share, head: Head, habits: Habits, state: dict[str, float]) -> float:
     """Bytes: products' operands and results, elementwise work as a multiple of them, the head's chunks, the optimizer."""
-    model, element = settings.model, _element(settings)
+    model, element = settings.model, element_size(settings)
     gates, again = (2 if is_gated(model) else 1), recompute(settings)
     forward = 2 * share.width + 2 * share.states + 3 * share.query + 2 * share.key_value + (gates + 1) * share.mlp
     passes = 3 + sum(again[name] for name in ("query_key_value", "attention_output", "mlp_hidden")) / 3
-    kernels = share.kernels * (3 + 3 * _gradient_element(settings) / element)
+    kernels = share.kernels * (3 + 3 * gradient_element_size(settings) / element)
     layers = share.runs * share.layers * (habits.elementwise * passes * forward + SCORE_PASSES * share.scores + kernels
                                           + (KEPT_PASSES if any(again.values()) else 3 * KEPT_PASSES)
                                           * kept_of_a_layer(settings, share))
-    rows, positions, _, chunks = share.head
-    head = share.runs * (chunks * rows * model.hidden_size * (2 * element + 2 * FLOAT32) + 5 * FLOAT32 * positions * rows)
+    rows, positions, _, chunks = head
+    heads = share.runs * (chunks * rows * model.hidden_size * (2 * element + 2 * FLOAT32) + 5 * FLOAT32 * positions * rows)
     micro_batches = settings.train.gradient_accumulation if sizes["stage"] == 1 else 1
     added_up = 3 * state["gradients"] * micro_batches if micro_batches > 1 else 0.0
-    return layers + head + added_up + 7 * state["parameters"]
+    return layers + heads + added_up + 7 * state["parameters"]
 
 
 # ---- exchanges -------------------------------------------------------------------------------------------------------
@@ -353,11 +257,11 @@ def _left(size: int) -> float:
 
 def _of_parameters(settings: Settings, sizes: Sizes, share: Share) -> Iterator[tuple[str, str, float, int]]:
     """Kernels are fetched for each pass, and their gradients go home."""
-    element, sent = _element(settings), _gradient_element(settings)
+    element, sent = element_size(settings), gradient_element_size(settings)
     fsdp = _left(sizes["fsdp"])
     for name, shape in parameters(settings.model).items():
         layers = share.layers * settings.train.stage_repeats if name.startswith("blocks.") else 1
-        whole, kept = _whole(shape, sizes) / layers, _kept(shape, sizes) / layers
+        whole, kept = whole_size(shape, sizes) / layers, kept_size(shape, sizes) / layers
         blocks, experts = name.startswith("blocks."), "experts" in shape.axes
         if name.endswith(("kernel", "embedding")) and "embed" in shape.axes:
             runs = layers * (share.runs if blocks else settings.train.gradient_accumulation)
@@ -386,6 +290,6 @@ def _of_activations(settings: Settings, sizes: Sizes, share: Share) -> Iterator[
         yield "all-to-all", "context", whole, layers * (2 + again["attention"])
     if model.num_experts is not None:
         rows = share.tokens * model.experts_per_token * (model.capacity_factor or sizes["expert"])
-        there = _left(sizes["expert"]) * _element(settings) * rows * model.hidden_size
+        there = _left(sizes["expert"]) * element_size(settings) * rows * model.hidden_size
         yield "all-to-all", "expert", there, 2 * layers * (2 + again["mlp_hidden"])
     yield "collective-permute", "stage", share.states, 2 * share.runs

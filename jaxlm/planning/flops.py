@@ -18,7 +18,7 @@ from jax.extend import core
 
 from jaxlm.planning.dataflow import FUSIONS
 from jaxlm.planning.hlo import STARTERS, TYPE_BYTES, Module, Operation, arrays
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.hardware import FLOAT32_PASSES, peak_flops
 
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 PRECISION = re.compile(r'operand_precision(?:=\{|":\[)"?(\w+)"?,"?(\w+)')
@@ -34,7 +34,6 @@ BODY = re.compile(r'"body":"([^"]*)"')
 APPENDED = re.compile(r"(?:\.(?:\d+|clone|remat\d*))*$")  # by compilers to a name
 
 PARTS = {"default": 1, "high": 2, "highest": 3}  # bfloat16 numbers that a TPU makes of a float32 one
-FLOAT32_PASSES = 6  # of their products: those that matter to float32
 WIDE = 4  # bytes: float32
 PALLAS = ("tpu_custom_call", "__gpu$xla.gpu.triton")
 Array = tuple[str, tuple[int, ...]]  # element type, shape

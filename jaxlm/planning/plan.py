@@ -2,13 +2,12 @@
 
 from typing import Any, NamedTuple
 
-from jaxlm.data.masking import num_predictions
 from jaxlm.models.sizes import training_flops
-from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.hardware import MEMORY, products_peak
 from jaxlm.reporting.memory import Memory
 from jaxlm.settings import Settings
+from jaxlm.training.footprint import predictions
 
 WHAT_HELPS = "more devices, more of mesh.fsdp or mesh.tensor, train.remat=full, more train.gradient_accumulation"
 
@@ -68,8 +67,7 @@ class Plan(NamedTuple):
     @property
     def capacity(self) -> float | None:
         """Bytes that a device has; None: not known (CPU)."""
-        chip = CHIPS.get(self.target.device_kind)
-        return chip and chip.memory
+        return MEMORY.get(self.target.device_kind)
 
     @property
     def fits(self) -> bool | None:
@@ -79,7 +77,7 @@ class Plan(NamedTuple):
     @property
     def mfu(self) -> float | None:
         """Model FLOPs utilization at the roofline's speed."""
-        peak = peak_flops(self.target.device_kind)
+        peak = products_peak(self.target.device_kind, self.settings.train.precision)
         return self.model_flops / peak / self.roofline.total if self.roofline and peak else None
 
     @property
@@ -114,9 +112,3 @@ class Plan(NamedTuple):
 def model_flops(settings: Settings) -> float:
     """What the model asks for in a whole step on all devices (`jaxlm.models.sizes.training_flops`)."""
     return settings.data.global_batch_size * training_flops(settings.model, settings.data.sequence_length, predictions(settings))
-
-
-def predictions(settings: Settings) -> int:
-    """Positions of a sequence that reach the output head."""
-    length = settings.data.sequence_length
-    return length if settings.model.family == "gpt" else num_predictions(settings.data.masking, length)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.planning.chips import Chip
+from jaxlm.planning.chips import Chip, rings
 from jaxlm.planning.plan import Collective, Roofline
 from jaxlm.planning.targets import TPUS, Target
 
@@ -57,12 +57,10 @@ def _links(group: np.ndarray, mesh: Any, chip: Chip, island: Callable[[Any], int
     here = island(group[0])
     spanned = np.array([device.coords for device in group if island(device) == here])
     whole = np.array([device.coords for device in mesh.devices.flat if island(device) == here])
-    links = 0
-    for places, all_places in zip(spanned.T, whole.T, strict=True):
-        size, full = len(set(places)), len(set(all_places))
-        if size > 1:
-            links += 2 if size == full and full % chip.wraps == 0 else 1
-    return max(1, links)
+    sizes, shape = ([len(set(places)) for places in coordinates.T] for coordinates in (spanned, whole))
+    links = (2 if size == side and closed else 1
+             for size, side, closed in zip(sizes, shape, rings(chip, shape), strict=True) if size > 1)
+    return max(1, sum(links))
 
 
 def network_of_sizes(target: Target, sizes: Mapping[str, int], outer: Mapping[str, int], chip: Chip) -> Network:
@@ -81,10 +79,11 @@ def network_of_sizes(target: Target, sizes: Mapping[str, int], outer: Mapping[st
 
 
 def _links_of_size(size: int, shape: Sequence[int], chip: Chip) -> int:
-    whole = [chosen for number in range(1 << len(shape))
-             if math.prod(chosen := [side for place, side in enumerate(shape) if number >> place & 1]) == size]
+    sides = list(zip(shape, rings(chip, shape), strict=True))
+    some = [[one for i, one in enumerate(sides) if number >> i & 1] for number in range(1 << len(sides))]
+    whole = [chosen for chosen in some if math.prod(side for side, _ in chosen) == size]
     if whole and size > 1:
-        return sum(2 if side % chip.wraps == 0 else 1 for side in whole[0] if side > 1)
+        return sum(2 if closed else 1 for side, closed in whole[0] if side > 1)
     spanned, left = 0, size
     for side in sorted(shape, reverse=True):
         spanned += left > 1 and side > 1

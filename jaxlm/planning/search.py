@@ -23,7 +23,7 @@ from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.plan import WHAT_HELPS, Plan
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.files import write_text
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.units import counted, format_seconds, format_size
 from jaxlm.settings import AXES, MeshSettings, Settings, changed
 
@@ -48,7 +48,7 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     the run, or nothing fits.
     """
     require_vocabulary(settings)
-    if target.device_kind not in CHIPS or peak_flops(target.device_kind) is None:
+    if target.device_kind not in CHIPS or products_peak(target.device_kind, settings.train.precision) is None:
         raise UserError(f"target '{target.name}': its speed is not published, so nothing can be ranked; use a TPU or a GPU")
     estimates = list(estimated(settings, target))
     fitting = [plan for plan in estimates if plan.memory.total <= MARGIN * plan.capacity]

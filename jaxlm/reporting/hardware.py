@@ -1,4 +1,5 @@
-"""Published peak speed of accelerators: what MFU divides by. A device that is not in the table has no peak, and no MFU.
+"""Published peak speed of accelerators, what MFU divides by, and their memory. A device that is not in the table has no peak,
+and no MFU.
 
 Names are compared whole, so that a MIG slice or a custom part never inherits the figure of the full chip.
 """
@@ -73,12 +74,40 @@ NVIDIA = {
 PEAKS = TPU | NVIDIA
 
 
-def peak_flops(device_kind: str, precision: Literal["bfloat16", "float32"] = "bfloat16") -> float | None:
-    """Peak FLOP/s of one device by JAX's `device.device_kind`; None when it is not published (every CPU, too).
+# Bytes that a program can use of one JAX device. TPUs: what libtpu 0.0.52 says; GPUs: NVIDIA's datasheets.
+GIB = 2**30
+MEMORY = {
+    "TPU v4": 30.75 * GIB,
+    "TPU v5 lite": 15.75 * GIB,
+    "TPU v5": 95.73 * GIB,
+    "TPU v6 lite": 31.24 * GIB,
+    "TPU7x": 94.74 * GIB,  # half a chip
+    "NVIDIA A100-SXM4-80GB": 85100068864,
+    "NVIDIA H100 80GB HBM3": 84942979072,
+    "NVIDIA H200": 151397597184,
+    "NVIDIA B200": 191514411008,
+}
 
-    `float32` is for matrix products in full float32. JAX's default product of float32 arrays is TF32 on GPUs since
-    Ampere and bfloat16 on TPUs: there, `bfloat16` is the peak that no program can pass.
+FLOAT32_PASSES = 6  # bfloat16 products that a TPU makes of one of float32
+
+
+def peak_flops(device_kind: str, precision: Literal["bfloat16", "float32"] = "bfloat16") -> float | None:
+    """Published peak FLOP/s of one device by JAX's `device.device_kind`; None when there is none (every CPU, too).
+
+    `float32` is for matrix products in full float32, not for TF32 or bfloat16 passes.
     """
     peak = PEAKS.get(device_kind)
     teraflops = getattr(peak, precision) if peak else None
     return None if teraflops is None else teraflops * 1e12
+
+
+def products_peak(device_kind: str, precision: Literal["bfloat16", "float32"]) -> float | None:
+    """FLOP/s of matrix products in `train.precision` that no program passes: what MFU and the roofline divide by.
+
+    A float32 product is a full one (`jaxlm.models.model.Model.traced`). GPUs make it on their CUDA cores; that peak is published.
+    TPUs have no such unit: XLA makes it of six bfloat16 products (`jax.lax.Precision.HIGHEST`), so its peak is a sixth of theirs.
+    (For two matrices of 4,096 x 4,096 libtpu 0.0.52 expects 5.6 to 6.2 times the cycles, on v4 to TPU7x.)
+    """
+    if precision == "float32" and device_kind in TPU:
+        return peak_flops(device_kind) / FLOAT32_PASSES
+    return peak_flops(device_kind, precision)

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import training_flops
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import Settings
 from jaxlm.training.setup import batch_shapes, lay_mesh, start
@@ -36,7 +36,7 @@ def bench(settings: Settings) -> dict[str, Any]:
             times.append(time.monotonic() - started)
     seconds = statistics.median(times[settings.bench.warmup_steps :])
     length, rows = settings.data.sequence_length, settings.data.global_batch_size
-    peak = peak_flops(run.mesh.devices.flatten()[0].device_kind)
+    peak = products_peak(run.mesh.devices.flatten()[0].device_kind, settings.train.precision)
     flops = rows * training_flops(settings.model, length, batch.get("masked_positions", batch["tokens"]).shape[1])
     return {
         "median_step_ms": 1e3 * seconds, "tokens_per_second": rows * length / seconds,

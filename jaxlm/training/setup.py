@@ -27,6 +27,7 @@ from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.reporting.files import as_path, exists
 from jaxlm.settings import Settings
+from jaxlm.training.footprint import logits_memory
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
 Corpora = list[tuple[Corpus, float]]
@@ -58,7 +59,9 @@ def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
 
 def start(settings: Settings, mesh: Mesh) -> Run:
     """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`)."""
-    return Run(settings, mesh, make_trainer(Model(settings.model, settings.train), settings, mesh))
+    device = mesh.devices.flat[0]
+    memory = logits_memory(settings, mesh.shape, device.platform, device.device_kind)
+    return Run(settings, mesh, make_trainer(Model(settings.model, settings.train, memory), settings, mesh))
 
 
 # ---- corpora ---------------------------------------------------------------------------------------------------------

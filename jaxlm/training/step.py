@@ -65,12 +65,12 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
     shapes = jax.eval_shape(init, 0)
     if settings.optimizer.offload:
         layout = layout._replace(optimizer=jax.tree.map(_on_host, layout.optimizer, shapes.optimizer))
+    step = _train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1, on_device.optimizer)
     return Trainer(
         model, mesh,
         init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(_train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1, on_device.optimizer),
-                     donate_argnums=0, out_shardings=(layout, None)),
-        evaluate=jax.jit(for_each_copy(functools.partial(_evaluation_sums, model), 1)),
+        step=jax.jit(model.traced(step), donate_argnums=0, out_shardings=(layout, None)),
+        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_sums, model), 1))),
         state_shardings=layout, state_shapes=shapes, state_axes=axes, layer_order=order)
 
 

@@ -21,7 +21,7 @@ from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.sharding import abstract
 from jaxlm.reporting.files import as_path, write_text
 from jaxlm.reporting.goodput import Account
-from jaxlm.reporting.hardware import peak_flops
+from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.metrics import MetricsWriter
 from jaxlm.reporting.progress import TrainingProgress
 from jaxlm.training.checkpoints import Checkpoints
@@ -270,7 +270,7 @@ class Clock:
         predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
         self.tokens = batches.global_batch_size * length
         self.flops = batches.global_batch_size * training_flops(run.settings.model, length, predictions)
-        peak = peak_flops(devices[0].device_kind)
+        peak = products_peak(devices[0].device_kind, run.settings.train.precision)
         self.peak = peak and peak * len(devices)
         self.restart(0)
 
