@@ -1,17 +1,15 @@
 """Which arrays stand in a device's memory when the compiled step needs most of it, by names that a user knows."""
 
-import math
 import re
 from collections import Counter
 
-from jaxlm.planning.hlo import Module, Operation, array_sizes
+from jaxlm.planning.dataflow import UPDATES, Dataflow
+from jaxlm.planning.hlo import Module, Operation
 from jaxlm.planning.plan import Buffer
-from jaxlm.planning.traffic import ELSEWHERE, sliced
+from jaxlm.planning.traffic import results_in_memory, written_shares
 
 SCOPES = ("embedding", "attention", "mlp", "experts", "norm", "head", "optimizer")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
-INDEX = re.compile(r"index=(\d+)")
-IN_PLACE = ("dynamic-update-slice", "scatter")
 ALIASES = ("bitcast", "get-tuple-element", "tuple", "while", "optimization-barrier", "opt-barrier", "conditional", "call")
 
 
@@ -22,6 +20,7 @@ def largest_live(module: Module, count: int = 5) -> list[Buffer]:
     compiler's own assignment packs tighter; the names are what this is for.
     """
     peak: tuple[float, dict[str, Buffer]] = (0.0, {})
+    flow = Dataflow(module)
 
     def walk(name: str, outside: dict[str, Buffer]) -> None:
         nonlocal peak
@@ -29,7 +28,7 @@ def largest_live(module: Module, count: int = 5) -> list[Buffer]:
         sources, last = _follow(operations)
         live = dict(outside)
         for place, operation in enumerate(operations):
-            size = _new_memory(operation, module)
+            size = _new_memory(operation, name, flow)
             if size:
                 live[f"{name}/{operation.name}"] = Buffer(label(operation, module), size)
             total = sum(buffer.size for buffer in live.values())
@@ -60,7 +59,7 @@ def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str,
         if operation.opcode == "tuple":
             parts[operation.name] = [sources.get(operand, set()) for operand in operation.operands]
         elif operation.opcode == "get-tuple-element" and first in parts:
-            behind = parts[first][int(INDEX.search(operation.rest)[1])]
+            behind = parts[first][operation.number]
         elif operation.opcode in ALIASES and first in parts:
             parts[operation.name] = parts[first]
         sources[operation.name] = behind if operation.opcode in ALIASES else {operation.name}
@@ -69,17 +68,11 @@ def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str,
     return sources, last
 
 
-def _new_memory(operation: Operation, module: Module) -> float:
-    if operation.opcode in (*ALIASES, "parameter", "constant", *IN_PLACE) or operation.opcode.endswith("-done"):
+def _new_memory(operation: Operation, computation: str, flow: Dataflow) -> float:
+    if operation.opcode in (*ALIASES, "parameter", "constant", *UPDATES) or operation.opcode.endswith(("-done", "-update")):
         return 0.0
-    size = sum(array_sizes(ELSEWHERE.sub("", operation.type)))
-    if operation.opcode.endswith("-start"):
-        arrays = list(array_sizes(ELSEWHERE.sub("", operation.type)))
-        return min(sum(arrays[len(arrays) // 2 :]), *(sliced(module, operation) or [math.inf]))
-    if operation.opcode == "fusion":
-        inside = module.computations[operation.called[0]]
-        return max(0.0, size - sum(one.size for one in inside if one.opcode in IN_PLACE))
-    return size
+    results = results_in_memory(operation, computation, flow)
+    return sum(size for size, share in zip(results, written_shares(operation, computation, flow), strict=False) if share == 1)
 
 
 def label(operation: Operation, module: Module) -> str:

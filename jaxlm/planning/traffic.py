@@ -32,20 +32,27 @@ def in_memory(text: str) -> list[float]:
     return [0.0 if ELSEWHERE.search(layout) else sum(array_sizes(array)) for array, layout in ARRAY.findall(text)]
 
 
+def results_in_memory(operation: Operation, computation: str, flow: Dataflow) -> list[float]:
+    """Bytes of each result; operands stand in the type of what is started, too, before the results or, of a copy, behind it."""
+    arrays = in_memory(operation.type)
+    if operation.opcode == "copy-start":
+        return arrays[:1]
+    if operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
+        operands = (flow.find(computation, name) for name in operation.operands)
+        arrays = arrays[sum(len(in_memory(one.type)) for one in operands if one) :]
+    return arrays
+
+
 def _moved(operation: Operation, computation: str, flow: Dataflow) -> float:
     if operation.opcode in FREE or operation.opcode.endswith(("-done", "-update")) or NO_WORK.search(operation.rest):
         return 0.0
     if operation.opcode in STARTERS:
         return sum(_moved(one, name, flow) for name in operation.called for one in flow.module.computations[name])
     operands = [flow.find(computation, name) for name in operation.operands]
-    sizes = [in_memory(one.type) if one else [] for one in operands]
-    results = in_memory(operation.type)
-    if operation.opcode == "copy-start":
-        results = results[:1]  # operands stand in the type of what is started, here behind the result
-    elif operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
-        results = results[sum(map(len, sizes)):]
-    read = sum(sum(size) * share for size, share in zip(sizes, _read(operation, computation, operands, flow), strict=True))
-    return read + sum(size * share for size, share in zip(results, _written(operation, computation, flow), strict=False))
+    sizes = [sum(in_memory(one.type)) if one else 0.0 for one in operands]
+    read = sum(size * share for size, share in zip(sizes, _read(operation, computation, operands, flow), strict=True))
+    results = results_in_memory(operation, computation, flow)
+    return read + sum(size * share for size, share in zip(results, written_shares(operation, computation, flow), strict=False))
 
 
 def _read(operation: Operation, computation: str, operands: list[Operation | None], flow: Dataflow) -> Iterator[float]:
@@ -58,8 +65,8 @@ def _read(operation: Operation, computation: str, operands: list[Operation | Non
             yield flow.share(operation, computation, operand) if operand and place == 0 else 1.0
 
 
-def _written(operation: Operation, computation: str, flow: Dataflow) -> Iterator[float]:
-    """The share of each result that is written."""
+def written_shares(operation: Operation, computation: str, flow: Dataflow) -> Iterator[float]:
+    """The share of each result that is written: less than all where it is an operand, updated in place."""
     if operation.opcode in FUSIONS:
         for value in flow.results(operation.called[0]):
             yield flow.written(operation.called[0], value)
