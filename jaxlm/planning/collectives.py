@@ -60,13 +60,13 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
     return sorted(found, key=lambda one: -one.bytes_per_device)
 
 
-def _read(name: str, flow: Dataflow, before: dict[str, list[Exchange]], products: set[str], mesh: Mesh
+def _read(computation: str, flow: Dataflow, before: dict[str, list[Exchange]], products: set[str], mesh: Mesh
           ) -> tuple[list[Exchange], bool]:
     """A computation's own exchanges, and whether there is a matrix product in it or in what it calls."""
     found: list[Exchange] = []
     pending: dict[str, list[int]] = {}  # exchanges under way: name of the operation, places in `found`
     has_product = False
-    for operation in flow.module.computations[name]:
+    for operation in flow.module.computations[computation]:
         first = operation.called[0] if operation.called else ""
         called_product = not products.isdisjoint(operation.called)
         if called_product or operation.opcode in ("dot", "convolution") or KERNEL.search(operation.rest):
@@ -83,7 +83,7 @@ def _read(name: str, flow: Dataflow, before: dict[str, list[Exchange]], products
         elif operation.opcode in ("async-start", "custom-call-start"):  # the latter: on a TPU7x's SparseCore
             inside = before.get(first, [])
         elif operation.opcode == "all-reduce" and TILED.search(operation.type):
-            inside = list(_as_asked(inside[0], operation, name, flow)) if inside else []
+            inside = list(_as_asked(inside[0], operation, computation, flow)) if inside else []
         if operation.opcode.endswith("-start"):
             pending[operation.name] = list(range(len(found), len(found) + len(inside)))
         elif operation.opcode.endswith("-update"):
