@@ -7,6 +7,9 @@ from jaxlm.settings import ModelSettings
 
 GATED = ("swiglu", "geglu")  # activations of MLPs that have a gate beside their way up
 VOCAB_PADDING = 128  # the vocabulary's table has a multiple of this many rows
+# Positions whose logits are worth their memory. A chunk of P costs 6 P V D FLOPs in products, and 12 V D bytes of traffic for the
+# table and its gradient: with so many the products take 15 (v6e) to 50 (v5p) times as long, and more would gain nothing.
+ENOUGH = 16384
 
 
 class Shape(NamedTuple):
@@ -151,11 +154,14 @@ def attention_flops(model: ModelSettings, sequence_length: int) -> tuple[float, 
 def loss_chunk(length: int, rows: int, vocab_size: int, width: int, most: int | None = None, memory: float = 0.0) -> int:
     """Positions of each of `rows` sequences whose logits the loss forms at a time, for a table of this size on one device.
 
-    At most `most`. None: as many as `memory` holds the float32 logits of, for the table's gradient goes through memory with every
-    chunk. At least they take 64 MiB, or a quarter of that gradient where that is more. Chunks are equal: they divide `length`, or
-    where no number near `most` does, the last one is filled up.
+    At most `most`. None: as many as `memory` bytes hold the float32 logits of, for the table's gradient goes through memory with
+    every chunk, but no more than ENOUGH positions of all sequences together. With less memory they take 64 MiB, or a quarter of
+    that gradient where that is more. Chunks are equal: they divide `length`, or where no number near `most` does, the last one is
+    filled up.
     """
-    most = most or int(max(2**26, vocab_size * width, memory)) // (4 * rows * vocab_size)
+    if most is None:
+        least, held = (int(size) // (4 * rows * vocab_size) for size in (max(2**26, vocab_size * width), memory))
+        most = max(least, min(held, ENOUGH // rows))
     most = max(1, min(most, length))
     size = next(size for size in range(most, 0, -1) if length % size == 0)
     if 2 * size < most:  # a prime length, say: its largest divisor would be 1

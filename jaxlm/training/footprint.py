@@ -29,8 +29,8 @@ FLOAT32 = 4  # bytes
 LANES = 128  # numbers in a row of a TPU's registers
 MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "sgd": 1, "rmsprop": 2}  # float32 copies of a parameter
 FACTORED = 128  # Adafactor keeps a row and a column of what is at least this wide
-# Of the memory that is left, what the logits may take: their float32 array; gradients in the compute type come to half as much or
-# as much again, and the rest is for what a compiler needs beside what is counted here.
+# Of the memory that is left, what the float32 logits may take. With exponentials and gradients compilers make up to 2.5 times as
+# much of them; the rest is for what they need beside what is counted here.
 FOR_LOGITS = 1 / 6
 
 
