@@ -1,19 +1,22 @@
 """Which arrays stand in a device's memory when the compiled step needs most of it, by names that a user knows."""
 
+import math
 import re
 from collections import Counter
 
 from jaxlm.planning.dataflow import UPDATES, Dataflow
-from jaxlm.planning.hlo import Module, Operation
+from jaxlm.planning.hlo import Module, Operation, arrays
+from jaxlm.planning.names import Names
 from jaxlm.planning.plan import Buffer
 from jaxlm.planning.traffic import results_in_memory, written_shares
 
-SCOPES = ("embedding", "attention", "mlp", "experts", "norm", "head", "optimizer")
+IN_SCOPE = re.compile(r"(?:\w+\()*(embedding|attention|mlp|experts|norm|head|optimizer)\)*")  # jvp(head), transpose(jvp(head))
+OTHER = "other arrays"
 OP_NAME = re.compile(r'op_name="([^"]*)"')
 ALIASES = ("bitcast", "get-tuple-element", "tuple", "while", "optimization-barrier", "opt-barrier", "conditional", "call")
 
 
-def largest_live(module: Module, count: int = 5) -> list[Buffer]:
+def largest_live(module: Module, names: Names, count: int = 5) -> list[Buffer]:
     """The largest at the peak, those of one name together; arguments are left out (they are the state and the batch).
 
     Follows the schedule that the text is in. What is made in place (loops, updates of a slice) takes no new memory. The
@@ -30,7 +33,7 @@ def largest_live(module: Module, count: int = 5) -> list[Buffer]:
         for place, operation in enumerate(operations):
             size = _new_memory(operation, name, flow)
             if size:
-                live[f"{name}/{operation.name}"] = Buffer(label(operation, module), size)
+                live[f"{name}/{operation.name}"] = Buffer(label(operation, module, names), size)
             total = sum(buffer.size for buffer in live.values())
             if total > peak[0]:
                 peak = (total, dict(live))
@@ -75,14 +78,12 @@ def _new_memory(operation: Operation, computation: str, flow: Dataflow) -> float
     return sum(size for size, share in zip(results, written_shares(operation, computation, flow), strict=False) if share == 1)
 
 
-def label(operation: Operation, module: Module) -> str:
-    """`mlp, backward: dot_general` from the path that JAX gives an operation, or one that it calls."""
+def label(operation: Operation, module: Module, names: Names) -> str:
+    """`gradient of mlp kernels`: by its shape, and by the path that JAX gives an operation, or one that it calls."""
     inside = [one for name in operation.called for one in module.computations[name]]
-    paths = [found[1] for one in (operation, *reversed(inside)) if (found := OP_NAME.search(one.rest))]
-    if not paths:
-        return operation.opcode
-    path = paths[0].split("/")
-    scope = next((part for part in reversed(path) if part in SCOPES), None)
-    phase = "recomputed" if "rematted_computation" in path else "backward" if any("transpose" in part for part in path) else ""
-    what = ", ".join(part for part in (scope or "step", phase) if part)
-    return f"{what}: {path[-1]}"
+    paths = [found[1].split("/") for one in (operation, *reversed(inside)) if (found := OP_NAME.search(one.rest))]
+    path = next((path for path in paths if len(path) > 1), [])
+    scope = next((found[1] for part in reversed(path) if (found := IN_SCOPE.fullmatch(part))), None)
+    phase = "recomputed" if "rematted_computation" in path else "backward" if any("transpose(" in part for part in path) else ""
+    kind, shape = max(arrays(operation.type), key=lambda array: math.prod(array[1]))
+    return names.of(kind, shape, scope, phase) or ", ".join([scope or OTHER, *([phase] if phase else [])])
