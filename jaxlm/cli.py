@@ -130,7 +130,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(made.to_json()))
     else:
-        _console().print(describe(made), highlight=False, soft_wrap=True)
+        _console().print(describe(made), highlight=False)
     if arguments.picture:
         draw(made, arguments.picture)
         print(f"drawn: {arguments.picture}", file=sys.stderr)
