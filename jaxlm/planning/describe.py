@@ -15,7 +15,8 @@ from jaxlm.reporting.units import counted, format_count, format_duration, format
 
 GIB = 2**30
 PICTURES = (".png", ".svg", ".pdf")
-WRAPPED = ("memory of a device", "shape", "axes", "cut over", "layout", "exchange, forward / backward", "why")  # where a terminal is narrow
+WRAPPED = (  # where a terminal is narrow
+    "memory of a device", "shape", "axes", "cut over", "layout", "exchange, forward / backward", "why")
 NUMBERS = ("", "share", "bytes", "not hidden", "times", "takes")
 LEGEND = (
     "at best: at published speeds; arithmetic, memory and network work at the same",

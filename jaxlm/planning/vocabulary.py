@@ -10,7 +10,7 @@ USUAL = {
     "wordpiece": (30522, "BERT's"), "bert": (30522, "BERT's"), "gpt": (50257, "GPT-2's"),
     "llama-3": (128256, "Llama 3's"), "llama3": (128256, "Llama 3's"), "characters": (100, "English text's"),
 }
-SENTENCEPIECE = (32000, "SentencePiece's, as Llama's and Mistral's")
+SENTENCEPIECE = (32000, "SentencePiece's")
 
 
 def with_vocabulary(settings: Settings) -> tuple[Settings, str | None]:
@@ -29,6 +29,6 @@ def with_vocabulary(settings: Settings) -> tuple[Settings, str | None]:
         size, whose = given_tokenizer(settings.data).vocab_size, f"{name} has them"
     else:
         size, owner = next((found for word, found in USUAL.items() if word in name.lower()), SENTENCEPIECE)
-        whose = f"{owner} usual size, for data.tokenizer={name} is " + ("not trained yet" if built_in else "not here")
+        whose = f"{owner} usual size; data.tokenizer={name} is " + ("not trained yet" if built_in else "not here")
     line = f"model.vocab_size is not said: planned with {size:,} ({whose})"
     return replace(settings, model=replace(settings.model, vocab_size=size)), line

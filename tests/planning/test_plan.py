@@ -12,9 +12,10 @@ import pytest
 from jaxlm import cli
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.chips import CHIPS
-from jaxlm.planning.compilation import trace_step
+from jaxlm.planning.compilation import compile_step
 from jaxlm.planning.flops import executed_flops
 from jaxlm.planning.hlo import parse
+from jaxlm.planning.names import Names
 from jaxlm.planning.plan import Collective, model_flops
 from jaxlm.planning.roofline import network_of_mesh, network_of_sizes, roofline
 from jaxlm.planning.targets import find_target
@@ -30,22 +31,24 @@ SMALL = ["model.num_layers=2", "model.num_heads=2", "model.hidden_size=32", "mod
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mesh", ["one", "fsdp8", "tensor8", "2x2x2", "fsdp2context2tensor2"])
+def executed(settings, mesh):
+    """Of one device, in the program compiled for the CPU."""
+    return executed_flops(parse(compile_step(settings, mesh).as_text()), "cpu").total
+
+
+@pytest.mark.parametrize("mesh", ["one", "2x2x2", *(pytest.param(name, marks=pytest.mark.slow) for name in (
+    "fsdp8", "tensor8", "fsdp2context2tensor2"))])
 def test_what_all_devices_execute_is_what_the_model_asks_for(mesh, meshes):
-    traced, _ = trace_step(SETTINGS, meshes[mesh])
-    executed = executed_flops(traced.jaxpr, meshes[mesh].size) * meshes[mesh].size
+    """Line 11: counted in the compiled program, against PaLM's formula."""
+    counted = executed(SETTINGS, meshes[mesh]) * meshes[mesh].size
     # a ring computes the half of the scores that a causal token sees, and the blocks on the diagonal
     least = 0.9 if "context" in mesh else 1.0
-    assert least <= executed / model_flops(SETTINGS) <= 1.0001
+    assert least <= counted / model_flops(SETTINGS) <= 1.0001
 
 
 def test_what_is_computed_again_is_counted_again(meshes):
-    counts = {}
-    for remat in ("none", "dots", "full"):
-        settings = replace(SETTINGS, train=TrainSettings(remat=remat))
-        traced, _ = trace_step(settings, meshes["one"])
-        counts[remat] = executed_flops(traced.jaxpr, 1)
-    assert counts["none"] < counts["dots"] < counts["full"] < 1.34 * counts["none"]  # one of three passes, without the head
+    counts = {remat: executed(replace(SETTINGS, train=TrainSettings(remat=remat)), meshes["one"]) for remat in ("none", "full")}
+    assert counts["none"] < counts["full"] < 1.34 * counts["none"]  # one of three passes, without the head
 
 
 # ---- memory traffic and buffers --------------------------------------------------------------------------------------
@@ -74,6 +77,8 @@ ENTRY %main (p: f32[10,256,256]) -> f32[10,256,256] {
 }
 """
 ARRAY = 256 * 256 * 4
+NAMES = Names(rows=2, length=16, width=256, mlp=256, heads=1, kv_heads=1, head_dim=128, vocabulary=384, layers=10, cut=1,
+              compute="f32")
 
 
 def test_a_slice_of_a_large_array_is_all_that_a_fusion_reads():
@@ -87,8 +92,8 @@ def test_arrays_in_on_chip_memory_are_no_traffic():
 
 
 def test_the_largest_arrays_at_the_peak_have_names():
-    found = {buffer.label: buffer.size for buffer in largest_live(parse(LOOP))}
-    assert found == {"mlp, backward: sin": ARRAY, "dot": ARRAY}
+    found = {buffer.label: buffer.size for buffer in largest_live(parse(LOOP), NAMES)}
+    assert found == {"gradient of mlp kernels": ARRAY, "mlp kernels": ARRAY}
 
 
 # ---- time ------------------------------------------------------------------------------------------------------------
@@ -180,7 +185,7 @@ def test_people_get_a_table_and_a_picture(config_file, capsys, tmp_path):
     picture = tmp_path / "plan.png"
     assert cli.main(["plan", config_file, "--target", "cpu:8", "--picture", str(picture), "mesh.tensor=2", *SMALL]) == 0
     text = capsys.readouterr().out
-    for words in ("8 cpu devices", "tensor 2", "total (by the compiler)", "all-gather", "not published"):
+    for words in ("8 cpu devices", "tensor 2", "total (by the compiler)", "all-gather", "not published", "at best: at published"):
         assert words in text
     assert picture.read_bytes().startswith(b"\x89PNG")
 
