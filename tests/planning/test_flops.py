@@ -28,7 +28,8 @@ def operands(kind: str, first=(M, K), second=(K, N)) -> list[str]:
 
 
 def dot(kind: str, how: str = "") -> str:
-    return entry(*operands(kind), f"ROOT %c = {kind}[{M},{N}] dot(%a, %b), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}{how}")
+    contracted = "lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    return entry(*operands(kind), f"ROOT %c = {kind}[{M},{N}] dot(%a, %b), {contracted}{how}")
 
 
 def convolution(kind: str, how: str = "") -> str:
@@ -73,7 +74,8 @@ def test_cublas_counts_like_a_dot():
 
 @pytest.mark.parametrize(("first", "second", "result", "how", "flops"), [
     # batches as windows that meet no number but their own, as libtpu writes bij,bjk->bik and bqhd,bkhd->bhqk
-    ("8,512,128", "8,128,256", "8,512,256", "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf", 2 * 8 * 512 * 128 * 256),
+    ("8,512,128", "8,128,256", "8,512,256", "window={size=8 stride=7 lhs_dilate=8}, dim_labels=0bf_0io->0bf",
+     2 * 8 * 512 * 128 * 256),
     ("8,512,16,64", "8,512,16,64", "8,16,512,512", "window={size=8x16 stride=7x15 lhs_dilate=8x16}, dim_labels=0b1f_0o1i->01bf",
      2 * 8 * 16 * 512 * 512 * 64),
     ("4,1024,12288", "12288,3072,1", "4,1024,3072", "window={size=1}, dim_labels=0bf_io0->0bf", 2 * 4 * 1024 * 12288 * 3072),
