@@ -1,7 +1,8 @@
 """The training step that `jaxlm train` runs, compiled for arrays and devices that need not be there."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -90,14 +91,21 @@ def lower(traced: jax.stages.Traced, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
-    """The program for its devices.
+    """The program for its devices. Raises as `compiler_failures`."""
+    with compiler_failures(mesh):
+        return lowered.compile()
+
+
+@contextmanager
+def compiler_failures(mesh: Mesh) -> Iterator[None]:
+    """Around what asks the compiler of a mesh's devices, or reads what it made.
 
     Raises:
-      DoesNotFit: the compiler finds that no device can hold it.
-      RunError: the compiler itself fails.
+      DoesNotFit: it finds that no device can hold the program.
+      RunError: it fails itself.
     """
     try:
-        return lowered.compile()
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise RunError(told_in_a_line(error, mesh.devices.flat[0].platform)) from None

@@ -12,7 +12,7 @@ from jaxlm.planning import hlo
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.collectives import collectives
-from jaxlm.planning.compilation import DoesNotFit, compiled, lay, lower, trace_step
+from jaxlm.planning.compilation import DoesNotFit, compiled, compiler_failures, lay, lower, trace_step
 from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.flops import Arithmetic, executed_flops, kernels_of
 from jaxlm.planning.names import names_of
@@ -67,7 +67,8 @@ def compile_program(settings: Settings, target: Target) -> Program:
         program = compiled(lower(traced, mesh), mesh)
         seconds = time.monotonic() - started
     visible = visible_blocks(settings.model, settings.data.sequence_length) if target.platform == "tpu" else 1.0
-    return Program(program.as_text(), kernels_of(traced.jaxpr, visible), state_sizes(trainer), memory_of(program), seconds)
+    with compiler_failures(mesh):  # a program of a compiler that is newer than JAX may not be readable
+        return Program(program.as_text(), kernels_of(traced.jaxpr, visible), state_sizes(trainer), memory_of(program), seconds)
 
 
 def read_program(program: Program, settings: Settings, target: Target) -> Plan:
