@@ -4,16 +4,25 @@
     python benchmarks/plans.py llama_8b         # those whose line has this in it
     python benchmarks/plans.py --scaling        # weak scaling instead: the same work for each of 64, 512 and 4,096 chips
     python benchmarks/plans.py --write          # also keep the figures, against which tests/planning/test_estimate.py tests
+    python benchmarks/plans.py --programs DIR   # keep the compiled programs there, and compile none that is there already
 
 Prints docs/planning.md's tables. Needs libtpu and JAX's CUDA plugin, no accelerator.
 """
 
 import argparse
+import gzip
 import json
+import re
 import resource
 import subprocess
 import sys
 from pathlib import Path
+
+from jaxlm import config
+from jaxlm.planning.estimate import estimated_plan
+from jaxlm.planning.targets import Target, find_target
+from jaxlm.reporting.memory import Memory
+from jaxlm.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "tests" / "golden" / "plans.json"
@@ -46,14 +55,33 @@ FIGURES = ("memory_per_device", "flops_per_device", "executed_flops_per_device",
 GIB = 2**30
 
 
-def plan(line: str, *options: str) -> dict:
-    """What `jaxlm plan --json` prints."""
-    config, target, *overrides = line.split()
-    command = [sys.executable, "-m", "jaxlm", "plan", f"configs/{config}.yaml", "--target", target, "--json", *options]
-    done = subprocess.run([*command, *overrides], cwd=ROOT, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{line}: {done.stderr.splitlines()[-1]}")
+def settings_of(line: str) -> tuple[Settings, Target]:
+    config_name, target, *overrides = line.split()
+    return config.load(ROOT / "configs" / f"{config_name}.yaml", overrides), find_target(target)
+
+
+def plan(line: str, programs: Path | None) -> dict:
+    """The compiler's plan, by a process of its own: a target's devices and flags are the process's."""
+    command = [sys.executable, __file__, "--one", line, *(["--programs", str(programs)] if programs else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def plan_here(line: str, programs: Path | None) -> dict:
+    """The plan of a program that is kept, or else compiled now, and kept if there is a folder."""
+    from jaxlm.planning.compiled import Program, compile_program, read_program
+
+    settings, target = settings_of(line)
+    kept = programs and programs / (re.sub(r"[^\w.=]+", "_", line)[-200:] + ".json.gz")
+    if kept and kept.exists():
+        program = Program(**json.loads(gzip.decompress(kept.read_bytes())))
+        program = program._replace(memory=Memory(*program.memory))
+    else:
+        program = compile_program(settings, target)
+        if kept:
+            programs.mkdir(parents=True, exist_ok=True)
+            kept.write_bytes(gzip.compress(json.dumps(program._asdict()).encode()))
+    return read_program(program, settings, target).to_json()
 
 
 def row(line: str, found: dict) -> str:
@@ -86,16 +114,21 @@ def main() -> None:
     parser.add_argument("only", nargs="?", default="")
     parser.add_argument("--scaling", action="store_true")
     parser.add_argument("--write", action="store_true")
+    parser.add_argument("--programs", type=Path, metavar="DIR")
+    parser.add_argument("--one", metavar="LINE", help=argparse.SUPPRESS)  # in this process, as JSON
     arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(plan_here(arguments.one, arguments.programs)))
+        return
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     errors = []
     print("| config | target | memory of a device | sent by a device in a step | not hidden | step at best | bound by "
           "| MFU at most | days | compiled in | compiler's memory at most |\n|" + " --- |" * 11)
     lines = (SCALING if arguments.scaling else PLANS).splitlines()
     for line in filter(lambda line: line and arguments.only in line, lines):
-        found = plan(line)
+        found = plan(line, arguments.programs)
         print(row(line, found), flush=True)
-        errors.append(error(line, found, plan(line, "--fast")))
+        errors.append(error(line, found, estimated_plan(*settings_of(line)).to_json()))
         kept[line] = {name: found[name] for name in FIGURES}
         if arguments.write:
             KEPT.write_text(json.dumps(kept, indent=1) + "\n")

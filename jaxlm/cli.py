@@ -119,6 +119,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     """plan: memory, traffic and speed on devices that are not here, from their own compiler"""
     from jaxlm.planning.describe import check_picture, describe, draw
     from jaxlm.planning.targets import find_target
+    from jaxlm.planning.vocabulary import with_vocabulary
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns while it looks for a way to need less memory
     target = find_target(arguments.target)
@@ -128,6 +129,9 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         raise UserError("--explain is for people; leave --json away")
     if arguments.picture:
         check_picture(arguments.picture)
+    settings, assumed = with_vocabulary(settings)
+    if assumed:
+        print(f"jaxlm: {assumed}", file=sys.stderr)
     if arguments.explain:
         from jaxlm.planning.explain import explain
 
@@ -135,7 +139,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         _say_next("plan", arguments.config, *arguments.overrides, "--target", arguments.target)
         return
     if arguments.search:
-        _search(settings, target, arguments)
+        _search(settings, target, arguments, assumed)
         return
     if arguments.fast:
         from jaxlm.planning.estimate import estimated_plan
@@ -145,10 +149,11 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         from jaxlm.planning.compiled import compiled_plan
 
         made = compiled_plan(settings, target)
+    made = made._replace(assumed=assumed)
     if arguments.json:
         print(json_text(made.to_json()))
     else:
-        _console().print(describe(made), highlight=False, soft_wrap=True)
+        _console().print(describe(made), highlight=False)
     if arguments.picture:
         draw(made, arguments.picture)
         print(f"drawn: {arguments.picture}", file=sys.stderr)
@@ -158,13 +163,13 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         _say_next("train", arguments.config, *arguments.overrides)
 
 
-def _search(settings: Settings, target: "Target", arguments: argparse.Namespace) -> None:
+def _search(settings: Settings, target: "Target", arguments: argparse.Namespace, assumed: str | None) -> None:
     from jaxlm.planning.search import ranking, search, write_config
 
     choices = search(settings, target, report=lambda line: print(line, file=sys.stderr, flush=True))
-    best = choices[0].plan
+    best = choices[0].plan._replace(assumed=assumed)
     path = Path(f"{Path(arguments.config).stem}_{target.name.replace(':', '_')}.yaml")
-    write_config(best, path)
+    write_config(best, path, arguments.config)
     if arguments.json:
         print(json_text([choice.plan.to_json() | {"note": choice.note} for choice in choices]))
     else:

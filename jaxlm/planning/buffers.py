@@ -4,24 +4,26 @@ import math
 import re
 from collections import Counter
 
-from jaxlm.planning.hlo import Module, Operation, array_sizes
+from jaxlm.planning.dataflow import UPDATES, Dataflow
+from jaxlm.planning.hlo import Module, Operation, arrays
+from jaxlm.planning.names import Names
 from jaxlm.planning.plan import Buffer
-from jaxlm.planning.traffic import ELSEWHERE, sliced
+from jaxlm.planning.traffic import results_in_memory, written_shares
 
-SCOPES = ("embedding", "attention", "mlp", "experts", "norm", "head", "optimizer")
+IN_SCOPE = re.compile(r"(?:\w+\()*(embedding|attention|mlp|experts|norm|head|optimizer)\)*")  # jvp(head), transpose(jvp(head))
+OTHER = "other arrays"
 OP_NAME = re.compile(r'op_name="([^"]*)"')
-INDEX = re.compile(r"index=(\d+)")
-IN_PLACE = ("dynamic-update-slice", "scatter")
 ALIASES = ("bitcast", "get-tuple-element", "tuple", "while", "optimization-barrier", "opt-barrier", "conditional", "call")
 
 
-def largest_live(module: Module, count: int = 5) -> list[Buffer]:
+def largest_live(module: Module, names: Names, count: int = 5) -> list[Buffer]:
     """The largest at the peak, those of one name together; arguments are left out (they are the state and the batch).
 
     Follows the schedule that the text is in. What is made in place (loops, updates of a slice) takes no new memory. The
     compiler's own assignment packs tighter; the names are what this is for.
     """
     peak: tuple[float, dict[str, Buffer]] = (0.0, {})
+    flow = Dataflow(module)
 
     def walk(name: str, outside: dict[str, Buffer]) -> None:
         nonlocal peak
@@ -29,9 +31,9 @@ def largest_live(module: Module, count: int = 5) -> list[Buffer]:
         sources, last = _follow(operations)
         live = dict(outside)
         for place, operation in enumerate(operations):
-            size = _new_memory(operation, module)
+            size = _new_memory(operation, name, flow)
             if size:
-                live[f"{name}/{operation.name}"] = Buffer(label(operation, module), size)
+                live[f"{name}/{operation.name}"] = Buffer(label(operation, module, names), size)
             total = sum(buffer.size for buffer in live.values())
             if total > peak[0]:
                 peak = (total, dict(live))
@@ -60,7 +62,7 @@ def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str,
         if operation.opcode == "tuple":
             parts[operation.name] = [sources.get(operand, set()) for operand in operation.operands]
         elif operation.opcode == "get-tuple-element" and first in parts:
-            behind = parts[first][int(INDEX.search(operation.rest)[1])]
+            behind = parts[first][operation.number]
         elif operation.opcode in ALIASES and first in parts:
             parts[operation.name] = parts[first]
         sources[operation.name] = behind if operation.opcode in ALIASES else {operation.name}
@@ -69,27 +71,19 @@ def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str,
     return sources, last
 
 
-def _new_memory(operation: Operation, module: Module) -> float:
-    if operation.opcode in (*ALIASES, "parameter", "constant", *IN_PLACE) or operation.opcode.endswith("-done"):
+def _new_memory(operation: Operation, computation: str, flow: Dataflow) -> float:
+    if operation.opcode in (*ALIASES, "parameter", "constant", *UPDATES) or operation.opcode.endswith(("-done", "-update")):
         return 0.0
-    size = sum(array_sizes(ELSEWHERE.sub("", operation.type)))
-    if operation.opcode.endswith("-start"):
-        arrays = list(array_sizes(ELSEWHERE.sub("", operation.type)))
-        return min(sum(arrays[len(arrays) // 2 :]), *(sliced(module, operation) or [math.inf]))
-    if operation.opcode == "fusion":
-        inside = module.computations[operation.called[0]]
-        return max(0.0, size - sum(one.size for one in inside if one.opcode in IN_PLACE))
-    return size
+    results = results_in_memory(operation, computation, flow)
+    return sum(size for size, share in zip(results, written_shares(operation, computation, flow), strict=False) if share == 1)
 
 
-def label(operation: Operation, module: Module) -> str:
-    """`mlp, backward: dot_general` from the path that JAX gives an operation, or one that it calls."""
+def label(operation: Operation, module: Module, names: Names) -> str:
+    """`gradient of mlp kernels`: by its shape, and by the path that JAX gives an operation, or one that it calls."""
     inside = [one for name in operation.called for one in module.computations[name]]
-    paths = [found[1] for one in (operation, *reversed(inside)) if (found := OP_NAME.search(one.rest))]
-    if not paths:
-        return operation.opcode
-    path = paths[0].split("/")
-    scope = next((part for part in reversed(path) if part in SCOPES), None)
-    phase = "recomputed" if "rematted_computation" in path else "backward" if any("transpose" in part for part in path) else ""
-    what = ", ".join(part for part in (scope or "step", phase) if part)
-    return f"{what}: {path[-1]}"
+    paths = [found[1].split("/") for one in (operation, *reversed(inside)) if (found := OP_NAME.search(one.rest))]
+    path = next((path for path in paths if len(path) > 1), [])
+    scope = next((found[1] for part in reversed(path) if (found := IN_SCOPE.fullmatch(part))), None)
+    phase = "recomputed" if "rematted_computation" in path else "backward" if any("transpose(" in part for part in path) else ""
+    kind, shape = max(arrays(operation.type), key=lambda array: math.prod(array[1]))
+    return names.of(kind, shape, scope, phase) or ", ".join([scope or OTHER, *([phase] if phase else [])])

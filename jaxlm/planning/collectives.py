@@ -15,12 +15,13 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxlm.planning.dataflow import Dataflow, Origin
 from jaxlm.planning.hlo import Module, Operation, array_sizes
 from jaxlm.planning.plan import Collective
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 TILED = re.compile(r":T\(")  # layouts of TPUs
-OP_NAME = re.compile(r'op_name="([^"]*)"')
+ALMOST = 1.01  # pieces are equal but for what fills up a tile
 COUNTERS = re.compile(r"\b[us]32\[\]")  # what libtpu hands from a start to its end beside operands and results
 KERNEL = re.compile(r'custom_call_target="(?:__cublas|__cudnn|tpu_custom_call)')
 
@@ -31,6 +32,7 @@ class Exchange(NamedTuple):
     kind: str
     axes: tuple[str, ...]
     size: float
+    pieces: int  # devices that exchange with each other
     hidden: bool = False
 
 
@@ -42,14 +44,15 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
     """
     sent, exposed, counts = Counter(), Counter(), Counter()
     exchanges, products = {}, set()  # of the computations so far, which are written before what calls them
-    for name, operations in module.computations.items():
-        exchanges[name], has_product = _read(operations, exchanges, products, mesh)
+    flow = Dataflow(module)
+    for name in module.computations:
+        exchanges[name], has_product = _read(name, flow, exchanges, products, mesh)
         if has_product:
             products.add(name)
     for name, times in module.runs().items():
         if times < 0 and exchanges[name]:
             raise ValueError(f"the loop {name} does not say how often it runs")
-        for kind, axes, size, hidden in exchanges[name]:
+        for kind, axes, size, _, hidden in exchanges[name]:
             sent[kind, axes] += times * size
             exposed[kind, axes] += 0 if hidden else times * size
             counts[kind, axes] += times
@@ -57,13 +60,13 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
     return sorted(found, key=lambda one: -one.bytes_per_device)
 
 
-def _read(operations: list[Operation], before: dict[str, list[Exchange]], products: set[str], mesh: Mesh
+def _read(computation: str, flow: Dataflow, before: dict[str, list[Exchange]], products: set[str], mesh: Mesh
           ) -> tuple[list[Exchange], bool]:
     """A computation's own exchanges, and whether there is a matrix product in it or in what it calls."""
     found: list[Exchange] = []
     pending: dict[str, list[int]] = {}  # exchanges under way: name of the operation, places in `found`
     has_product = False
-    for operation in operations:
+    for operation in flow.module.computations[computation]:
         first = operation.called[0] if operation.called else ""
         called_product = not products.isdisjoint(operation.called)
         if called_product or operation.opcode in ("dot", "convolution") or KERNEL.search(operation.rest):
@@ -80,7 +83,7 @@ def _read(operations: list[Operation], before: dict[str, list[Exchange]], produc
         elif operation.opcode in ("async-start", "custom-call-start"):  # the latter: on a TPU7x's SparseCore
             inside = before.get(first, [])
         elif operation.opcode == "all-reduce" and TILED.search(operation.type):
-            inside = [_as_asked(one, operation.rest) for one in inside]
+            inside = list(_as_asked(inside[0], operation, computation, flow)) if inside else []
         if operation.opcode.endswith("-start"):
             pending[operation.name] = list(range(len(found), len(found) + len(inside)))
         elif operation.opcode.endswith("-update"):
@@ -92,13 +95,47 @@ def _read(operations: list[Operation], before: dict[str, list[Exchange]], produc
     return found, has_product
 
 
-def _as_asked(sum_of_all: Exchange, rest: str) -> Exchange:
-    """On a whole 3D torus libtpu writes gathers and scatters as sums of padded arrays. What they were stands in the operation's
-    name, which those that were scatters lack."""
-    asked = OP_NAME.search(rest)
-    if asked and not asked[1].endswith("all_gather"):
-        return sum_of_all
-    return sum_of_all._replace(kind="all-gather" if asked else "reduce-scatter", size=sum_of_all.size / 2)
+def _as_asked(sum_of_all: Exchange, operation: Operation, computation: str, flow: Dataflow) -> Iterator[Exchange]:
+    """What was asked for where libtpu writes a sum, perhaps of several arrays at once.
+
+    On a 3D torus it writes gathers as sums of arrays that are zero but for a device's own piece, and scatters as sums of which
+    each device then takes its piece. So it is the flow of the data around each array that tells.
+    """
+    pieces = sum_of_all.pieces
+    sizes = Counter()
+    for place, (operand, size) in enumerate(zip(operation.operands, array_sizes(operation.type), strict=True)):
+        if _is_padded(flow.origin(computation, operand), flow, pieces):
+            sizes["all-gather"] += size
+        elif _is_cut(operation, place, computation, flow, pieces):
+            sizes["reduce-scatter"] += size
+        else:
+            sizes["all-reduce"] += size
+    for kind, size in sizes.items():
+        part = sum_of_all.size * size / max(1, sum(sizes.values()))
+        yield sum_of_all._replace(kind=kind, size=part if kind == "all-reduce" else part / 2)
+
+
+def _is_padded(operand: Origin, flow: Dataflow, pieces: int) -> bool:
+    """Whether an array is one of so many pieces, in its place among zeros."""
+    padded = operand.operation
+    if padded is None or padded.opcode != "dynamic-update-slice":
+        return False
+    piece, around = flow.find(operand.computation, padded.operands[1]), flow.operand(operand, 0)
+    if piece is None or around.operation is None or around.operation.opcode != "broadcast":
+        return False
+    value = flow.operand(around, 0).operation
+    is_zero = value is not None and value.opcode == "constant" and value.rest.startswith("0)")
+    return is_zero and piece.elements * pieces <= ALMOST * padded.elements
+
+
+def _is_cut(operation: Operation, place: int, computation: str, flow: Dataflow, pieces: int) -> bool:
+    """Whether of a sum each device takes its piece, one of so many, and nothing else is done with it."""
+    sums = [operation]
+    if len(operation.operands) > 1:
+        sums = [use for use in flow.users(computation, operation.name)
+                if use.opcode == "get-tuple-element" and use.number == place]
+    taken = [one for value in sums for one in flow.taken(computation, value)]
+    return bool(taken) and all(use.opcode == "dynamic-slice" and share * pieces <= ALMOST for use, share in taken)
 
 
 def _exchange(operation: Operation, mesh: Mesh) -> Iterator[Exchange]:
@@ -110,12 +147,12 @@ def _exchange(operation: Operation, mesh: Mesh) -> Iterator[Exchange]:
     if len(group) < 2:
         return
     arrays = list(array_sizes(COUNTERS.sub("", operation.type)))
-    if operation.opcode.endswith("-start"):
+    if operation.opcode.endswith("-start") and kind != "all-reduce":
         arrays = arrays[len(arrays) // 2 :]  # operands stand before results
     size = sum(arrays)
     share = (len(group) - 1) / len(group)
     factor = {"all-reduce": 2 * share, "reduce-scatter": len(group) - 1, "collective-permute": 1}.get(kind, share)
-    yield Exchange(kind, _axes(group, mesh), factor * size)
+    yield Exchange(kind, _axes(group, mesh), factor * size, len(group))
 
 
 def _axes(group: np.ndarray, mesh: Mesh) -> tuple[str, ...]:

@@ -1,14 +1,15 @@
 """The training step that `jaxlm train` runs, compiled for arrays and devices that need not be there."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout, require_vocabulary
-from jaxlm.errors import UserError
+from jaxlm.errors import RunError, UserError
 from jaxlm.parallel import executables
 from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.mesh import make_mesh
@@ -16,11 +17,27 @@ from jaxlm.parallel.sharding import abstract
 from jaxlm.planning.devices import devices_of
 from jaxlm.planning.plan import WHAT_HELPS
 from jaxlm.planning.targets import Target
+from jaxlm.planning.versions import told_in_a_line
 from jaxlm.settings import Settings
 from jaxlm.training.setup import batch_shapes, lay_mesh, open_corpora, resolve, start
 from jaxlm.training.step import Trainer, batch_sharding
 
-NEEDED = re.compile(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)")  # libtpu's words
+NEEDED = re.compile(r"(temporaries )?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")  # libtpu's words
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class DoesNotFit(UserError):
+    """The compiler finds that no device can hold the step. `needed`: bytes of a device, None where it does not say; of
+    `temporaries` alone, or with the state."""
+
+    def __init__(self, words: str):
+        found = NEEDED.search(words)
+        need = f"{found[2]} {found[3]}iB of {found[4]} {found[5]}iB" if found else "more memory than there is"
+        self.needed = float(found[2]) * UNITS[found[3]] if found else None
+        self.temporaries = bool(found and found[1])
+        beside = ", beside the state" if self.temporaries else ""
+        super().__init__(f"does not fit: the step needs {need} on each device{beside}, says the compiler; "
+                         f"what helps: {WHAT_HELPS}")
 
 
 def lay(settings: Settings, target: Target) -> tuple[Mesh, Callable[[jax.Device], int]]:
@@ -48,7 +65,7 @@ def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Train
 
 def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
     """The same, compiled. Raises UserError."""
-    return compiled(lower(trace_step(settings, mesh)[0], mesh))
+    return compiled(lower(trace_step(settings, mesh)[0], mesh), mesh)
 
 
 def compile_ahead(settings: Settings, target: Target | None) -> Path:
@@ -64,7 +81,7 @@ def compile_ahead(settings: Settings, target: Target | None) -> Path:
     if settings.model.vocab_size is None:
         settings = resolve(settings, open_corpora(settings)[0][0].tokenizer)
     lowered = lower(trace_step(settings, mesh)[0], mesh)
-    return executables.save(compiled(lowered), lowered, mesh, folder)
+    return executables.save(compiled(lowered, mesh), lowered, mesh, folder)
 
 
 def lower(traced: jax.stages.Traced, mesh: Mesh) -> jax.stages.Lowered:
@@ -73,14 +90,23 @@ def lower(traced: jax.stages.Traced, mesh: Mesh) -> jax.stages.Lowered:
         return traced.lower()
 
 
-def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The program for its devices. Raises UserError where the compiler finds that no device can hold it."""
-    try:
+def compiled(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """The program for its devices. Raises as `compiler_failures`."""
+    with compiler_failures(mesh):
         return lowered.compile()
+
+
+@contextmanager
+def compiler_failures(mesh: Mesh) -> Iterator[None]:
+    """Around what asks the compiler of a mesh's devices, or reads what it made.
+
+    Raises:
+      DoesNotFit: it finds that no device can hold the program.
+      RunError: it fails itself.
+    """
+    try:
+        yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        found = NEEDED.search(str(error))
-        need = f"{found[1]}iB of {found[2]}iB" if found else "more memory than there is"
-        raise UserError(f"does not fit: the step needs {need} on each device, says the compiler; what helps: "
-                        f"{WHAT_HELPS}") from None
+            raise RunError(told_in_a_line(error, mesh.devices.flat[0].platform)) from None
+        raise DoesNotFit(str(error)) from None

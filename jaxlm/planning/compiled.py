@@ -2,7 +2,8 @@
 
 import math
 import time
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 
@@ -11,37 +12,77 @@ from jaxlm.planning import hlo
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.collectives import collectives
-from jaxlm.planning.compilation import compiled, lay, lower, trace_step
-from jaxlm.planning.flops import executed_flops
+from jaxlm.planning.compilation import DoesNotFit, compiled, compiler_failures, lay, lower, trace_step
+from jaxlm.planning.estimate import estimated_plan
+from jaxlm.planning.flops import Arithmetic, executed_flops, kernels_of
+from jaxlm.planning.names import names_of
 from jaxlm.planning.plan import Plan, model_flops
 from jaxlm.planning.roofline import network_of_mesh, roofline
 from jaxlm.planning.targets import Target
 from jaxlm.planning.traffic import memory_traffic
-from jaxlm.reporting.hardware import products_peak
-from jaxlm.reporting.memory import memory_of
+from jaxlm.reporting.memory import Memory, memory_of
+from jaxlm.reporting.progress import waiting
 from jaxlm.settings import Settings
 from jaxlm.training.step import Trainer
 
 
+class Program(NamedTuple):
+    """A compiled step: all that a plan reads of it."""
+
+    text: str  # the optimized program
+    kernels: dict[str, Sequence[float]]  # FLOPs of one call of each Pallas kernel (`jaxlm.planning.flops.Arithmetic`)
+    state: dict[str, float]  # bytes of parameters, optimizer, gradients on a device
+    memory: Memory
+    seconds: float  # of compiling
+
+
 def compiled_plan(settings: Settings, target: Target) -> Plan:
-    """Compiles the step of `settings` for a target.
+    """Compiles the step of `settings` for a target, and reads what came out; where the compiler refuses to make a program that no
+    device can hold, the estimate with the memory that it says is needed.
 
     Raises:
-      UserError: its compiler is not here, the run cannot be laid out on the devices, or the compiler finds that it does not fit.
+      UserError: its compiler is not here, or the run cannot be laid out on the devices.
+      RunError: the compiler itself fails.
     """
-    mesh, island = lay(settings, target)
-    traced, trainer = trace_step(settings, mesh)
-    started = time.monotonic()
-    program = compiled(lower(traced, mesh))
-    seconds = time.monotonic() - started
-    module = hlo.parse(program.as_text())
-    found, traffic = collectives(module, mesh), memory_traffic(module)
+    try:
+        return read_program(compile_program(settings, target), settings, target)
+    except DoesNotFit as error:  # then there is no program to read
+        estimate = estimated_plan(settings, target)
+        return estimate._replace(memory=_refused(estimate.memory, error), refused=True)
+
+
+def _refused(estimate: Memory, error: DoesNotFit) -> Memory:
+    """With what the compiler says is needed, where it says that."""
+    total = (error.needed or 0) + (estimate.arguments if error.temporaries else 0)
+    total = round(total) or estimate.total
+    return estimate._replace(temporaries=max(0, total - estimate.arguments), total=total)
+
+
+def compile_program(settings: Settings, target: Target) -> Program:
+    """The step of `settings`, compiled for a target. Raises UserError and RunError as `compiled_plan`, and DoesNotFit."""
+    mesh, _ = lay(settings, target)
+    with waiting(f"compiling for {target.name}"):
+        traced, trainer = trace_step(settings, mesh)
+        started = time.monotonic()
+        program = compiled(lower(traced, mesh), mesh)
+        seconds = time.monotonic() - started
     visible = visible_blocks(settings.model, settings.data.sequence_length) if target.platform == "tpu" else 1.0
-    executed = executed_flops(traced.jaxpr, mesh.size, visible)
-    chip, peak = CHIPS.get(target.device_kind), products_peak(target.device_kind, settings.train.precision)
-    speed = roofline(executed, peak, traffic, found, chip, network_of_mesh(mesh, chip, island)) if peak and chip else None
-    return Plan(settings, target, dict(mesh.shape), num_parameters(settings.model), state_sizes(trainer), memory_of(program),
-                found, model_flops(settings) / mesh.size, executed, traffic, speed, largest_live(module), seconds)
+    with compiler_failures(mesh):  # a program of a compiler that is newer than JAX may not be readable
+        return Program(program.as_text(), kernels_of(traced.jaxpr, visible), state_sizes(trainer), memory_of(program), seconds)
+
+
+def read_program(program: Program, settings: Settings, target: Target) -> Plan:
+    """The plan that a program of `compile_program` shows."""
+    mesh, island = lay(settings, target)
+    module = hlo.parse(program.text)
+    found, traffic = collectives(module, mesh), memory_traffic(module)
+    executed = executed_flops(module, target.platform, {name: Arithmetic(*one) for name, one in program.kernels.items()})
+    largest = largest_live(module, names_of(settings, mesh.shape))
+    chip, compute = CHIPS.get(target.device_kind), executed.seconds(target.device_kind)
+    speed = roofline(compute, traffic, found, chip, network_of_mesh(mesh, chip, island)) if compute and chip else None
+    return Plan(settings, target, dict(mesh.shape), num_parameters(settings.model), program.state, program.memory,
+                found, model_flops(settings) / mesh.size, executed.total, traffic, speed, largest,
+                program.seconds)
 
 
 def state_sizes(trainer: Trainer) -> dict[str, float]:

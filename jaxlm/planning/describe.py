@@ -7,20 +7,30 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from jaxlm.errors import UserError
-from jaxlm.planning.estimate import BOUNDS
+from jaxlm.planning.estimate import BOUNDS, SMALLEST
 from jaxlm.planning.plan import WHAT_HELPS, Plan
+from jaxlm.reporting.hardware import FLOAT32_PASSES
 from jaxlm.reporting.plots import save
 from jaxlm.reporting.units import counted, format_count, format_duration, format_seconds, format_size
 
 GIB = 2**30
 PICTURES = (".png", ".svg", ".pdf")
-WRAPPED = ("shape", "axes", "cut over", "layout", "exchange, forward / backward", "why")  # where a terminal is narrow
-NUMBERS = ("", "share", "bytes", "not hidden", "times")
+WRAPPED = (  # where a terminal is narrow
+    "memory of a device", "shape", "axes", "cut over", "layout", "exchange, forward / backward", "why")
+NUMBERS = ("", "share", "bytes", "not hidden", "times", "takes")
+LEGEND = (
+    "at best: at published speeds; arithmetic, memory and network work at the same",
+    "  time, only what is sent while no product runs is added. No forecast.",
+    "fsdp, tensor, ...: axes of the mesh. Sent is listed as what was asked for.",
+    "MFU: the model's FLOPs, without recomputation, as a share of the peak. PaLM's,",
+    "  `jaxlm train`'s and `bench`'s counts masked attention, too.",
+)
 
 
 def describe(plan: Plan) -> RenderableType:
-    """Verdict, memory, exchanges, time."""
-    return Group("\n".join(_head(plan)), "", _memory(plan), "", _exchanges(plan), "", "\n".join(_speed(plan)))
+    """Verdict, memory, exchanges, time, and what the words mean."""
+    parts = ("\n".join(_head(plan)), _memory(plan), _exchanges(plan), _time(plan), "\n".join(_run(plan)), "\n".join(LEGEND))
+    return Group(*(part for one in parts for part in (one, "")))
 
 
 def _head(plan: Plan) -> Iterator[str]:
@@ -30,17 +40,29 @@ def _head(plan: Plan) -> Iterator[str]:
            f"{counted(plan.target.num_devices, f'{kind} device')}; {axes}")
     yield (f"{counted(settings.data.global_batch_size, 'sequence')} of {settings.data.sequence_length:,} = "
            f"{format_count(plan.tokens_per_step)} tokens a step; {settings.train.precision}")
-    if plan.compile_seconds is None:
-        yield "ESTIMATED, no compiler asked; for the shipped configs " + ", ".join(
-            f"{name} within {bound:.0%}" for name, bound in BOUNDS.items())
+    if plan.assumed:
+        yield plan.assumed
+    if plan.refused:
+        yield "the compiler refuses: no device can hold this step. Memory is what it says is needed, all else is ESTIMATED"
+    elif plan.compile_seconds is None:
+        yield f"ESTIMATED, no compiler asked; {_how_far_off(plan)}"
     if plan.capacity is None:
         yield f"needs {format_size(plan.memory.total)} on each device"
-    else:
-        spare = plan.capacity - plan.memory.total
-        verdict = f"FITS, {format_size(spare)} to spare" if plan.fits else f"DOES NOT FIT, {format_size(-spare)} too much"
-        yield f"{verdict}: needs {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device"
-        if not plan.fits:
-            yield f"what helps: {WHAT_HELPS}; or let --search find it"
+        return
+    spare = plan.capacity - plan.memory.total
+    verdict = f"FITS, {format_size(spare)} to spare" if plan.fits else f"DOES NOT FIT, {format_size(max(0, -spare))} too much"
+    yield f"{verdict}: needs {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device"
+    if not plan.fits:
+        yield f"what helps: {WHAT_HELPS}; or let --search find it"
+
+
+def _how_far_off(plan: Plan) -> str:
+    """What is known of the estimate's error: of the shipped configs, from the smallest on, each on hardware of its own."""
+    if plan.parameters < SMALLEST:
+        return f"how far off is not known of models of less than {format_count(SMALLEST)} parameters"
+    if plan.settings.model.num_experts and plan.target.platform != "tpu":
+        return "how far off is not known of experts on GPUs"
+    return "for the shipped configs " + ", ".join(f"{name} within {bound:.0%}" for name, bound in BOUNDS.items())
 
 
 def _memory(plan: Plan) -> Table:
@@ -48,12 +70,15 @@ def _memory(plan: Plan) -> Table:
     parts = plan.state | {"activations and what is fetched": plan.activations}
     for name, part in parts.items():
         table.add_row(name, format_size(part), f"{part / plan.memory.total:.0%}")
-    source = "estimated" if plan.compile_seconds is None else "by the compiler"
+    source = "estimated" if plan.compile_seconds is None and not plan.refused else "by the compiler"
     table.add_row(f"total ({source})", format_size(plan.memory.total), "")
     if plan.memory.host:
         table.add_row("in the host's memory", format_size(plan.memory.host), "")
-    for buffer in (one for one in plan.largest if one.size >= 2**20):
-        table.add_row(f"  at the peak: {buffer.label}", format_size(buffer.size), "")
+    largest = [one for one in plan.largest if one.size >= 2**20]
+    if largest:
+        table.add_row("largest when most is needed:", "", "")
+    for buffer in largest:
+        table.add_row(f"  {buffer.label}", format_size(buffer.size), "")
     return table
 
 
@@ -68,23 +93,42 @@ def _exchanges(plan: Plan) -> Table:
     return table
 
 
-def _speed(plan: Plan) -> Iterator[str]:
-    extra = plan.executed_flops / plan.model_flops - 1
-    yield (f"arithmetic: {plan.model_flops / 1e12:,.2f} TFLOP of the model on each device in a step, {extra:+.0%} executed; "
-           f"memory traffic {format_size(plan.traffic)}")
+def _time(plan: Plan) -> RenderableType:
+    """Of what a step is made, and how long each of it takes at the published speeds."""
+    step = plan.roofline
+    table = new_table("of a device in a step", "", "takes")
+    again = f" ({plan.executed_flops / plan.model_flops - 1:+.0%} on the model's)"
+    if plan.target.platform == "tpu" and plan.settings.train.precision == "float32":
+        again = f" (of each float32 product {FLOAT32_PASSES} passes)"
+    sent = sum(one.bytes_per_device for one in plan.collectives)
+    rows = [
+        ("arithmetic" + again, f"{plan.executed_flops / 1e12:,.2f} TFLOP", step and step.compute),
+        ("memory traffic", format_size(plan.traffic), step and step.memory),
+        ("network inside a slice or node", format_size(sent) if step and step.fast_network else "", step and step.fast_network),
+        ("network between them", format_size(sent) if step and step.slow_network else "", step and step.slow_network),
+        ("of the networks, not hidden", format_size(sum(one.exposed_bytes for one in plan.collectives)), step and step.exposed),
+        ("a step at best", f"bound by {step.bound}" if step else "", step and step.total)]
+    for name, amount, seconds in rows:
+        if amount:
+            table.add_row(name, amount, format_seconds(seconds) if seconds is not None else "not published")
+    return table
+
+
+def _run(plan: Plan) -> Iterator[str]:
     step = plan.roofline
     if step is None:
         yield "time: the speed of these devices is not published"
-        return
-    parts = {"compute": step.compute, "memory": step.memory, "network inside": step.fast_network, "between": step.slow_network,
-             "of both not hidden": step.exposed}
-    described = ", ".join(f"{name} {format_seconds(seconds)}" for name, seconds in parts.items())
-    yield f"a step: {format_seconds(step.total)} at best ({described}); bound by {step.bound}"
-    steps = plan.settings.train.steps
-    yield (f"MFU {plan.mfu:.1%} at most; {format_count(plan.tokens_per_step / step.total)} tokens/s; {steps:,} steps take "
-           f"{format_duration(steps * step.total)}, {steps * step.total / 3600 * plan.target.num_devices:,.0f} device-hours")
+    else:
+        steps = plan.settings.train.steps
+        yield f"MFU {plan.mfu:.1%} at most (as PaLM counts it {plan.mfu_palm:.1%}); {_rate(plan)} tokens/s"
+        yield (f"{steps:,} steps take {format_duration(steps * step.total)}, "
+               f"{steps * step.total / 3600 * plan.target.num_devices:,.0f} device-hours")
     if plan.compile_seconds is not None:
         yield f"compiled in {plan.compile_seconds:.0f} s"
+
+
+def _rate(plan: Plan) -> str:
+    return format_count(plan.tokens_per_step / plan.roofline.total)
 
 
 def new_table(*columns: str) -> Table:

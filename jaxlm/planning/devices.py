@@ -1,6 +1,7 @@
 """A target's devices as JAX knows them: what the compilers of TPUs and GPUs take for a pod or a cluster.
 
-The compilers are wheels: libtpu; jax-cuda13-plugin with jax-cuda13-pjrt. They need no driver and no accelerator.
+The compilers are wheels, of the versions that JAX asks for: libtpu (the extra `tpu`); jax-cuda13-plugin with jax-cuda13-pjrt
+(`cuda`). They need no driver and no accelerator.
 """
 
 import os
@@ -11,11 +12,12 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
-from jaxlm.errors import UserError
+from jaxlm.errors import RunError, UserError
 from jaxlm.parallel.compiler import set_flags
 from jaxlm.parallel.mesh import island
 from jaxlm.planning.chips import CHIPS, rings
 from jaxlm.planning.targets import GPU, GPUS, TPUS, Target
+from jaxlm.planning.versions import how_to_install, told_in_a_line, warn_of_mismatch
 
 # What libtpu asks its host, and complains of where there is no TPU.
 NO_HOST = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}
@@ -34,6 +36,7 @@ def devices_of(target: Target) -> Devices:
 
     Raises:
       UserError: its compiler is not installed, or knows no such topology.
+      RunError: the compiler does not start.
     """
     jax.config.update("jax_platforms", "cpu")  # what compiles; the target's devices are never started
     if target.kind in TPUS:
@@ -46,7 +49,8 @@ def devices_of(target: Target) -> Devices:
 
 def _tpus(target: Target) -> list[jax.Device]:
     if not find_spec("libtpu"):
-        raise UserError(f"target '{target.name}' needs the compiler of TPUs: pip install libtpu")
+        raise UserError(f"target '{target.name}' needs the compiler of TPUs: {how_to_install('tpu')}")
+    warn_of_mismatch("tpu")
     set_flags("tpu")
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # outside the cloud there is no metadata server to ask
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # compilers do not contend for a device as runs do
@@ -59,19 +63,24 @@ def _tpus(target: Target) -> list[jax.Device]:
             platform="tpu", topology_name=f"{target.kind}:{'x'.join(map(str, target.shape))}", num_slices=target.islands,
             wrap=closed + (False,) * (DIMENSIONS - len(closed)), **cores)
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"target '{target.name}': libtpu knows no such topology ({str(error).splitlines()[0]})") from None
+        raise UserError(f"target '{target.name}': libtpu knows no such topology; {told_in_a_line(error, 'tpu')}") from None
     return list(topology.devices)
 
 
 def _gpus(target: Target) -> list[jax.Device]:
     if not find_spec("jax_cuda13_plugin"):
         version = jax.__version__
-        raise UserError(f"target '{target.name}' needs the compiler of GPUs: pip install jax-cuda13-plugin=={version} "
-                        f"jax-cuda13-pjrt=={version} nvidia-cudnn-cu13 nvidia-cublas nvidia-cuda-nvrtc")
+        raise UserError(f"target '{target.name}' needs the compiler of GPUs: {how_to_install('gpu')}; without CUDA's libraries: "
+                        f"pip install jax-cuda13-plugin=={version} jax-cuda13-pjrt=={version} nvidia-cudnn-cu13 nvidia-cublas "
+                        "nvidia-cuda-nvrtc")
+    warn_of_mismatch("gpu")
     set_flags("gpu")
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name=target.kind, target_config=_described(GPUS[target.kind]),
-        topology=f"1x{target.islands}x{target.island_size}")
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name=target.kind, target_config=_described(GPUS[target.kind]),
+            topology=f"1x{target.islands}x{target.island_size}")
+    except (RuntimeError, ValueError) as error:
+        raise RunError(f"target '{target.name}': {told_in_a_line(error, 'gpu')}") from None
     return list(topology.devices)
 
 

@@ -30,7 +30,7 @@ from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.plan import Buffer, Collective, Plan, model_flops
 from jaxlm.planning.roofline import network_of_sizes, roofline
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import products_peak
+from jaxlm.reporting.hardware import FLOAT32_PASSES, products_peak
 from jaxlm.reporting.memory import Memory
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
 from jaxlm.training.footprint import (
@@ -51,8 +51,10 @@ from jaxlm.training.footprint import (
     whole_size,
 )
 
-# How far from the compiler's plan the estimate of a shipped config may be (tests/planning/test_estimate.py holds it to that).
-BOUNDS = {"memory": 0.15, "arithmetic": 0.03, "sent": 0.1, "memory traffic": 0.45, "step": 0.4}
+# How far from the compiler's plan the estimate of a shipped config may be (tests/planning/test_estimate.py holds it to that), and
+# how many parameters the smallest of them has: of smaller models nothing is claimed.
+SMALLEST = 120_000_000
+BOUNDS = {"memory": 0.1, "arithmetic": 0.03, "sent": 0.1, "memory traffic": 0.15, "step": 0.05}
 
 
 class Habits(NamedTuple):
@@ -65,16 +67,18 @@ class Habits(NamedTuple):
     width: float  # the same inside them
     heads: float  # queries, keys and values
     scores: float  # float32 attention scores, without a fused kernel
-    elementwise: float  # memory traffic of a pass, as a multiple of what its matrix products read and write
+    logits: float  # float32 logits of a chunk, which the head holds at once
+    # How often goes through memory:
+    elementwise: float  # what a pass's matrix products read and write, with the work between them
+    score_passes: float  # float32 scores of a layer, without a fused kernel: softmax, dropout, backward
+    logits_passes: float  # float32 logits
+    kept_passes: float  # what is kept for the backward pass; without recomputation three times that, in many small parts
+    routed_passes: float  # beside that, what an expert's MLP reads and writes
+    on_chip: float  # bytes of an array that never leave the chip
 
 
-HABITS = {
-    "tpu": Habits(2.0, 6.4, 3.5, 2.7, 1.0, 1.4, 4.5),
-    "gpu": Habits(4.25, 4.25, 5.5, 4.5, 2.5, 2.1, 2.7),
-    "cpu": Habits(4.25, 4.25, 5.5, 4.5, 2.5, 2.1, 2.7),
-}
-SCORE_PASSES = 20  # of float32 scores through memory in a layer, without a fused kernel: softmax, dropout, backward
-KEPT_PASSES = 2  # of what is kept for the backward pass: written, read; without recomputation it is kept in many small parts
+GPU = Habits(2.5, 6.4, 6.2, 4.3, 2.0, 2.8, 1.9, 3.0, 20.7, 0.7, 2.0, 0.0, 0)
+HABITS = {"tpu": Habits(4.6, 10.0, 3.1, 8.0, 3.1, 2.9, 2.9, 2.9, 14.4, 3.3, 2.2, 2.0, 3.8e7), "gpu": GPU, "cpu": GPU}
 # Share of an exchange that no product hides, by kind of device and of exchange; all of it where none stands here.
 GPU_EXPOSED = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.07)
 EXPOSED = {kind: GPU_EXPOSED for kind in CHIPS if kind.startswith("NVIDIA")} | {
@@ -107,12 +111,14 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     state = state_sizes(settings, sizes)
     found = exchanges(settings, sizes, share, EXPOSED.get(target.device_kind, {}))
     memory, largest = memory_of(settings, sizes, share, head, habits, state)
-    wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, target)))
+    wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, sizes, target)))
     traffic = memory_traffic(settings, sizes, share, head, habits, state)
     chip, peak = CHIPS.get(target.device_kind), products_peak(target.device_kind, settings.train.precision)
     speed = None
     if chip and peak:
-        speed = roofline(executed, peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
+        speed = roofline(executed / peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
+    if target.platform == "tpu" and settings.train.precision == "float32":
+        executed *= FLOAT32_PASSES
     return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, wanted, executed, traffic, speed,
                 largest, None)
 
@@ -141,7 +147,7 @@ def memory_of(settings: Settings, sizes: Sizes, share: Share, head: Head, habits
     copies = gradients if gradient_element_size(settings) < FLOAT32 else 0.0  # kernels cast for their gradients' sake
     if train.gradient_accumulation > 1 and sizes["stage"] == 1:
         gradients += state["gradients"]
-    at_the_head = {"head: table, its gradient, logits": _head_memory(settings, head)}
+    at_the_head = {"head: table, its gradient, logits": _head_memory(settings, head, habits)}
     layer = {
         "mlp, backward": (habits.gated_mlp if is_gated(settings.model) else habits.mlp) * share.mlp,
         "attention, backward": habits.heads * share.block["query_key_value"] + habits.scores * share.scores + share.mask,
@@ -162,23 +168,23 @@ def memory_of(settings: Settings, sizes: Sizes, share: Share, head: Head, habits
     return Memory(round(arguments), round(temporaries), round(on_host), round(arguments + temporaries)), largest
 
 
-def _head_memory(settings: Settings, head: Head) -> float:
+def _head_memory(settings: Settings, head: Head, habits: Habits) -> float:
     element, width = element_size(settings), settings.model.hidden_size
     logits, states = FLOAT32 * head.chunk * head.rows, (2 * element + FLOAT32) * head.positions * width
-    return (element + FLOAT32) * head.rows * width + 1.5 * logits + states
+    return (element + FLOAT32) * head.rows * width + habits.logits * logits + states
 
 
 # ---- arithmetic ------------------------------------------------------------------------------------------------------
 
-def executed_flops(settings: Settings, target: Target) -> float:
-    """With what is computed again, of a whole step on all devices."""
+def executed_flops(settings: Settings, sizes: Sizes, target: Target) -> float:
+    """With what is computed again, of a whole step on all devices; float32 once."""
     model, train, length = settings.model, settings.train, settings.data.sequence_length
     projections, attention = attention_flops(model, length)
     gates, kernel = (2 if is_gated(model) else 1), kernel_of(settings, target.platform)
     mlp = 2 * length * model.hidden_size * intermediate_size(model) * (gates + 1)
     router = 0.0
     if model.num_experts is not None:
-        mlp *= model.experts_per_token * (model.capacity_factor or 1)
+        mlp *= model.experts_per_token * (model.capacity_factor or _dropless(model.num_experts, sizes["expert"], target))
         router = 2 * length * model.hidden_size * model.num_experts
     # products of scores, in forward passes; all but plain XLA leave out what causality hides
     forward, backward = {"xla": (1, 2), "splash": (1, 3.5), "cudnn": (1, 2.5), "ring": (1, 2.5)}[kernel]
@@ -202,6 +208,15 @@ def executed_flops(settings: Settings, target: Target) -> float:
     return settings.data.global_batch_size * (model.num_layers * block * idle + head)
 
 
+def _dropless(experts: int, expert_axis: int, target: Target) -> float:
+    """What experts that drop nothing compute for every token that they get.
+
+    A device has room for the tokens of all devices of the axis. XLA's compiler for GPUs makes of a product over groups of rows a
+    dense one for each expert on the device; libtpu has a kernel for it.
+    """
+    return expert_axis * (1 if target.platform == "tpu" else experts // expert_axis)
+
+
 def recompute(settings: Settings) -> dict[str, bool]:
     """Which of a block's activations the backward pass computes again."""
     choices = remat_choices(settings.train.remat) or {}
@@ -212,14 +227,18 @@ def memory_traffic(settings: Settings, sizes: Sizes, share: Share, head: Head, h
     """Bytes: products' operands and results, elementwise work as a multiple of them, the head's chunks, the optimizer."""
     model, element = settings.model, element_size(settings)
     gates, again = (2 if is_gated(model) else 1), recompute(settings)
-    forward = 2 * share.width + 2 * share.states + 3 * share.query + 2 * share.key_value + (gates + 1) * share.mlp
+    arrays = [(2, share.width), (2, share.states), (3, share.query), (2, share.key_value), (gates + 1, share.mlp)]
+    forward = sum(times * max(0.0, size - habits.on_chip) for times, size in arrays)
+    routed = (gates + 1) * share.mlp if model.num_experts else 0.0
     passes = 3 + sum(again[name] for name in ("query_key_value", "attention_output", "mlp_hidden")) / 3
     kernels = share.kernels * (3 + 3 * gradient_element_size(settings) / element)
-    layers = share.runs * share.layers * (habits.elementwise * passes * forward + SCORE_PASSES * share.scores + kernels
-                                          + (KEPT_PASSES if any(again.values()) else 3 * KEPT_PASSES)
-                                          * kept_of_a_layer(settings, share))
+    kept = (1 if any(again.values()) else 3) * habits.kept_passes * kept_of_a_layer(settings, share)
+    layers = share.runs * share.layers * (
+        habits.elementwise * passes * forward + habits.score_passes * max(0.0, share.scores - habits.on_chip)
+        + habits.routed_passes * passes * routed + kernels + kept)
     rows, positions, _, chunks = head
-    heads = share.runs * (chunks * rows * model.hidden_size * (2 * element + 2 * FLOAT32) + 5 * FLOAT32 * positions * rows)
+    heads = share.runs * (chunks * rows * model.hidden_size * (2 * element + 2 * FLOAT32)
+                          + habits.logits_passes * FLOAT32 * positions * rows)
     micro_batches = settings.train.gradient_accumulation if sizes["stage"] == 1 else 1
     added_up = 3 * state["gradients"] * micro_batches if micro_batches > 1 else 0.0
     return layers + heads + added_up + 7 * state["parameters"]

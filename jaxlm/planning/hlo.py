@@ -5,18 +5,22 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-TYPE_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "f16": 2,
-              "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}
+TYPE_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "f4e2m1fn": 0.5, "s8": 1, "u8": 1, "f8e4m3": 1, "f8e4m3fn": 1, "f8e5m2": 1,
+              "f8e8m0fnu": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
+              "c64": 8, "c128": 16}
 COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\{$")
 OPERATION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<type>\(.*?\)(?= [\w\-]+\()|\S+) (?P<opcode>[\w\-]+)\((?P<rest>.*)$")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 NAME = re.compile(r"%([\w.\-]+)")
 CALLED = re.compile(r"(?:body|calls|called_computations|to_apply|true_computation|false_computation)=\{?%?([\w.\-]+)")
+CALLERS = ("while", "call", "conditional")  # what runs what it calls
+STARTERS = ("async-start", "call-start", "custom-call-start")  # what begins it, beside what follows
 BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 CONDITION = re.compile(r"condition=%?([\w.\-]+)")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 CONSTANT = re.compile(r"^(\d+)\)")
+INDEX = re.compile(r"index=(\d+)")
 
 
 class Operation(NamedTuple):
@@ -26,7 +30,7 @@ class Operation(NamedTuple):
     opcode: str
     type: str
     operands: list[str]
-    called: list[str]  # computations; of a loop its body, of a choice the first branch
+    called: list[str]  # computations; of a loop its body, of a choice all branches
     rest: str  # what stands behind the opcode
     is_root: bool
 
@@ -34,6 +38,16 @@ class Operation(NamedTuple):
     def size(self) -> float:
         """Bytes of the result."""
         return sum(array_sizes(self.type))
+
+    @property
+    def elements(self) -> int:
+        """Numbers in the result."""
+        return sum(math.prod(shape) for _, shape in arrays(self.type))
+
+    @property
+    def number(self) -> int:
+        """Of a parameter: which one; of a part of a tuple: which part."""
+        return int((INDEX.search(self.rest) if self.opcode == "get-tuple-element" else CONSTANT.match(self.rest))[1])
 
 
 class Module(NamedTuple):
@@ -43,19 +57,30 @@ class Module(NamedTuple):
     entry: str
 
     def runs(self) -> dict[str, int]:
-        """How often each computation that is called otherwise than by a fusion or a reduction runs in one step; -1: unknown."""
+        """How often each computation that is called otherwise than by a fusion or a reduction runs in one step; -1: unknown.
+
+        Of a choice the longest branch runs.
+        """
         times: dict[str, int] = {}
 
         def visit(name: str, count: int) -> None:
             times[name] = -1 if count < 0 or times.get(name, 0) < 0 else times.get(name, 0) + count
             for operation in self.computations[name]:
-                if operation.opcode in ("while", "call", "conditional"):
-                    trips = self.trips(operation)
-                    for called in operation.called:
-                        visit(called, -1 if trips < 0 else count * trips)
+                trips = self.trips(operation)
+                for called in self.run_by(operation):
+                    visit(called, -1 if trips < 0 else count * trips)
 
         visit(self.entry, 1)
         return times
+
+    def run_by(self, operation: Operation) -> list[str]:
+        """The computations that an operation runs, other than a fusion's and a reduction's."""
+        if operation.opcode not in CALLERS:
+            return []
+        return [max(operation.called, key=self._length)] if operation.opcode == "conditional" else operation.called
+
+    def _length(self, name: str) -> int:
+        return sum(1 + sum(map(self._length, operation.called)) for operation in self.computations[name])
 
     def trips(self, operation: Operation) -> int:
         """How often a loop runs; 1 for what is none; -1: unknown.
@@ -78,7 +103,7 @@ def parse(text: str) -> Module:
     """Reads `compiled.as_text()`."""
     computations: dict[str, list[Operation]] = {}
     entry, current = "", None
-    for line in text.splitlines():
+    for line in _whole_lines(text):
         if found := COMPUTATION.match(line):
             current = computations.setdefault(found["name"], [])
             entry = found["name"] if found["entry"] else entry
@@ -89,13 +114,32 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
-def array_sizes(text: str) -> Iterator[float]:
-    """Bytes of each array in a type; tokens and the like count nothing."""
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, and as one what an operation says in several: a Pallas kernel's metadata."""
+    whole = ""
+    for line in text.splitlines():
+        if COMPUTATION.match(line) or OPERATION.match(line) or line.strip() in ("", "}"):
+            yield whole
+            whole = line
+        else:
+            whole += line
+    yield whole
+
+
+def arrays(text: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Element type and shape of each array in a type; tokens and the like are none."""
     for kind, shape in ARRAY.findall(text):
-        yield TYPE_BYTES.get(kind, 0) * math.prod(int(n) for n in shape.split(",") if n)
+        if kind in TYPE_BYTES:
+            yield kind, tuple(int(n) for n in shape.split(",") if n)
+
+
+def array_sizes(text: str) -> Iterator[float]:
+    """Bytes of each array in a type."""
+    for kind, shape in arrays(text):
+        yield TYPE_BYTES[kind] * math.prod(shape)
 
 
 def _called(rest: str) -> Iterator[str]:
     yield from CALLED.findall(rest)
-    if branches := BRANCHES.search(rest):  # one of them runs; counted is the first, since ours are alike
-        yield branches[1].split(",")[0].strip().lstrip("%")
+    if branches := BRANCHES.search(rest):
+        yield from NAME.findall(branches[1])

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from jaxlm.models.sizes import training_flops
+from jaxlm.models.sizes import attention_flops, training_flops
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.hardware import MEMORY, products_peak
 from jaxlm.reporting.memory import Memory
@@ -62,7 +62,9 @@ class Plan(NamedTuple):
     traffic: float  # bytes read from and written to the device's memory
     roofline: Roofline | None  # None where speeds are not published
     largest: list[Buffer]  # at the peak
-    compile_seconds: float | None  # None: no compiler was asked, all of it is estimated
+    compile_seconds: float | None  # None: all of it is estimated, but for what the compiler says where it refused
+    refused: bool = False  # by the compiler: no device can hold the step
+    assumed: str | None = None  # what the settings left open, in one line
 
     @property
     def capacity(self) -> float | None:
@@ -72,13 +74,21 @@ class Plan(NamedTuple):
     @property
     def fits(self) -> bool | None:
         """None: not known."""
-        return None if self.capacity is None else self.memory.total <= self.capacity
+        return False if self.refused else None if self.capacity is None else self.memory.total <= self.capacity
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilization at the roofline's speed."""
+        """Model FLOPs utilization at the roofline's speed; of causal attention counts what a token sees, so it stays below 1."""
+        return self._utilization(self.model_flops - masked_flops(self.settings) / self.target.num_devices)
+
+    @property
+    def mfu_palm(self) -> float | None:
+        """The same as PaLM's authors count it, and `jaxlm train` and `bench`: attention of every token to every other one."""
+        return self._utilization(self.model_flops)
+
+    def _utilization(self, flops: float) -> float | None:
         peak = products_peak(self.target.device_kind, self.settings.train.precision)
-        return self.model_flops / peak / self.roofline.total if self.roofline and peak else None
+        return flops / peak / self.roofline.total if self.roofline and peak else None
 
     @property
     def tokens_per_step(self) -> int:
@@ -104,11 +114,21 @@ class Plan(NamedTuple):
             "flops_per_device": self.model_flops, "executed_flops_per_device": self.executed_flops,
             "memory_traffic_per_device": self.traffic,
             "roofline": self.roofline and self.roofline._asdict() | {"bound": self.roofline.bound},
-            "step_seconds": step, "mfu": self.mfu, "tokens_per_second": step and self.tokens_per_step / step, "days": days,
-            "device_hours": days and days * 24 * self.target.num_devices, "compile_seconds": self.compile_seconds,
+            "step_seconds": step, "mfu": self.mfu, "mfu_palm": self.mfu_palm,
+            "tokens_per_second": step and self.tokens_per_step / step, "days": days,
+            "device_hours": days and days * 24 * self.target.num_devices, "assumed": self.assumed,
+            "compile_seconds": self.compile_seconds,
         }
 
 
 def model_flops(settings: Settings) -> float:
     """What the model asks for in a whole step on all devices (`jaxlm.models.sizes.training_flops`)."""
     return settings.data.global_batch_size * training_flops(settings.model, settings.data.sequence_length, predictions(settings))
+
+
+def masked_flops(settings: Settings) -> float:
+    """What of `model_flops` a causal mask hides: half of the attention, scores and sums, forward and backward."""
+    if settings.model.family != "gpt":
+        return 0.0
+    _, attention = attention_flops(settings.model, settings.data.sequence_length)
+    return settings.data.global_batch_size * settings.model.num_layers * 3 * attention / 2

@@ -25,8 +25,8 @@ class Speeds(NamedTuple):
 Network = Callable[[Sequence[str]], Speeds]  # of the exchanges along some mesh axes
 
 
-def roofline(flops: float, peak: float, traffic: float, found: Sequence[Collective], chip: Chip, network: Network) -> Roofline:
-    """Of a step with `flops` on a device of `peak` FLOP/s that moves `traffic` bytes in its memory and sends `found`."""
+def roofline(compute: float, traffic: float, found: Sequence[Collective], chip: Chip, network: Network) -> Roofline:
+    """Of a step with `compute` seconds of arithmetic on a device that moves `traffic` bytes in its memory and sends `found`."""
     fast = slow = hidden = exposed = 0.0
     for one in found:
         speeds = network(one.axes)
@@ -34,7 +34,7 @@ def roofline(flops: float, peak: float, traffic: float, found: Sequence[Collecti
         slow += one.bytes_per_device / speeds.slow
         exposed += one.exposed_bytes / min(speeds)  # both networks at once
         hidden += (one.bytes_per_device - one.exposed_bytes) / min(speeds)
-    compute, memory = flops / peak, traffic / chip.bandwidth
+    memory = traffic / chip.bandwidth
     return Roofline(compute, memory, fast, slow, exposed, max(compute, memory, hidden) + exposed)
 
 

@@ -11,26 +11,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from rich.table import Table
 
+from jaxlm import config
 from jaxlm.checks import require_vocabulary
-from jaxlm.errors import UserError
+from jaxlm.errors import RunError, UserError
 from jaxlm.models.sizes import attention_dropout_rate, attention_kernel, head_dim
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimate import estimated_plan
 from jaxlm.planning.plan import WHAT_HELPS, Plan
+from jaxlm.planning.run_file import with_keys
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.files import write_text
+from jaxlm.reporting.files import as_path, exists, read_text, write_text
 from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.units import counted, format_seconds, format_size
-from jaxlm.settings import AXES, MeshSettings, Settings, changed
+from jaxlm.settings import AXES, MeshSettings, Settings, flatten, to_dict
 
 REMATS: tuple[Any, ...] = ("none", "dots", {"query_key_value": "keep", "attention": "keep"}, {"mlp_hidden": "keep"}, "full")
 SHORTEST = 4096  # tokens: shorter pieces of a sequence are not worth a context axis
 FINALISTS = 3  # beside the config as it is
 MARGIN = 0.95  # of a device's memory, for what the estimate does not see
+FOUND, PREDICTED = "# Found by `jaxlm plan --search", "# Predicted: "  # how a config that was found begins
 MAX_SECONDS = 600  # of compiling, after which no other one is begun
 
 
@@ -92,7 +94,7 @@ def _compiled(choices: list[Settings], target: Target, report: Callable[[str], N
         report(f"compiling {number} of {len(choices)}: {describe_choice(settings)}")
         try:
             plan = compiled_plan(settings, target)
-        except UserError as error:
+        except (UserError, RunError) as error:
             report(f"  {error}")
             refused.append(Choice(estimated_plan(settings, target), str(error)))
             continue
@@ -186,10 +188,19 @@ def ranking(choices: list[Choice]) -> Table:
     return table
 
 
-def write_config(plan: Plan, path: Path) -> None:
-    """A run file of the plan's settings, without those that are the defaults."""
+def write_config(plan: Plan, path: Path, source: str | Path) -> None:
+    """A run file of the plan's settings: the text of the run file (or run directory) `source`, with the keys that the search, or
+    the command line, has set otherwise."""
+    given = as_path(source)
+    given = given / "config.yaml" if exists(given / "config.yaml") else given
+    wanted, before = (flatten(to_dict(settings)) for settings in (plan.settings, config.load(source)))
+    if plan.assumed:
+        wanted["model.vocab_size"] = before["model.vocab_size"]
+    values = {name: value for name, value in wanted.items() if value != before[name]}
     step = plan.roofline.total
-    header = (f"# Found by `jaxlm plan --search --target {plan.target.name}`: {describe_choice(plan.settings)}.\n"
-              f"# Predicted: {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device, "
+    header = (f"{FOUND} --target {plan.target.name}`: {describe_choice(plan.settings)}.\n"
+              f"{PREDICTED}{format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device, "
               f"{format_seconds(step)} a step at best (MFU {plan.mfu:.0%}).\n")
-    write_text(path, header + yaml.safe_dump(changed(plan.settings), sort_keys=False, allow_unicode=True, width=120))
+    lines = read_text(given).splitlines(keepends=True)
+    text = "".join(line for line in lines if not line.startswith((FOUND, PREDICTED)))
+    write_text(path, header + with_keys(text, values))

@@ -1,92 +1,76 @@
 """Bytes that a compiled program reads from and writes to a device's main memory in one run."""
 
+import itertools
 import re
 from collections.abc import Iterator
 
-from jaxlm.planning.hlo import Module, Operation, array_sizes
+from jaxlm.planning.dataflow import FUSIONS, UPDATES, Dataflow
+from jaxlm.planning.hlo import CALLERS, STARTERS, Module, Operation, array_sizes
 
 # Nothing moves, or what moves is counted where it is done (loops, and exchanges at their start).
-FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call", "conditional", "after-all",
-        "partition-id", "replica-id", "iota", "async-done", "async-update", "optimization-barrier", "opt-barrier"}
-SLICES = ("dynamic-slice", "slice")
-ELSEWHERE = re.compile(r"\w+\[[\d,]*\]\{[^}]*S\([1-9]\)[^}]*\}")  # on-chip memory, or the host's
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id", "iota",
+        "optimization-barrier", "opt-barrier", *CALLERS}
+NO_WORK = re.compile(r'custom_call_target="(?:AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound)"')  # libtpu's
+ARRAY = re.compile(r"(\w+\[[\d,]*\])(\{[^}]*\})?")
+ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # a layout's word for on-chip memory, or the host's
 
 
 def memory_traffic(module: Module) -> float:
     """The sum over all operations of what they read and write, loops multiplied by their trip counts.
 
-    A fusion reads of an operand that it only slices the slice, and writes of a result that it only updates the update.
+    A fusion reads of an operand that it only slices the slice, and writes of a result that it only updates the update; so do the
+    fusions inside it. Caches are not modelled.
     """
-    total = 0.0
+    flow, total = Dataflow(module), 0.0
     for name, times in module.runs().items():
-        operations = module.computations[name]
-        sizes = {operation.name: _in_memory(operation.type) for operation in operations}
-        total += max(times, 1) * sum(_moved(operation, sizes, module) for operation in operations)
+        total += max(times, 1) * sum(_moved(operation, name, flow) for operation in module.computations[name])
     return total
 
 
-def _moved(operation: Operation, sizes: dict[str, float], module: Module) -> float:
-    if operation.opcode in FREE or operation.opcode.endswith("-done"):
+def in_memory(text: str) -> list[float]:
+    """Bytes of each array in a type; 0 of what is not in the device's main memory."""
+    return [0.0 if ELSEWHERE.search(layout) else sum(array_sizes(array)) for array, layout in ARRAY.findall(text)]
+
+
+def results_in_memory(operation: Operation, computation: str, flow: Dataflow) -> list[float]:
+    """Bytes of each result; operands stand in the type of what is started, too, before the results or, of a copy, behind it."""
+    arrays = in_memory(operation.type)
+    if operation.opcode == "copy-start":
+        return arrays[:1]
+    if operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
+        operands = (flow.find(computation, name) for name in operation.operands)
+        arrays = arrays[sum(len(in_memory(one.type)) for one in operands if one) :]
+    return arrays
+
+
+def _moved(operation: Operation, computation: str, flow: Dataflow) -> float:
+    if operation.opcode in FREE or operation.opcode.endswith(("-done", "-update")) or NO_WORK.search(operation.rest):
         return 0.0
-    operands = [sizes.get(name, 0.0) for name in operation.operands]
-    result = _in_memory(operation.type)
-    if operation.opcode == "dynamic-update-slice":
-        return 2 * min(operands[1:2])
-    if operation.opcode in ("dynamic-slice", "slice", "gather"):
-        return 2 * result
-    if operation.opcode.endswith("-start"):
-        return 2 * sum(sliced(module, operation)) or result  # operands and results stand in its type
-    if operation.opcode == "fusion":
-        operands, result = _fusion(operation, operands, result, module.computations[operation.called[0]])
-    return sum(operands) + result
+    if operation.opcode in STARTERS:
+        return sum(_moved(one, name, flow) for name in operation.called for one in flow.module.computations[name])
+    operands = [flow.find(computation, name) for name in operation.operands]
+    sizes = [sum(in_memory(one.type)) if one else 0.0 for one in operands]
+    read = sum(size * share for size, share in zip(sizes, _read(operation, computation, operands, flow), strict=True))
+    results = results_in_memory(operation, computation, flow)
+    return read + sum(size * share for size, share in zip(results, written_shares(operation, computation, flow), strict=False))
 
 
-def _fusion(operation: Operation, operands: list[float], result: float, inside: list[Operation]) -> tuple[list[float], float]:
-    """What a fusion really reads of each operand, and writes."""
-    by_name = {one.name: one for one in inside}
-    users: dict[str, list[Operation]] = {}
-    for one in inside:
-        for name in one.operands:
-            users.setdefault(name, []).append(one)
-    for one in inside:
-        if one.opcode == "parameter":
-            number = int(one.rest.partition(")")[0])
-            uses = list(_uses(one.name, users))
-            if uses and number < len(operands) and all(_is_part(use, name) for name, use in uses):
-                operands[number] = min(operands[number], sum(_part(use, by_name) for _, use in uses))
-    for one in inside:
-        if one.opcode == "dynamic-update-slice":
-            whole, update = one.size, by_name[one.operands[1]].size if one.operands[1] in by_name else 0.0
-            result = max(0.0, result - whole) + update if result >= whole else result
-    return operands, result
-
-
-def _uses(name: str, users: dict[str, list[Operation]]) -> Iterator[tuple[str, Operation]]:
-    """What reads a value, and under which name: bitcasts give it another one."""
-    for use in users.get(name, []):
-        if use.opcode == "bitcast":
-            yield from _uses(use.name, users)
+def _read(operation: Operation, computation: str, operands: list[Operation | None], flow: Dataflow) -> Iterator[float]:
+    """The share of each operand that is read."""
+    for place, operand in enumerate(operands):
+        if operation.opcode in FUSIONS:
+            inside = flow.parameter(operation.called[0], place)
+            yield min(1.0, sum(share for _, share in flow.taken(operation.called[0], inside))) if inside else 1.0
         else:
-            yield name, use
+            yield flow.share(operation, computation, operand) if operand and place == 0 else 1.0
 
 
-def _is_part(use: Operation, name: str) -> bool:
-    return use.opcode in SLICES or (use.opcode == "dynamic-update-slice" and use.operands[0] == name)
-
-
-def _part(use: Operation, by_name: dict[str, Operation]) -> float:
-    if use.opcode in SLICES:
-        return use.size
-    return 0.0  # of what is updated in place nothing is read
-
-
-def sliced(module: Module, operation: Operation) -> list[float]:
-    """Bytes of the slices that are read or updated in what an operation calls."""
-    inside = [one for name in operation.called for one in module.computations[name]]
-    sizes = {one.name: one.size for one in inside}
-    return ([one.size for one in inside if one.opcode == "dynamic-slice"]
-            + [sizes.get(one.operands[1], 0.0) for one in inside if one.opcode == "dynamic-update-slice"])
-
-
-def _in_memory(type: str) -> float:
-    return sum(array_sizes(ELSEWHERE.sub("", type)))
+def written_shares(operation: Operation, computation: str, flow: Dataflow) -> Iterator[float]:
+    """The share of each result that is written: less than all where it is an operand, updated in place."""
+    if operation.opcode in FUSIONS:
+        for value in flow.results(operation.called[0]):
+            yield flow.written(operation.called[0], value)
+    elif operation.opcode in UPDATES:
+        yield flow.updated(operation, computation)
+    else:
+        yield from itertools.repeat(1.0)

@@ -7,6 +7,7 @@ import functools
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,6 +59,35 @@ def progress_bar(description: str, total: int | None, unit: str, enabled: bool =
         counter = PlainCounter(description, total, unit)
         yield counter.advance
         counter.finish()  # an exception ends without this line: nothing was finished
+
+
+@contextmanager
+def waiting(description: str) -> Iterator[None]:
+    """Shows for how long something has been going on of which nobody can say how much is left."""
+    if on_terminal():
+        from rich.console import Console
+        from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True, force_terminal=True), transient=True) as progress:
+            progress.add_task(description, total=None)
+            yield
+        return
+    started, done = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not done.wait(PLAIN_INTERVAL_SECONDS):
+            print_line(f"{description}: {format_duration(time.monotonic() - started)} so far")
+
+    print_line(f"{description}: started")
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        done.set()
+        teller.join()
+    print_line(f"{description}: done in {format_duration(time.monotonic() - started)}")
 
 
 @contextmanager

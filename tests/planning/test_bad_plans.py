@@ -58,11 +58,15 @@ def test_one_line_says_what_to_change(target, keys, words, config_file, capsys):
     assert words in err
 
 
-@pytest.mark.parametrize("way", ["--fast", "--explain", "--search"])
-def test_a_vocabulary_that_nobody_has_said_is_asked_for(way, config_file, capsys):
-    assert cli.main(["plan", config_file, "--target", "h100:8", way]) == 2
+@pytest.mark.parametrize(("tokenizer", "size"), [
+    ("gpt2/tokenizer.json", "50,257 (GPT-2's"), ("wordpiece", "30,522 (BERT's"), ("bpe", "32,000 (SentencePiece's"),
+    ("meta-llama/Llama-3.1-8B", "128,256 (Llama 3's"), ("bytes", "260 (bytes has them")])
+def test_a_vocabulary_that_nobody_has_said_is_the_tokenizers_usual_one(tokenizer, size, config_file, capsys):
+    """Line 21: planned with it, and said."""
+    assert cli.main(["plan", config_file, "--target", "h100:8", "--fast", f"data.tokenizer={tokenizer}"]) == 0
     out, err = capsys.readouterr()
-    assert not out and err.startswith("jaxlm: model.vocab_size: missing; ") and err.endswith(" model.vocab_size=32000\n")
+    assert err.startswith("jaxlm: model.vocab_size is not said: planned with ") and size in err and err.count("\n") == 1
+    assert size in out
 
 
 def test_a_model_that_is_too_large_is_told_by_how_much_and_what_helps(config_file, capsys):

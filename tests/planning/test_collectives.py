@@ -148,3 +148,60 @@ ENTRY %main (p: f32[4,8]) -> f32[8,8] {{
 def test_an_exchange_that_a_tpu7x_gives_to_its_sparsecore(beside, exposed):
     text = SPARSECORE.replace("BESIDE", beside)
     assert collectives(parse(text), make_mesh(MESH, jax.devices())) == [Collective("all-gather", ("tensor",), 128, 1, exposed)]
+
+
+PADDED = f"""
+%in_place (zeros: bf16[1,8,64], piece: bf16[1,4,64]) -> bf16[1,8,64] {{
+  %zeros = bf16[1,8,64] parameter(0)
+  %piece = bf16[1,4,64] parameter(1)
+  ROOT %put = bf16[1,8,64] dynamic-update-slice(%zeros, %piece, %i, %i, %i)
+}}
+%inner (a: f32[8,64]) -> f32[8,64] {{
+  %a = f32[8,64] parameter(0)
+  ROOT %same = f32[8,64] bitcast(%a)
+}}
+%own (b: f32[8,64]) -> f32[4,64] {{
+  %b = f32[8,64] parameter(0)
+  %inside = f32[8,64] fusion(%b), kind=kLoop, calls=%inner
+  ROOT %cut = f32[4,64] dynamic-slice(%inside, %i, %i), dynamic_slice_sizes={{4,64}}
+}}
+ENTRY %main (p: bf16[1,4,64], g: f32[8,64], s: f32[8,64]) -> f32[8,64] {{
+  %p = bf16[1,4,64] parameter(0)
+  %g = f32[8,64] parameter(1)
+  %s = f32[8,64] parameter(2)
+  %zero = bf16[] constant(0)
+  %zeros = bf16[1,8,64] broadcast(%zero), dimensions={{}}
+  %kernel = bf16[1,8,64] fusion(%zeros, %p), kind=kLoop, calls=%in_place
+  %all-reduce.1 = (bf16[1,8,64]{{2,1,0:T(8,128)}}, f32[8,64]{{1,0:T(8,128)}}, f32[8,64]{{1,0:T(8,128)}}) all-reduce(%kernel, %g, %s), {PAIRS}, to_apply=%sum, metadata={{op_name="jit(f)/optimizer/all_gather"}}
+  %whole = bf16[1,8,64] get-tuple-element(%all-reduce.1), index=0
+  %gradient = f32[8,64] get-tuple-element(%all-reduce.1), index=1
+  %copied = f32[8,64] copy(%gradient)
+  %mine = f32[4,64] fusion(%copied), kind=kLoop, calls=%own
+  %norm = f32[8,64] get-tuple-element(%all-reduce.1), index=2
+  ROOT %out = f32[8,64] add(%norm, %norm)
+}}
+"""  # noqa: E501
+
+
+def test_a_sum_of_several_arrays_is_told_apart_array_by_array():
+    """Line 11: libtpu sums at once what is gathered (a piece among zeros), scattered (each device takes its piece) and summed,
+    under one name. Two devices: a gather and a scatter send half of the array, a sum all of it."""
+    found = {one.kind: one.bytes_per_device for one in collectives(parse(PADDED), make_mesh(MESH, jax.devices()))}
+    assert found == {"all-gather": 8 * 64 * 2 / 2, "reduce-scatter": 8 * 64 * 4 / 2, "all-reduce": 8 * 64 * 4}
+
+
+@pytest.mark.parametrize(("words", "instead"), [
+    ("%zero = bf16[] constant(0)", "%zero = bf16[] constant(1)"),  # not among zeros
+    ("bf16[1,4,64]", "bf16[1,6,64]"),  # not one of two pieces
+    ("dynamic-slice(%inside", "slice(%inside"),  # every device takes the same
+    ("f32[4,64]", "f32[6,64]")])
+def test_what_only_looks_like_a_gather_or_a_scatter_is_a_sum(words, instead):
+    kinds = {one.kind for one in collectives(parse(PADDED.replace(words, instead)), make_mesh(MESH, jax.devices()))}
+    assert len(kinds) == 2 and "all-reduce" in kinds
+
+
+def test_a_started_sum_of_several_arrays_counts_them_all():
+    text = GPU_LOOP.replace("%all-reduce-start = f32[8,8] all-reduce-start(%x)",
+                            "%all-reduce-start = (f32[8,8], f32[8,8]) all-reduce-start(%x, %x)")
+    [found] = [one for one in collectives(parse(text), make_mesh(MESH, jax.devices())) if one.kind == "all-reduce"]
+    assert found.bytes_per_device == 3 * 2 * 8 * 8 * 4

@@ -99,6 +99,19 @@ def test_the_command_writes_a_config_that_says_the_same(by_arithmetic, tmp_path,
     assert written.model == config.load(tmp_path / "run.yaml").model
 
 
+def test_the_written_config_keeps_comments_and_overrides_and_no_vocabulary_that_was_assumed(by_arithmetic, tmp_path, monkeypatch):
+    """Line 21; a second search replaces what the first has said at the top."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run.yaml").write_text("# Ours.\nmodel: {num_layers: 8, num_heads: 16, hidden_size: 2048}  # small\ndata:\n"
+                                       "  sequence_length: 1024  # for now\n  global_batch_size: 64\n")
+    assert cli.main(["plan", "run.yaml", "--target", "h100:8", "--search", "train.precision=bfloat16"]) == 0
+    text = (tmp_path / "run_h100_8.yaml").read_text()
+    assert all(comment in text for comment in ("# Ours.\n", "# small\n", "# for now\n")) and "vocab_size" not in text
+    assert config.load(tmp_path / "run_h100_8.yaml").train.precision == "bfloat16"
+    assert cli.main(["plan", "run_h100_8.yaml", "--target", "h100:8", "--search"]) == 0
+    assert (tmp_path / "run_h100_8_h100_8.yaml").read_text().count("# Found by") == 1
+
+
 @pytest.mark.parametrize(("settings", "target", "message"), [
     (SETTINGS, "cpu:8", "speed is not published"),
     (replace(SETTINGS, data=DataSettings(sequence_length=2048, global_batch_size=3)), "h100:8x8", "no mesh of 64 devices"),
