@@ -16,7 +16,7 @@ import os, sys
 from jaxlm.parallel import runtime_log
 from jaxlm.settings import Settings
 runtime_log.divert(Settings(run_dir=sys.argv[1]))
-os.write(2, b"F1125 04:27:27.9 11992 client.h:80] Terminating process because the JAX distributed service detected fatal errors.\\n")
+os.write(2, b"F1125 04:27:27.9 1 client.h:80] Terminating because the JAX distributed service detected fatal errors.\\n")
 os.write(2, b"    @     0x7f8ed8f40634  absl::lts_20260107::log_internal::LogMessage::SendToLog()\\n")
 os.abort()
 """
@@ -40,6 +40,6 @@ def test_when_another_process_has_died_one_line_is_said_and_the_stack_is_in_a_fi
     done = subprocess.run([sys.executable, "-c", ABORTS, str(tmp_path)], env=os.environ | HERE, capture_output=True, text=True)
     log = tmp_path / "logs" / "00001.txt"
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == (f"jaxlm: process 1: another process has most likely ended, or cannot be reached any more; start all of "
+    assert done.stderr == ("jaxlm: process 1: another process has most likely ended, or cannot be reached any more; start all of "
                            f"them again to go on; what XLA, gRPC and Gloo said: {log}\n")
     assert "SendToLog" in log.read_text()
