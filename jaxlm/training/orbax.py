@@ -13,6 +13,7 @@ import os
 import posixpath
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape
 from typing import IO, Any
 
 from orbax.checkpoint import v1 as ocp
@@ -37,6 +38,7 @@ def in_context(path: Any) -> Iterator[None]:
         context.array.saving.use_ocdbt = False  # its list of contents is replaced on a condition: a lost answer ends the save
     if str(path).startswith("s3://"):
         _teach_s3()
+    _teach_names()
     with context:
         yield
 
@@ -76,6 +78,17 @@ def _teach_patience() -> None:
     fsspec_backend.fs = lambda path, fs=fsspec_backend.fs: Repeating() if remote.is_remote(path) else fs(path)
     # Orbax says for each save that there are no OCDBT files to merge
     logging.getLogger("absl").addFilter(lambda record: "merge of OCDBT" not in record.getMessage())
+
+
+@functools.cache
+def _teach_names() -> None:
+    """Once for each process: epath takes `[`, `*` and `?` in a folder's own name for a pattern, and a run directory called
+    `exp[1]` would get checkpoints that nobody can read."""
+    from etils import epath
+
+    kind = type(epath.Path("/"))
+    kind.glob = lambda self, pattern, glob=kind.glob: (  # on a copy of the path in which its own letters stand for themselves
+        glob(self if remote.is_remote(self) else self._new(escape(str(self))), pattern))
 
 
 @functools.cache

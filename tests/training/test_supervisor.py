@@ -70,3 +70,20 @@ def test_without_restarts_the_first_ending_counts(supervise):
 def test_an_elastic_run_goes_on_with_fewer_processes_and_then_with_all(supervise):
     code, started, _ = supervise((1, 0), (1, 0), (1, 0), (1, 0), (1, 20), (0, 30), restarts=9, elastic=True)
     assert code == 0 and started == [4, 4, 2, 2, 1, 4]
+
+
+def test_a_finished_run_is_not_started_again(tmp_path, monkeypatch, supervise, capsys):
+    """Killed while it wrote its samples: all steps are saved and added up (line 16)."""
+    steps = Settings().train.steps
+    monkeypatch.setattr(Processes, "run", lambda self, arguments, number: finish(self.run_dir, steps))
+    code, _, pauses = supervise()
+    assert code == 0 and pauses == []
+    assert f"all {steps} steps were done and saved" in capsys.readouterr().err
+
+
+def finish(run_dir, steps):
+    folder = run_dir / "checkpoints" / str(steps)
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").touch()
+    (run_dir / "summary.json").write_text(f'{{"steps": {steps}}}')
+    return 1
