@@ -54,7 +54,7 @@ def check_layout(settings: Settings, sizes: Mapping[str, int]) -> None:
 
 
 def check_kernel(settings: Settings, platform: str) -> None:
-    """Refuses a kernel of attention that these devices (cpu, gpu, tpu) do not have, or that knows no float32. Raises UserError."""
+    """Refuses an attention kernel that these devices (cpu, gpu, tpu) lack, or that knows no float32. Raises UserError."""
     kernel = settings.model.attention
     if KERNELS.get(kernel, platform) != platform:
         raise UserError(f"model.attention={kernel} runs on {KERNELS[kernel].upper()}s, and these devices are {platform}; "
