@@ -122,3 +122,11 @@ def test_what_is_no_run_is_refused_by_name(tmp_path):
         assert expected in str(error.value) and str(tmp_path / name) in str(error.value)
         assert "\n" not in str(error.value)
         assert not (tmp_path / name / "report.md").exists()
+
+
+def test_bits_per_byte_of_lost_text_are_said_not_to_be_known(tmp_path):
+    run_dir = make_run(tmp_path / "lossy", summary=SUMMARY)
+    with MetricsWriter(run_dir, tensorboard=False, resume_step=40) as writer:
+        writer.write({"step": 41, "val_loss": 2.5, "val_bits_per_byte": None})
+    report = write_report(run_dir).read_text()
+    assert "| val bits per byte | not known: the tokenizer lost some of the text |" in report
