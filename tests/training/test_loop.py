@@ -155,8 +155,8 @@ def test_an_empty_prompt_begins_as_documents_begin(folder, run_file, jaxlm, caps
     texts = [f"Once upon a time there was a {what}." for what in ("fox in the wood", "dog in the house", "bird in the sky")]
     (folder / "tales.txt").write_text("\n".join(texts * 40), encoding="utf-8")
     run_dir, keys = folder / "tales", ["data.packing=documents", "data.sequence_length=64", "model.max_length=64"]
-    keys += [f"run_dir={run_dir}", f"data.raw={folder / 'tales.txt'}", f"data.corpus={folder / 'tales-corpus'}", "train.steps=150"]
-    assert jaxlm("train", run_file, *keys, "checkpoint.every_steps=150", "eval.every_steps=150") == 0
+    keys += [f"run_dir={run_dir}", f"data.raw={folder / 'tales.txt'}", f"data.corpus={folder / 'tales-corpus'}"]
+    assert jaxlm("train", run_file, *keys, "train.steps=150", "checkpoint.every_steps=150", "eval.every_steps=150") == 0
     capsys.readouterr()
     assert jaxlm("generate", run_dir, "generate.prompts=['']", "generate.num_samples=30", "generate.max_new_tokens=60",
                  "generate.temperature=0.7", "--json") == 0
