@@ -139,3 +139,11 @@ def test_a_comparison_that_does_not_fit_is_a_line_for_each_run(tmp_path):
     lines = fitted(compare([make_run(tmp_path / name, learning_rate=rate) for name, rate in zip(names, (1, 2), strict=True)]),
                    80).splitlines()
     assert max(map(len, lines)) <= 80 and lines[:3] == ["optimizer.learning_rate", f"  {names[0]}:", "      1.0"]
+
+
+def test_bits_per_byte_of_lost_text_are_said_not_to_be_known(tmp_path):
+    run_dir = make_run(tmp_path / "lossy", summary=SUMMARY)
+    with MetricsWriter(run_dir, tensorboard=False, resume_step=40) as writer:
+        writer.write({"step": 41, "val_loss": 2.5, "val_bits_per_byte": None})
+    report = write_report(run_dir).read_text()
+    assert "| val bits per byte | not known: the tokenizer lost some of the text |" in report

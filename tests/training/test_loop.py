@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -141,6 +143,36 @@ def test_validation_covers_every_token_once(finished, folder, run_file, restore)
     assert row["val_loss"] == pytest.approx(nats.mean(), rel=1e-5)
     assert row["val_perplexity"] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
     assert row["val_bits_per_byte"] == pytest.approx(nats.mean() / math.log(2) * text.num_tokens / text.num_bytes, rel=1e-5)
+
+
+def test_lost_text_has_no_bits_per_byte(finished, folder, jaxlm, capsys):
+    """Issue 14, line 3: null in JSON, and said to people; the other figures stay."""
+    corpus = folder / "lossy"
+    shutil.copytree(folder / "one", corpus)
+    manifest = json.loads((corpus / "manifest.json").read_text())
+    assert manifest["splits"]["validation"]["lost_characters"] == 0
+    manifest["splits"]["validation"]["lost_characters"] = 1
+    (corpus / "manifest.json").write_text(json.dumps(manifest))
+    assert jaxlm("evaluate", finished, f"data.corpus={corpus}", "data.raw=null", "--json") == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert row == evaluations(finished)[-1] | {"val_bits_per_byte": None}
+    assert jaxlm("evaluate", finished, f"data.corpus={corpus}", "data.raw=null") == 0
+    assert re.search(r"val_bits_per_byte +not known", capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_an_empty_prompt_begins_as_documents_begin(folder, run_file, jaxlm, capsys):
+    """Issue 14, line 6: 30 of 30, where packed documents have been learnt by heart."""
+    texts = [f"Once upon a time there was a {what}." for what in ("fox in the wood", "dog in the house", "bird in the sky")]
+    (folder / "tales.txt").write_text("\n".join(texts * 40), encoding="utf-8")
+    run_dir, keys = folder / "tales", ["data.packing=documents", "data.sequence_length=64", "model.max_length=64"]
+    keys += [f"run_dir={run_dir}", f"data.raw={folder / 'tales.txt'}", f"data.corpus={folder / 'tales-corpus'}"]
+    assert jaxlm("train", run_file, *keys, "train.steps=150", "checkpoint.every_steps=150", "eval.every_steps=150") == 0
+    capsys.readouterr()
+    assert jaxlm("generate", run_dir, "generate.prompts=['']", "generate.num_samples=30", "generate.max_new_tokens=60",
+                 "generate.temperature=0.7", "--json") == 0
+    samples = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert len(samples) == 30 and all(text.startswith("Once upon") for text in samples)
 
 
 def test_a_mixture_of_packed_documents_trains_and_is_evaluated_whole(finished, folder, run_file, jaxlm, restore):
