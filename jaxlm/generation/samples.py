@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.generation.sampling import make_generator
 from jaxlm.models.model import Params
 from jaxlm.settings import AXES
@@ -72,15 +73,25 @@ def _filling(run: Run, corpora: Corpora) -> Sampler | None:
         for tokens, places, wanted, mask, found in zip(*(shown[name] for name in (
                 "tokens", "masked_positions", "masked_targets", "masked_mask")), filled, strict=False):
             places, wanted, found = places[mask], wanted[mask], found[mask]
-            versions = {"text": _with(tokens, places, wanted), "masked": tokens, "filled": _with(tokens, places, found)}
-            lines = [f"{name + ':':8} {tokenizer.decode(ids.tolist())}\n" for name, ids in versions.items()]
-            texts.append("".join(lines) + f"{(wanted == found).sum()} of {len(wanted)} right\n")
+            whole, hidden = tokens.copy(), np.flatnonzero(tokens == tokenizer.special.mask)
+            whole[places] = wanted
+            texts.append(f"text:   {tokenizer.decode(whole.tolist())}\n"
+                         f"masked: {_marked(tokenizer, tokens, dict.fromkeys(hidden.tolist(), 'MASK'))}\n"
+                         f"filled: {_marked(tokenizer, tokens, _decoded(tokenizer, places, found))}\n"
+                         f"{(wanted == found).sum()} of {len(wanted)} right\n")
         return SEPARATOR.join(texts)
 
     return sample
 
 
-def _with(tokens: np.ndarray, places: np.ndarray, others: np.ndarray) -> np.ndarray:
-    changed = tokens.copy()
-    changed[places] = others
-    return changed
+def _decoded(tokenizer: Tokenizer, places: np.ndarray, tokens: np.ndarray) -> dict[int, str]:
+    return {place: tokenizer.decode([token]).strip() for place, token in zip(places.tolist(), tokens.tolist(), strict=True)}
+
+
+def _marked(tokenizer: Tokenizer, tokens: np.ndarray, words: dict[int, str]) -> str:
+    """The text with `[word]` in these places: decoded piece by piece, for a tokenizer leaves out its own marks."""
+    parts, begin = [], 0
+    for place, word in sorted(words.items()):
+        parts += [tokenizer.decode(tokens[begin:place].tolist()).strip(), f"[{word}]"]
+        begin = place + 1
+    return " ".join(filter(None, [*parts, tokenizer.decode(tokens[begin:].tolist()).strip()]))

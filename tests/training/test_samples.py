@@ -1,5 +1,7 @@
 """Samples while a run trains (line 22: logging.samples_every_steps)."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -22,7 +24,7 @@ def losses(run_dir) -> list[float]:
 def test_samples_change_no_number_and_are_what_generate_gives(finished, folder, run_file, jaxlm, capsys):
     """Bitwise the same losses as without. The last samples are of the weights that the run ends with."""
     run_dir = folder / "sampled_on_the_way"
-    assert jaxlm("train", run_file, f"run_dir={run_dir}", "logging.samples_every_steps=6", "logging.tensorboard=true", *GREEDY) == 0
+    assert jaxlm("train", run_file, f"run_dir={run_dir}", "logging.samples_every_steps=6", *GREEDY) == 0
     told = capsys.readouterr().err
     assert losses(run_dir) == losses(finished)
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["12.txt", "6.txt"]
@@ -41,8 +43,8 @@ def test_every_mesh_shows_what_its_checkpoint_says(mesh, folder, run_file, jaxlm
     run_dir = folder / f"sampled_{mesh[0]}"
     assert jaxlm("train", run_file, f"run_dir={run_dir}", "train.steps=4", "logging.samples_every_steps=4", "devices.count=4",
                  *mesh, *GREEDY) == 0
-    alone = config.load(run_dir, ["devices.count=1", *(f"mesh.{axis}=1" for axis in ("data", "stage", "fsdp", "tensor", "context")),
-                                  "train.gradient_accumulation=1"])
+    one = [f"mesh.{axis}=1" for axis in ("data", "stage", "fsdp", "tensor", "context")]
+    alone = config.load(run_dir, ["devices.count=1", *one, "train.gradient_accumulation=1"])
     want = [f"{sample.prompt}{sample.text}" for sample in generate_from_run(alone)]
     assert (run_dir / "samples" / "4.txt").read_text().split("\n" + "-" * 40 + "\n") == [want[0], want[1] + "\n"]
 
@@ -57,6 +59,7 @@ def test_a_bert_fills_masks_of_the_validation_text(folder, run_file, jaxlm, rest
     settings, corpus = config.load(run_dir), Corpus(folder / "masked")
     batch = validation_batches(corpus, settings.data, family="bert", batch_size=3).batch(0)
     trainer, state = restore(run_dir)
+    mask = corpus.tokenizer.special.mask
 
     @jax.jit
     def every_logit(params, tokens, positions, segments):
@@ -67,9 +70,13 @@ def test_a_bert_fills_masks_of_the_validation_text(folder, run_file, jaxlm, rest
     for row, block in enumerate(blocks):
         places = batch["masked_positions"][row][batch["masked_mask"][row]]
         wanted = batch["masked_targets"][row][batch["masked_mask"][row]]
-        text, filled = batch["tokens"][row].copy(), batch["tokens"][row].copy()
-        text[places], filled[places] = wanted, best[row][places]
-        decode = corpus.tokenizer.decode
-        assert block.splitlines() == [
-            f"text:    {decode(text.tolist())}", f"masked:  {decode(batch['tokens'][row].tolist())}",
-            f"filled:  {decode(filled.tolist())}", f"{(best[row][places] == wanted).sum()} of {len(wanted)} right"]
+        text, decode = batch["tokens"][row].copy(), corpus.tokenizer.decode
+        text[places] = wanted
+        lines = block.splitlines()
+        assert lines[0] == f"text:   {decode(text.tolist())}"
+        assert lines[1].startswith("masked: ") and lines[1].count("[MASK]") == (batch["tokens"][row] == mask).sum() > 0
+        found = best[row][places]
+        assert re.findall(r"\[(.*?)\]", lines[2]) == [decode([token]).strip() for token in found.tolist()]
+        rest = decode(np.delete(batch["tokens"][row], places).tolist())  # letters; a piece that goes on with a word has ##
+        assert re.sub(r"\[.*?\]|[ #]", "", lines[2]) == "filled:" + re.sub("[ #]", "", rest)
+        assert lines[3] == f"{(found == wanted).sum()} of {len(wanted)} right"
