@@ -54,11 +54,14 @@ def check_layout(settings: Settings, sizes: Mapping[str, int]) -> None:
 
 
 def check_kernel(settings: Settings, platform: str) -> None:
-    """Refuses an attention kernel that these devices (cpu, gpu or tpu) do not have. Raises UserError."""
+    """Refuses an attention kernel that these devices (cpu, gpu, tpu) lack, or that knows no float32. Raises UserError."""
     kernel = settings.model.attention
     if KERNELS.get(kernel, platform) != platform:
         raise UserError(f"model.attention={kernel} runs on {KERNELS[kernel].upper()}s, and these devices are {platform}; "
                         "use model.attention=auto")
+    if kernel == "cudnn" and settings.train.precision == "float32":
+        raise UserError("model.attention=cudnn computes in bfloat16 only, and train.precision=float32; use model.attention=auto, "
+                        "or train.precision=bfloat16")
 
 
 def require_vocabulary(settings: Settings) -> None:

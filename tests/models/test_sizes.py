@@ -1,5 +1,6 @@
 """What is said of a model's size without building it, against the model built."""
 
+import functools
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -44,3 +45,14 @@ def test_a_chunk_of_the_loss_is_what_is_allowed_or_at_least_half_of_it():
             size = loss_chunk(length, rows=8, vocab_size=1000, width=64, most=most)
             assert min(most, length) <= 2 * size and size <= min(most, length)
     assert loss_chunk(97, rows=8, vocab_size=1000, width=64, most=10) == 10  # nine chunks and seven positions: 97 is prime
+
+
+def test_a_chunk_of_the_loss_is_as_large_as_memory_allows():
+    """2 sequences of 4,096 positions and 1,000 rows of a table 64 wide: float32 logits of a position of both take 8,000 bytes."""
+    chunk = functools.partial(loss_chunk, 4096, rows=2, vocab_size=1000, width=64)
+    assert chunk(memory=0.0) == 4096  # 64 MiB hold 8,388 positions of both
+    assert loss_chunk(4096, rows=2, vocab_size=100_000, width=64, memory=0.0) == 64  # 83 fit into 64 MiB; 64 divides 4,096
+    assert loss_chunk(4096, rows=2, vocab_size=100_000, width=64, memory=1e9) == 1024  # 1,250 fit into 1 GB
+    assert loss_chunk(4096, rows=2, vocab_size=100_000, width=64, memory=1e12) == 4096  # all of them
+    assert loss_chunk(4096, rows=16, vocab_size=100_000, width=64, memory=1e12) == 1024  # 16,384 positions are enough
+    assert loss_chunk(4096, rows=2, vocab_size=100_000, width=64, most=16, memory=1e12) == 16  # what the user says goes first

@@ -36,6 +36,8 @@ BAD = [  # target, keys, what the line says
     ("h100:8", ["data.sequence_length=2048"], "is longer than model.max_length=1024"),
     ("h100:8", ["model.attention=splash"], "runs on TPUs, and these devices are gpu; use model.attention=auto"),
     ("v5e:2x4", ["model.attention=cudnn"], "model.attention=cudnn runs on GPUs, and these devices are tpu"),
+    ("h100:1", ["model.attention=cudnn", "model.attention_dropout=0", "train.precision=float32"],
+     "model.attention=cudnn computes in bfloat16 only, and train.precision=float32; use model.attention=auto"),
     ("h100:8", ["train.gradient_precision=bfloat16"], "coarser than train.precision=float32; set both, or neither"),
     ("h100:8", ["train.remat=ful"], "train.remat"),
 ]

@@ -189,6 +189,15 @@ def test_without_devices_an_axis_lies_along_whole_dimensions(axes, links):
     assert network(axes) == (links * v5p.link, math.inf)
 
 
+def test_a_slice_smaller_than_a_cube_closes_no_side():
+    """v5p:2x4x4 is no 4x4x4: its sides of 4 are lines, one link each."""
+    v5p, sizes = CHIPS["TPU v5"], {"data": 2, "fsdp": 16}
+    network = network_of_sizes(find_target("v5p:2x4x4"), sizes, dict.fromkeys(sizes, 1), v5p)
+    assert network(["fsdp"]) == (2 * v5p.link, math.inf)
+    mesh = laid("TPU v5", (2, 16), [(x, y, z) for x in range(2) for y in range(4) for z in range(4)])
+    assert network_of_mesh(mesh, v5p, lambda device: device.island)(["fsdp"]) == (2 * v5p.link, math.inf)
+
+
 def test_what_is_hidden_overlaps_and_what_is_not_is_added():
     mesh = laid("NVIDIA H100 80GB HBM3", (1, 8), [(i, 0, 0) for i in range(8)])
     sent = [Collective("all-gather", ("fsdp",), 4.5e11, 10, 0.9e11)]
