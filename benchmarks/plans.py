@@ -51,7 +51,7 @@ gpt3_6.7b v5p:8x8x8 mesh.fsdp=64 mesh.data=-1 data.global_batch_size=8192
 gpt3_6.7b v5p:16x16x16 mesh.fsdp=64 mesh.data=-1 data.global_batch_size=65536
 """
 FIGURES = ("memory_per_device", "flops_per_device", "executed_flops_per_device", "collectives", "memory_traffic_per_device",
-           "step_seconds", "mfu", "days")
+           "step_seconds", "mfu", "mfu_palm", "days")
 GIB = 2**30
 
 
@@ -92,9 +92,14 @@ def row(line: str, found: dict) -> str:
     name = " ".join([config, *overrides])
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     columns = [f"`{name}`", target, f"{memory['total'] / GIB:.1f} of {memory['capacity'] / GIB:.1f} GiB", f"{sent / GIB:.1f} GiB",
-               f"{exposed / GIB:.1f} GiB", f"{step['total']:.2f} s", step["bound"], f"{found['mfu']:.0%}", f"{found['days']:.1f}",
+               f"{exposed / GIB:.1f} GiB", _seconds(step["total"]), step["bound"], f"{found['mfu']:.0%}",
+               f"{found['mfu_palm']:.0%}", f"{found['days']:.1f}",
                f"{found['compile_seconds']:.0f} s", f"{peak / GIB:.1f} GiB"]
     return "| " + " | ".join(columns) + " |"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.0f} ms"
 
 
 def error(line: str, found: dict, estimate: dict) -> str:
@@ -123,7 +128,7 @@ def main() -> None:
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     errors = []
     print("| config | target | memory of a device | sent by a device in a step | not hidden | step at best | bound by "
-          "| MFU at most | days | compiled in | compiler's memory at most |\n|" + " --- |" * 11)
+          "| MFU at most | as PaLM counts it | days | compiled in | compiler's memory at most |\n|" + " --- |" * 12)
     lines = (SCALING if arguments.scaling else PLANS).splitlines()
     for line in filter(lambda line: line and arguments.only in line, lines):
         found = plan(line, arguments.programs)

@@ -121,7 +121,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.planning.targets import find_target
     from jaxlm.planning.vocabulary import with_vocabulary
 
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns while it looks for a way to need less memory
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of what XLA says beside an error; the error we tell ourselves
     target = find_target(arguments.target)
     if arguments.picture and (arguments.explain or arguments.search):
         raise UserError("--picture draws one plan; leave --explain or --search away")

@@ -2,12 +2,13 @@ import io
 import re
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 
 import pytest
 
 from jaxlm.reporting import progress
-from jaxlm.reporting.progress import TrainingProgress, progress_bar
+from jaxlm.reporting.progress import TrainingProgress, progress_bar, waiting
 
 ROW = {"step": 120, "loss": 3.41234, "learning_rate": 2.9e-4, "grad_norm": 1.0, "tokens_per_second": 12345.6, "mfu": None,
        "step_seconds": 0.083, "data_wait_seconds": 0.001}
@@ -82,6 +83,23 @@ def test_a_terminal_gets_a_bar(monkeypatch):
             advance(7)
         assert re.search(r"tokenize ━+ 2,000/2,000 documents", shown())
         assert re.search(r"read ━+ 7 documents", shown())
+
+
+def test_waiting_says_for_how_long(capsys, monkeypatch):
+    """Line 21 of issue 14: a compilation is no empty screen, in a pipe or on a terminal."""
+    monkeypatch.setattr(progress, "PLAIN_INTERVAL_SECONDS", 0.05)
+    with waiting("compiling"):
+        time.sleep(0.3)
+    first, *between, last = capsys.readouterr().err.splitlines()
+    assert (first, last) == ("compiling: started", "compiling: done in 0.3s")
+    assert between and all(re.fullmatch(r"compiling: 0\.\ds so far", line) for line in between)
+    with pytest.raises(ValueError), waiting("compiling"):
+        raise ValueError
+    assert capsys.readouterr().err == "compiling: started\n"  # nothing was done
+    with terminal(monkeypatch) as shown:
+        with waiting("compiling"):
+            time.sleep(0.1)
+        assert re.search(r"compiling 0:00:00", shown())
 
 
 def test_training_lines_in_a_log(capsys, clock):
