@@ -36,7 +36,7 @@ def _continuing(run: Run, corpora: Corpora) -> Sampler:
     def sample(params: Params) -> str:
         relaid = params if own.mesh is run.mesh else as_decoded(params)
         with jax.set_mesh(own.mesh):
-            return SEPARATOR.join(f"{sample.prompt}{sample.text}\n" for sample in generate(relaid))
+            return SEPARATOR.join(f"{sample.marked()}\n" for sample in generate(relaid))
 
     return sample
 
@@ -64,7 +64,8 @@ def _filling(run: Run, corpora: Corpora) -> Sampler | None:
     tokenizer, shown = corpora[0][0].tokenizer, validation.batch(0, np.arange(min(SHOWN, rows)))
     with on_devices(validation, 0, 1, run.mesh, prefetch=1) as source:
         batch = next(iter(source))
-    fill = jax.jit(lambda params, batch: run.trainer.model.bind(params).fill_masks(batch),
+    model = run.trainer.model
+    fill = jax.jit(model.traced(lambda params, batch: model.bind(params).fill_masks(batch)),
                    out_shardings=NamedSharding(run.mesh, PartitionSpec()))  # every process reads the whole answer
 
     def sample(params: Params) -> str:

@@ -50,9 +50,10 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         settings = resolve(settings, tokenizer)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        say_which(checkpoints.directory, step)
         run = start(dropless(settings), mesh)
-        return generate(run, checkpoints.restore_params(step, run.trainer), tokenizer)
+        continue_prompts = make_generator(run, tokenizer)  # refuses prompts that do not fit
+        say_which(checkpoints.directory, step)
+        return continue_prompts(checkpoints.restore_params(step, run.trainer))
 
 
 def _for_decoding(mesh: Mesh) -> Mesh:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from jaxlm.settings import parse_yaml
+from jaxlm.values import parse_yaml
 
 INDENT = 2
 

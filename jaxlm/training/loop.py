@@ -284,10 +284,10 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(run.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
-        say_which(checkpoints.directory, step)
         validation = make_validation_batches(run.settings, corpora)
         if validation is None:
             raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
+        say_which(checkpoints.directory, step)
         if distributed.is_main():
             print_line(describe(corpora))
         return {"step": step} | evaluate_run(run, checkpoints.restore_params(step, run.trainer), validation, corpora, whole=True)

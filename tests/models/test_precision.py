@@ -115,7 +115,7 @@ def test_generation_is_as_exact_as_the_run(precision, expected, monkeypatch):
 
     class Letters:
         special = type("Special", (), {"eos": None, "bos": None})
-        encode, decode = staticmethod(lambda text: [1, 2]), staticmethod(str)
+        encode, decode_after = staticmethod(lambda text: [1, 2]), staticmethod(lambda before, after, prompt: str(after))
 
     monkeypatch.setattr(sampling, "decode_batch", decode_batch)
     settings = replace(settings_of({}, precision), generate=GenerateSettings(max_new_tokens=2))

@@ -30,7 +30,7 @@ def test_samples_change_no_number_and_are_what_generate_gives(finished, folder, 
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["12.txt", "6.txt"]
     text = (run_dir / "samples" / "12.txt").read_text()
     assert f"samples after step 12:\n{text}" in told and "samples after step 6:\n" in told
-    assert text == (run_dir / "samples.txt").read_text() and text.startswith("ba") and "\ncab" in text
+    assert text == (run_dir / "samples.txt").read_text() and text.startswith("ba[prompt ends]") and "\ncab[prompt ends]" in text
     assert text != (run_dir / "samples" / "6.txt").read_text()
 
 
@@ -45,7 +45,7 @@ def test_every_mesh_shows_what_its_checkpoint_says(mesh, folder, run_file, jaxlm
                  *mesh, *GREEDY) == 0
     one = [f"mesh.{axis}=1" for axis in ("data", "stage", "fsdp", "tensor", "context")]
     alone = config.load(run_dir, ["devices.count=1", *one, "train.gradient_accumulation=1"])
-    want = [f"{sample.prompt}{sample.text}" for sample in generate_from_run(alone)]
+    want = [sample.marked() for sample in generate_from_run(alone)]
     assert (run_dir / "samples" / "4.txt").read_text().split("\n" + "-" * 40 + "\n") == [want[0], want[1] + "\n"]
 
 

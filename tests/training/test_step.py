@@ -147,7 +147,7 @@ def line(settings):
 
     model = SimpleNamespace(
         axes={"w": {"kernel": Axes((None,))}}, shapes={"w": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}},
-        init=lambda key: {"w": {"kernel": jnp.zeros(3)}},
+        init=lambda key: {"w": {"kernel": jnp.zeros(3)}}, traced=lambda function: function,
         bind=lambda params: SimpleNamespace(losses=lambda batch, keys=None: losses(params, batch, keys),
                                             counts=lambda batch: {"next_token": batch["mask"].sum()}))
     mesh = jax.make_mesh((1,) * 6, ("stage", "data", "fsdp", "expert", "context", "tensor"), devices=jax.devices()[:1],
