@@ -213,6 +213,8 @@ def _say_next(*words: str) -> None:
 
 
 def _say(line: str) -> None:
+    if sys.stdout:
+        sys.stdout.flush()  # so that it stands below what it is about, also where both go into one file
     print(line, file=sys.stderr)
 
 

@@ -1,10 +1,27 @@
 """What JAX says of accelerators while it looks for them, in a line each, and the extra that brings what is missing."""
 
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import entry_points
+from pathlib import Path
 
 EXTRAS = {"gpu": "cuda", "tpu": "tpu"}
+DEVICE_FILES = ("nvidia*", "dxg", "accel*", "vfio/[0-9]*")  # of NVIDIA's driver, of Windows' below Linux, of TPUs
+VENDORS = ("0x10de", "0x1ae0")  # on the PCI bus: NVIDIA, Google
+
+
+def may_be_here(root: Path = Path("/")) -> bool:
+    """Whether a GPU or TPU can be in this machine. Where none can, JAX need not look for one.
+
+    libtpu and CUDA's plug-in are installed for `jaxlm plan`, too; asked for devices that are not there, they answer with
+    pages of C++. True wherever this cannot be told: other systems than Linux, other plug-ins than these.
+    """
+    if sys.platform != "linux" or any(not plugin.name.startswith("xla_cuda") for plugin in entry_points(group="jax_plugins")):
+        return True
+    vendors = (path.read_text().strip() for path in root.glob("sys/bus/pci/devices/*/vendor"))
+    return any(any((root / "dev").glob(name)) for name in DEVICE_FILES) or any(vendor in VENDORS for vendor in vendors)
 
 
 def how_to_install(platform: str) -> str:

@@ -10,7 +10,7 @@ import time
 import jax
 
 from jaxlm.errors import UserError, reason
-from jaxlm.parallel.accelerators import collected, how_to_install
+from jaxlm.parallel.accelerators import collected, how_to_install, may_be_here
 from jaxlm.parallel.compiler import prepare_compiler
 from jaxlm.parallel.launcher import COORDINATOR, LAUNCHER, NUM_PROCESSES, PROCESS_ID
 from jaxlm.settings import DevicesSettings
@@ -33,6 +33,8 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
         threading.Thread(target=_end_with, args=[int(os.environ[LAUNCHER])], daemon=True).start()
     if settings.platform != "auto":
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(settings.platform, settings.platform))
+    elif "JAX_PLATFORMS" not in os.environ and not may_be_here():
+        jax.config.update("jax_platforms", "cpu")
     if settings.platform in ("auto", "cpu"):
         # Only the CPU backend reads these; with platform=auto an accelerator, where there is one, still goes first.
         jax.config.update("jax_num_cpu_devices", settings.count or 1)

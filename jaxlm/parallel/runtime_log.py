@@ -84,6 +84,7 @@ def settle() -> None:
         if _log.path.parent.name == FOLDER:
             with suppress(OSError):  # the other processes' files are in it; or one of them was faster
                 _log.path.parent.rmdir()
+                _log.path.parent.parent.rmdir()  # of a run that was refused, before anything else was written
 
 
 def leave(message: str, code: int) -> NoReturn:

@@ -1,9 +1,11 @@
 """Line 19: what JAX says of accelerators that it does not find is a line, which names the extra that brings what is missing."""
 
 import logging
+import sys
 
 import pytest
 
+from jaxlm.parallel import accelerators
 from jaxlm.parallel.accelerators import collected, how_to_install
 
 JAX = logging.getLogger("jax._src.xla_bridge")
@@ -32,3 +34,17 @@ def test_a_plug_in_that_does_not_start_is_a_line(caplog):
     assert not caplog.records and all("\n" not in line for line in said)
     JAX.warning("afterwards")
     assert [record.message for record in caplog.records] == ["afterwards"]
+
+
+@pytest.mark.parametrize(("files", "found"), [
+    ({}, False), ({"dev/nvidia0": ""}, True), ({"dev/accel0": ""}, True), ({"dev/vfio/0": ""}, True), ({"dev/dxg": ""}, True),
+    ({"dev/vfio/vfio": "", "dev/null": ""}, False), ({"sys/bus/pci/devices/0000:00:04.0/vendor": "0x10de\n"}, True),
+    ({"sys/bus/pci/devices/0000:00:04.0/vendor": "0x8086\n"}, False)])
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere JAX looks for itself")
+def test_accelerators_are_looked_for_where_there_can_be_one(files, found, tmp_path, monkeypatch):
+    """A compiler that is installed for `jaxlm plan` says nothing on a machine without a GPU or TPU."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(accelerators, "entry_points", lambda group: [])
+    assert accelerators.may_be_here(tmp_path) is found
