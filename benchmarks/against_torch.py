@@ -1,12 +1,13 @@
 """Step time of jaxlm beside Hugging Face transformers on PyTorch, on this CPU, in one run.
 
-    pip install -e . && pip install 'torch==2.13.0' transformers     # the second may be another environment: --torch-python
-    python benchmarks/against_torch.py --torch-script torch_reference.py [--torch-python PYTHON] [--rounds 3] [SHAPE ...]
+    pip install -e . && pip install 'torch==2.13.0' transformers     # the second may be another environment:
+    --torch-python python benchmarks/against_torch.py --torch-script torch_reference.py [--torch-python PYTHON]
+    [--rounds 3] [SHAPE ...]
 
-`torch_reference.py` is any program that prints one JSON line per precision with `precision` and `median_step_ms`, for the
-arguments `gpt2|bert --layers --heads --hidden --length --batch --vocab --steps`. The two are timed alternately, `--rounds`
-times; each side counts with its best precision, and with the lowest of its medians, so that another program's load on the
-machine hits both alike. Prints a markdown table.
+`torch_reference.py` is any program that prints one JSON line per precision with `precision` and `median_step_ms`,
+for the arguments `gpt2|bert --layers --heads --hidden --length --batch --vocab
+--steps`. The two are timed alternately, `--rounds` times; each side counts with its best precision, and with the
+lowest of its medians, so that another program's load on the machine hits both alike. Prints a markdown table.
 """
 
 import argparse

@@ -3,11 +3,12 @@
     pip install array_record
     python benchmarks/corpus_format.py [MILLIONS_OF_TOKENS]
 
-Tokens are drawn from Zipf's law over 50,257 ids (so that ArrayRecord has something to compress) and read as sequences of 1,024 at
-random positions, in batches of 64. ArrayRecord can only be asked for the records it was written with, so it gets one sequence a
-record; the .npy shards are read at any position: as a corpus is, with the checksum of every block of 4,096 tokens; without the
-checksums, as corpora that were prepared before there were any; and mapped into memory, as they once were. All take turns, and
-the median of their turns is shown. Everything fits the page cache: this measures the formats, not the disk.
+Tokens are drawn from Zipf's law over 50,257 ids (so that ArrayRecord has something to compress) and read as
+sequences of 1,024 at random positions, in batches of 64. ArrayRecord can only be asked for the records it was
+written with, so it gets one sequence a record; the .npy shards are read at any position: as a corpus is, with the
+checksum of every block of 4,096 tokens; without the checksums, as corpora that were prepared before there were any;
+and mapped into memory, as they once were. All take turns, and the median of their turns is shown. Everything fits
+the page cache: this measures the formats, not the disk.
 """
 
 import hashlib

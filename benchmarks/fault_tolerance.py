@@ -1,9 +1,9 @@
 """What it costs to be safe: asynchronous saves, verified restores, and the guards around every step.
 
-    python benchmarks/fault_tolerance.py saves [--hidden-size 512] [--layers 8] [--steps 12]    # stall, bandwidths
-    python benchmarks/fault_tolerance.py memory [--processes 2]                                 # host memory of each process
-    python benchmarks/fault_tolerance.py guards --rounds 60 --steps 2 [--batch-size 32]         # step time with and without
-    python benchmarks/fault_tolerance.py compiled --target v5p:2x2x1 --config configs/gpt2_124m.yaml  # what compilers make of it
+    python benchmarks/fault_tolerance.py saves [--hidden-size 512] [--layers 8] [--steps 12]  # stall, bandwidths
+    python benchmarks/fault_tolerance.py memory [--processes 2]  # host memory of each process
+    python benchmarks/fault_tolerance.py guards --rounds 60 --steps 2 [--batch-size 32]  # step time with and without
+    python benchmarks/fault_tolerance.py compiled --target v5p:2x2x1 --config configs/gpt2_124m.yaml  # programs
 
 All but the last on emulated CPU devices, whose memory is the host's. Ratios are of one run, alternating.
 """

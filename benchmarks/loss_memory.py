@@ -2,8 +2,8 @@
 
     python benchmarks/loss_memory.py
 
-Compiles both for one CPU device at GPT-2's size (8 x 1,024 tokens, hidden 768, 50,304 rows) and prints what the compiler
-sets aside beside the arguments and the results. Nothing is run.
+Compiles both for one CPU device at GPT-2's size (8 x 1,024 tokens, hidden 768, 50,304 rows) and prints what the
+compiler sets aside beside the arguments and the results. Nothing is run.
 """
 
 import jax

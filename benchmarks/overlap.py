@@ -1,9 +1,10 @@
-"""What XLA's flags (jaxlm/parallel/compiler.py) do to the training step: how much of what it sends no matrix product hides.
+"""What XLA's flags (jaxlm/parallel/compiler.py) do to the training step: how much of what it sends no matrix product
+hides.
 
     python benchmarks/overlap.py --target h100:8 fsdp=8
 
-Compiles a step of 4 layers of a 1.3B model twice, with the flags and with each of them off, and reads the compiled programs.
-Needs JAX's CUDA plugin and no accelerator; for TPUs there are no flags to compare.
+Compiles a step of 4 layers of a 1.3B model twice, with the flags and with each of them off, and reads the compiled
+programs. Needs JAX's CUDA plugin and no accelerator; for TPUs there are no flags to compare.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/parity.py [--text FILE] [gpt bert moe]
 
-Trains benchmarks/parity.yaml in float32 through `jaxlm train`, on emulated CPU devices and on two processes with four of them
-each, and prints a markdown table. FILE is the text to train on; by default the language reference that every Python
-installation has, a line a document.
+Trains benchmarks/parity.yaml in float32 through `jaxlm train`, on emulated CPU devices and on two processes with
+four of them each, and prints a markdown table. FILE is the text to train on; by default the language reference that
+every Python installation has, a line a document.
 """
 
 import argparse

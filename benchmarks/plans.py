@@ -1,10 +1,11 @@
-"""Every shipped config of a real run, compiled for its hardware, and what the estimate (`jaxlm plan --fast`) says of it.
+"""Every shipped config of a real run, compiled for its hardware, and what the estimate (`jaxlm plan --fast`) says of
+it.
 
     python benchmarks/plans.py                  # all: an hour on 2 cores
     python benchmarks/plans.py llama_8b         # those whose line has this in it
-    python benchmarks/plans.py --scaling        # weak scaling instead: the same work for each of 64, 512 and 4,096 chips
-    python benchmarks/plans.py --write          # also keep the figures, against which tests/planning/test_estimate.py tests
-    python benchmarks/plans.py --programs DIR   # keep the compiled programs there, and compile none that is there already
+    python benchmarks/plans.py --scaling        # weak scaling instead: the same work for each chip
+    python benchmarks/plans.py --write          # also keep the figures, for tests/planning/test_estimate.py
+    python benchmarks/plans.py --programs DIR   # keep the compiled programs, compile none that is there
 
 Prints docs/planning.md's tables. Needs libtpu and JAX's CUDA plugin, no accelerator.
 """
@@ -127,8 +128,8 @@ def main() -> None:
         return
     kept = json.loads(KEPT.read_text()) if KEPT.exists() else {}
     errors = []
-    print("| config | target | memory of a device | sent by a device in a step | not hidden | step at best | bound by "
-          "| MFU at most | as PaLM counts it | days | compiled in | compiler's memory at most |\n|" + " --- |" * 12)
+    print("| config | target | memory | sent | not hidden | step at best | bound by | MFU | PaLM's "
+          "| days | compiled in | compiler's memory |\n|" + " --- |" * 12)
     lines = (SCALING if arguments.scaling else PLANS).splitlines()
     for line in filter(lambda line: line and arguments.only in line, lines):
         found = plan(line, arguments.programs)

@@ -3,10 +3,10 @@
     python benchmarks/predicted.py cpu:8     # six meshes of emulated devices
     python benchmarks/predicted.py h100:1    # four configs, on a machine with one H100
 
-Memory: the plan's total against the running program's, and the bytes of the state's arrays on one device. Time: on GPUs the
-plan's step; emulated devices share this machine's cores, so there a mesh's time is predicted as the sum of its arithmetic, its
-memory traffic and what it sends, each over this machine's own speed, measured first. Prints a markdown table, and Spearman's rank
-correlation of predicted and measured times.
+Memory: the plan's total against the running program's, and the bytes of the state's arrays on one device. Time: on
+GPUs the plan's step; emulated devices share this machine's cores, so there a mesh's time is predicted as the sum of
+its arithmetic, its memory traffic and what it sends, each over this machine's own speed, measured first. Prints a
+markdown table, and Spearman's rank correlation of predicted and measured times.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     python benchmarks/traffic.py [AXIS ...]
 
-Compiles the training step of a small GPT (float32, no remat) for 8 emulated CPU devices and reads its collectives, loops
-multiplied by their trip counts (`jaxlm.planning.collectives`). Prints a markdown table. Minimum: see `minimum`.
+Compiles the training step of a small GPT (float32, no remat) for 8 emulated CPU devices and reads its collectives,
+loops multiplied by their trip counts (`jaxlm.planning.collectives`). Prints a markdown table. Minimum: see
+`minimum`.
 """
 
 import math
@@ -34,16 +35,18 @@ RUNS = {
 def minimum(axis: str, model: Model, train: TrainSettings, devices: int) -> float:
     """Bytes a device has to send in a step, by the formulas of the papers in docs/sharding.md; s = (N - 1) / N.
 
-    Each sum over devices of something that all need costs 2 s of it, each gather or scatter s. Pure axes: all rows are on all
-    devices but for data, fsdp and expert, which cut them.
+    Each sum over devices of something that all need costs 2 s of it, each gather or scatter s. Pure axes: all rows
+    are on all devices but for data, fsdp and expert, which cut them.
 
-    data: gradients once. fsdp: parameters for the forward and again for the backward pass, gradients once. tensor: states between
-    the parts of a block are gathered and scattered (2 + 2 forward, 2 + 2 backward), and gathered again for the
-    kernels' gradients since only the cut ones are kept (2; Korthikanti et al. 2022, 4.2.2); embedding and head 2 + 2.
-    context: keys and values go round forward and backward, their gradients once; parameters' gradients once. stage: states
-    cross each boundary forward and backward for every micro-batch and repeat; the last ones are dealt out to all stages and
-    their gradients collected, so that the head is cut, too; the gradients of the tables, which all stages have, once. expert: the
-    chosen tokens there and back, forward and backward; gradients of all other parameters once.
+    data: gradients once. fsdp: parameters for the forward and again for the backward pass, gradients once. tensor:
+    states between the parts of a block are gathered and scattered (2 + 2 forward, 2 + 2 backward), and gathered
+    again for the kernels' gradients since only the cut ones are kept (2; Korthikanti et al. 2022, 4.2.2); embedding
+    and head 2 + 2.
+    context: keys and values go round forward and backward, their gradients once; parameters' gradients once. stage:
+    states cross each boundary forward and backward for every micro-batch and repeat; the last ones are dealt out to
+    all stages and their gradients collected, so that the head is cut, too; the gradients of the tables, which all
+    stages have, once. expert: the chosen tokens there and back, forward and backward; gradients of all other
+    parameters once.
     """
     settings, s = model.settings, (devices - 1) / devices
     parameters = {path: 4 * math.prod(leaf.shape) for path, leaf in jax.tree_util.tree_flatten_with_path(model.shapes)[0]}

@@ -20,8 +20,8 @@ def main() -> int:
 def _ask_for_huge_pages() -> None:
     """Starts this process over with a malloc that takes huge pages, which glibc offers at its start only.
 
-    XLA's CPU backend allocates a step's temporary memory anew each step; in pages of 4 KiB, the kernel's work of handing
-    them over is a sixth of the step (docs/lab-notes.md).
+    XLA's CPU backend allocates a step's temporary memory anew each step; in pages of 4 KiB, the kernel's work of
+    handing them over is a sixth of the step (docs/lab-notes.md).
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

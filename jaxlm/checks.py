@@ -27,7 +27,8 @@ SPLASH_BLOCK = 128  # tokens; splash attention takes multiples of it
 
 
 def check(settings: Settings) -> None:
-    """Refuses values that contradict each other, before anything is compiled or written. Raises UserError for the first."""
+    """Refuses values that contradict each other, before anything is compiled or written. Raises UserError for the
+    first."""
     check_urls(settings)
     problems = chain(
         model_problems(settings.model),
@@ -56,7 +57,8 @@ def check_layout(settings: Settings, sizes: Mapping[str, int]) -> None:
 
 
 def check_kernel(settings: Settings, platform: str) -> None:
-    """Refuses an attention kernel that these devices (cpu, gpu, tpu) lack, or that knows no float32. Raises UserError."""
+    """Refuses an attention kernel that these devices (cpu, gpu, tpu) lack, or that knows no float32. Raises
+    UserError."""
     kernel = settings.model.attention
     if KERNELS.get(kernel, platform) != platform:
         raise UserError(f"model.attention={kernel} runs on {KERNELS[kernel].upper()}s, and these devices are {platform}; "

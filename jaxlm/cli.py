@@ -208,7 +208,8 @@ def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
 
 
 def _say_next(*words: str) -> None:
-    """The last line of a verb: the command that comes next. On standard error: standard output is for what was asked for."""
+    """The last line of a verb: the command that comes next. On standard error: standard output is for what was asked
+    for."""
     _say(f"next: {_words('jaxlm', *words)}")
 
 
@@ -341,7 +342,8 @@ def _run(arguments: list[str]) -> int:
 
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
         return supervise(arguments, settings, processes, restarts or 0)
-    _import_jax()
+    if verb != "plan":  # which needs JAX only where it compiles
+        _import_jax()
     VERBS[verb](settings, parsed)
     return 0
 

@@ -29,7 +29,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """Reads a run file, or the `config.yaml` of a run directory, and applies `a.b=c` overrides.
 
     Raises:
-      UserError: the file is missing or no YAML mapping; a key is unknown, set twice or ill-typed; values contradict each other.
+      UserError: the file is missing or no YAML mapping; a key is unknown, set twice or ill-typed; values contradict
+      each other.
     """
     if is_remote(path):
         check_url(str(path), "CONFIG.yaml")
@@ -63,7 +64,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
 
 
 def _forget_compiled(values: dict[str, Any]) -> None:
-    """Compiled programs are code, and a run directory may be somebody else's: where they are, its config.yaml does not say."""
+    """Compiled programs are code, and a run directory may be somebody else's: where they are, its config.yaml does
+    not say."""
     devices = values.get("devices")
     if isinstance(devices, dict) and devices.get("compiled") is not None:
         del devices["compiled"]
@@ -144,7 +146,8 @@ def _read_yaml(path: Location) -> tuple[dict[str, Any], dict[str, int]]:
 
 
 def _key_lines(tree: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of every key of every section, in the order of the file; a name that occurs twice comes twice."""
+    """(dotted name, line) of every key of every section, in the order of the file; a name that occurs twice comes
+    twice."""
     known = {name for name, _ in sections()}
     for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
         name = f"{prefix}{key.value}"
@@ -200,10 +203,11 @@ def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str 
 
 
 def advice(name: str, known: Sequence[str]) -> str:
-    """What to write instead of a key that is none: `; did you mean '...'?` and a note, or why there is nothing, or nothing.
+    """What to write instead of a key that is none: `; did you mean '...'?` and a note, or why there is nothing, or
+    nothing.
 
-    A key of the same section that begins so or is much alike; what other tools' name stands for; a key of that last name in
-    another section; the nearest.
+    A key of the same section that begins so or is much alike; what other tools' name stands for; a key of that last
+    name in another section; the nearest.
     """
     section, _, last = name.rpartition(".")
     siblings = {full.rpartition(".")[2]: full for full in known if full.rpartition(".")[0] == section}

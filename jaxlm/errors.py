@@ -1,4 +1,5 @@
-"""Errors that are told in one line, without a traceback: wrong input, and what went wrong around a run that was right."""
+"""Errors that are told in one line, without a traceback: wrong input, and what went wrong around a run that was
+right."""
 
 import difflib
 import re
@@ -21,7 +22,8 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on, through no fault of its input: a full disk, a damaged file, a hung process, a broken device.
+    """The run cannot go on, through no fault of its input: a full disk, a damaged file, a hung process, a broken
+    device.
 
     The message is one line: what happened, where, and what helps. `jaxlm` prints it without a traceback and exits with
     `exit_code`: 1, or 3 where starting again would only repeat it.
@@ -37,8 +39,8 @@ class LostProcess(RunError):
 
 
 class Preempted(Exception):
-    """The run was told to stop, has saved, and can be gone on with; the message, of one process, says how. `exit_code`: as shells
-    count signals."""
+    """The run was told to stop, has saved, and can be gone on with; the message, of one process, says how.
+    `exit_code`: as shells count signals."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)
@@ -68,8 +70,8 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A wrong value as a message shows it: its repr, cut where it is long, without ever making the whole of it (a few lines of
-    YAML can stand for gigabytes)."""
+    """A wrong value as a message shows it: its repr, cut where it is long, without ever making the whole of it (a
+    few lines of YAML can stand for gigabytes)."""
     short = reprlib.Repr()
     short.maxstring = short.maxlong = short.maxother = SHOWN
     return short.repr(value)

@@ -71,7 +71,8 @@ def topics_among(words: Sequence[str]) -> list[str]:
 
 
 def matching_keys(name: str) -> tuple[list[Key], str]:
-    """Keys of that name or last name; else what it is called here, with a note; else those with the word in their names."""
+    """Keys of that name or last name; else what it is called here, with a note; else those with the word in their
+    names."""
     exact = [key for key in key_table() if name in (key.name, last(key.name))]
     if exact:
         return exact, ""

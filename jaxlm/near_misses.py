@@ -10,7 +10,8 @@ def _each(names: str, right: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), right)
 
 
-# Other tools' names of a key, as nanoGPT, transformers, MaxText, Megatron, torchtitan, Levanter and their users write them.
+# Other tools' names of a key, as nanoGPT, transformers, MaxText, Megatron, torchtitan, Levanter and their users write
+# them.
 _KEYS = {
     "run_dir": "output_dir out_dir output save_dir log_dir logdir logging_dir checkpoint_dir work_dir workdir experiment_dir "
                "base_output_directory run_name exp_name",

@@ -1,7 +1,8 @@
-"""Objects in s3:// and gs:// buckets, by fsspec. A call is repeated while its failure may pass, and fails in one clear line.
+"""Objects in s3:// and gs:// buckets, by fsspec. A call is repeated while its failure may pass, and fails in one
+clear line.
 
-Credentials, endpoint and region are the clients' own business (AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws, gcloud's, the machine's
-role): none stands in a path or a config. Writing an object is atomic: it is there whole, or as it was.
+Credentials, endpoint and region are the clients' own business (AWS_PROFILE, AWS_ENDPOINT_URL, ~/.aws, gcloud's, the
+machine's role): none stands in a path or a config. Writing an object is atomic: it is there whole, or as it was.
 """
 
 import errno
@@ -238,7 +239,8 @@ def no_bucket(url: Any) -> UserError:
 
 
 def is_transient(error: BaseException, scheme: str) -> bool:
-    """Whether the same call may succeed later: the server's own errors, too many requests, time-outs, broken connections."""
+    """Whether the same call may succeed later: the server's own errors, too many requests, time-outs, broken
+    connections."""
     status = status_of(error)
     if code_of(error) in TRANSIENT_CODES or isinstance(error, TimeoutError):
         return True

@@ -28,7 +28,8 @@ def _number(value: Any) -> Any:
 
 
 def expand_home(path: str) -> str:
-    """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: no such home."""
+    """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: no such
+    home."""
     expanded = os.path.expanduser(path)
     if not expanded.startswith("~") or os.path.lexists(path):
         return expanded
@@ -55,12 +56,13 @@ NotNegativeFloat = Annotated[Number, Ge(0)]
 Fraction = Annotated[Number, Ge(0), Lt(1)]
 AxisSize = Annotated[Integer, Ge(-1)]
 
-# The mesh, slowest to fastest varying: neighbours along `tensor` are neighbours in the machine, where its many small collectives
-# are cheap. Nested `shard_map`s (copies, then stages, then the rest) must follow this order: XLA of jax 0.12 aborts otherwise.
+# The mesh, slowest to fastest varying: neighbours along `tensor` are neighbours in the machine, where its many small
+# collectives are cheap. Nested `shard_map`s (copies, then stages, then the rest) must follow this order: XLA of jax
+# 0.12 aborts otherwise.
 AXES = ("data", "stage", "fsdp", "expert", "context", "tensor")
 
-# The activations of a block that the backward pass asks for: what the block reads; queries, keys and values as attention takes
-# them; what attention gives; the same through its output layer; inside the MLP; what the MLP gives.
+# The activations of a block that the backward pass asks for: what the block reads; queries, keys and values as
+# attention takes them; what attention gives; the same through its output layer; inside the MLP; what the MLP gives.
 ACTIVATIONS = ("residual", "query_key_value", "attention", "attention_output", "mlp_hidden", "mlp_output")
 
 # train.remat's names, as choices by name; None: without any recomputation

@@ -1,7 +1,8 @@
 """Values as people write them, in a run file and behind `key=` on the command line, read by what their key takes.
 
-YAML by itself guesses a type from how a word looks: `1e-3` is text to it, `0100` is 64, `1:30` is 90, `no` is false, 2026-11-25
-is a day. Here every plain word stays as it was written, and its key says what it is: text, or a number as people write it.
+YAML by itself guesses a type from how a word looks: `1e-3` is text to it, `0100` is 64, `1:30` is 90, `no` is false,
+2026-11-25 is a day. Here every plain word stays as it was written, and its key says what it is: text, or a number as
+people write it.
 """
 
 import dataclasses
@@ -38,8 +39,8 @@ BYTES = {f"{letter}{unit}": base**power for letter, power in (("k", 1), ("K", 1)
 class _Loader(yaml.SafeLoader):
     """YAML in which every plain word but null is text, for its key to say what it is.
 
-    PyYAML raises whatever it met for tagged scalars that are not what they say (!!int x), and takes the square of the depth in
-    time for deep nesting: neither here.
+    PyYAML raises whatever it met for tagged scalars that are not what they say (!!int x), and takes the square of
+    the depth in time for deep nesting: neither here.
     """
 
     yaml_implicit_resolvers: ClassVar[dict] = {}
@@ -76,7 +77,8 @@ def parse_yaml(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Characters and nodes with every alias written out: ten lines of aliases to aliases are small only until they are shown."""
+    """Characters and nodes with every alias written out: ten lines of aliases to aliases are small only until they
+    are shown."""
     if id(node) not in known:
         known[id(node)] = 1  # what a node is to itself, where an alias stands in what it names
         if isinstance(node, yaml.ScalarNode):
@@ -90,7 +92,8 @@ def _size(node: yaml.Node, known: dict[int, int]) -> int:
 # ---- by what the key takes -------------------------------------------------------------------------------------------
 
 def typed(values: dict[str, Any], section: type = Settings) -> dict[str, Any]:
-    """Values of a section (and of those in it) as its keys take them; what no key can take, and unknown keys, as they are."""
+    """Values of a section (and of those in it) as its keys take them; what no key can take, and unknown keys, as
+    they are."""
     hints = typing.get_type_hints(section, include_extras=True)
     units = {item.name: item.metadata.get("unit", "") for item in dataclasses.fields(section)}
     read = {}
@@ -124,8 +127,8 @@ def as_taken(value: Any, hint: Any, unit: str = "") -> Any:
 
 
 def from_command_line(text: str, hint: Any) -> Any:
-    """What stands behind `key=`, byte for byte; but [a, b] where the key takes a list, {a: 1} where it takes a mapping, and null
-    where it takes that. Raises ValueError for brackets around something else."""
+    """What stands behind `key=`, byte for byte; but [a, b] where the key takes a list, {a: 1} where it takes a
+    mapping, and null where it takes that. Raises ValueError for brackets around something else."""
     kinds = alternatives(hint)
     if types.NoneType in kinds and text in NULLS:
         return None
@@ -164,7 +167,8 @@ def alternatives(hint: Any) -> list[Any]:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 def number(text: str, whole: bool, unit: str = "") -> int | float | None:
-    """A number as people write it: 1e-3, .5, +3, 0100, 1_000, 10k, 2.5M, 5%, 0x10; 1,000 where it is `whole`; 64MiB in bytes.
+    """A number as people write it: 1e-3, .5, +3, 0100, 1_000, 10k, 2.5M, 5%, 0x10; 1,000 where it is `whole`; 64MiB
+    in bytes.
 
     None: it is none. Exact: a whole number comes as an int of any size, however it was written.
     """

@@ -1,12 +1,13 @@
-"""Eight emulated CPU devices for every test, and the tiny models and batches that the tests of models and training share."""
+"""Eight emulated CPU devices for every test, and the tiny models and batches that the tests of models and training
+share."""
 
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# In the environment, so that processes started by tests have it too. Compiling is most of the tests' time: what is compiled
-# stays for the next time. Without optimizations tiny programs compile twice as fast, to the same results.
+# In the environment, so that processes started by tests have it too. Compiling is most of the tests' time: what is
+# compiled stays for the next time. Without optimizations tiny programs compile twice as fast, to the same results.
 os.environ |= {
     "JAX_COMPILATION_CACHE_DIR": str(Path(__file__).parents[1] / ".pytest_cache" / "compiled"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
@@ -48,7 +49,8 @@ MESHES = {
 
 
 def _batch(family: str, seed: int) -> dict[str, np.ndarray]:
-    """Random arrays of the kinds that `jaxlm.data.loading` describes; rows differ in length and in number of predictions."""
+    """Random arrays of the kinds that `jaxlm.data.loading` describes; rows differ in length and in number of
+    predictions."""
     random = np.random.default_rng(seed)
     ends = random.integers(LENGTH // 2, LENGTH + 1, size=(ROWS, 1))
     slots = np.broadcast_to(np.arange(LENGTH), (ROWS, LENGTH))
@@ -82,7 +84,8 @@ def make_batch() -> Callable[[str, int], dict[str, np.ndarray]]:
 
 @pytest.fixture(scope="session")
 def random_params() -> Callable[[Model], Params]:
-    """`random_params(model)`: normal numbers everywhere, no bias 0 and no scale 1. (`Model.init` takes long to compile.)"""
+    """`random_params(model)`: normal numbers everywhere, no bias 0 and no scale 1. (`Model.init` takes long to
+    compile.)"""
     def draw(model: Model) -> Params:
         random = np.random.default_rng(0)
         return jax.tree.map(lambda leaf: jnp.asarray(random.normal(scale=0.2, size=leaf.shape), leaf.dtype), model.shapes)
@@ -98,7 +101,8 @@ def meshes() -> dict[str, jax.sharding.Mesh]:
 
 @pytest.fixture(scope="session")
 def array_shapes() -> Callable[..., set[tuple[int, ...]]]:
-    """`array_shapes(function, *arguments)`: the shape of every array that the traced function computes, inside loops too."""
+    """`array_shapes(function, *arguments)`: the shape of every array that the traced function computes, inside loops
+    too."""
     def walk(jaxpr: jax.extend.core.Jaxpr) -> Iterator[tuple[int, ...]]:
         for equation in jaxpr.eqns:
             yield from (variable.aval.shape for variable in equation.outvars if hasattr(variable.aval, "shape"))
@@ -120,7 +124,8 @@ class Golden:
                 for group in ("weights", "inputs", "outputs", "gradients")]
 
     def assert_same(self, got: Any, want: Any) -> None:
-        """1e-4 of each array's norm. What theory makes zero, like the gradient of a key's bias, is rounding in both: 1e-5."""
+        """1e-4 of each array's norm. What theory makes zero, like the gradient of a key's bias, is rounding in both:
+        1e-5."""
         assert jax.tree.structure(got) == jax.tree.structure(want)
         for (path, one), other in zip(jax.tree_util.tree_flatten_with_path(got)[0], jax.tree.leaves(want), strict=True):
             assert one.shape == other.shape, path

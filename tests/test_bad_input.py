@@ -100,7 +100,8 @@ def tree(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def refuse(house, monkeypatch, capfd):
-    """`refuse("train run.yaml seed=x")`: the lines on stderr of a command that must end with code 2 and leave nothing."""
+    """`refuse("train run.yaml seed=x")`: the lines on stderr of a command that must end with code 2 and leave
+    nothing."""
     monkeypatch.chdir(house)
     monkeypatch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
 
@@ -116,7 +117,7 @@ def refuse(house, monkeypatch, capfd):
     return run
 
 
-# ----------------------------------------------------------------------------- known before anything is read, or computed
+# --------------------------------------------------------------------------- known before anything is read, or computed
 
 NEW = "train run.yaml run_dir=new"
 BERT = f"{NEW} model.family=bert data.tokenizer=bytes"
@@ -250,7 +251,7 @@ def test_bad_input_is_refused_in_one_line(refuse, command):
         assert word in line
 
 
-# ----------------------------------------------------------------------------------------- only the text itself shows it
+# ---------------------------------------------------------------------------------------- only the text itself shows it
 
 READING = {
     f"{NEW} data.raw=truncated.txt.gz": ("truncated.txt.gz: truncated or not valid gzip",),
@@ -285,7 +286,7 @@ def test_bad_text_is_refused_and_what_was_prepared_is_removed(refuse, command):
         assert word in line
 
 
-# -------------------------------------------------------------------------------------------------- processes of their own
+# ----------------------------------------------------------------------------------------------- processes of their own
 
 @pytest.mark.parametrize(("command", "words"), [
     (f"{NEW} data.globl_batch_size=1", ["data.globl_batch_size", "data.global_batch_size"]),

@@ -36,7 +36,7 @@ def refusal(load, *arguments) -> str:
     return str(caught.value)
 
 
-# --------------------------------------------------------------------------------------------------------------- loading
+# -------------------------------------------------------------------------------------------------------------- loading
 
 def test_an_empty_file_is_all_defaults(load):
     assert load() == Settings()
@@ -82,7 +82,7 @@ def test_every_shipped_config_loads_and_says_what_it_is(path):
     assert f"jaxlm train configs/{path.name}" in header and "Hardware:" in header
 
 
-# ------------------------------------------------------------------------------------------------------------ round trip
+# ----------------------------------------------------------------------------------------------------------- round trip
 
 def test_dump_and_load_change_nothing(load):
     for settings in (Settings(), *(config.load(path) for path in CONFIGS)):
@@ -107,7 +107,7 @@ def test_flatten_keeps_values_that_are_mappings():
     assert set(flat) == {name for name, *_ in config.key_table()}
 
 
-# ------------------------------------------------------------------------------------------------------------------ help
+# ----------------------------------------------------------------------------------------------------------------- help
 
 def test_help_says_types_for_people():
     kinds = {name: kind for name, kind, *_ in config.key_table()}
@@ -134,7 +134,7 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert (done.returncode, done.stderr) == (141, b"")
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 def test_aliases_to_aliases_are_refused_before_they_grow(load):
     letters = "abcdefghijkl"

@@ -1,4 +1,5 @@
-"""What README and docs promise of their form: lines of at most 120 characters, links that lead somewhere, commands that exist."""
+"""What README and docs promise of their form: lines of at most 120 characters, links that lead somewhere, commands
+that exist."""
 
 import re
 import shlex

@@ -48,7 +48,7 @@ def refused(capsys, monkeypatch, tmp_path):
     return run
 
 
-# ------------------------------------------------------------------------------------------------------------------ help
+# ----------------------------------------------------------------------------------------------------------------- help
 
 @pytest.mark.parametrize("columns", [80, 200])
 @pytest.mark.parametrize("verb", ALL_VERBS)
@@ -116,7 +116,7 @@ def test_the_reference_page_is_up_to_date(capsys):
     assert all(f"`{name}`" in page for name in KEYS) and all(f"### jaxlm {verb}" in page for verb in ALL_VERBS)
 
 
-# --------------------------------------------------------------------------------------------------------------- version
+# -------------------------------------------------------------------------------------------------------------- version
 
 @pytest.mark.parametrize("command", ["--version", "-V", "version"])
 def test_the_version_names_what_numbers_depend_on(shown, command):
@@ -142,7 +142,7 @@ def test_the_extras_are_there(extra):
     assert extras[extra] == {"cuda": ["jax[cuda13]"], "tpu": ["jax[tpu]"]}.get(extra, extras[extra]) and extras[extra]
 
 
-# ----------------------------------------------------------------------------------------------------------- near misses
+# ---------------------------------------------------------------------------------------------------------- near misses
 
 def test_the_table_of_near_misses_holds_keys_and_values_that_are_there():
     assert set(near_misses.KEYS.values()) <= set(KEYS)

@@ -1,4 +1,5 @@
-"""Attacks: text, corpora, tokenizers, checkpoints and run directories from others run no code and reach no other file."""
+"""Attacks: text, corpora, tokenizers, checkpoints and run directories from others run no code and reach no other
+file."""
 
 import hashlib
 import json
@@ -104,7 +105,7 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-# ---------------------------------------------------------------------------------------------------- nothing is unpickled
+# ------------------------------------------------------------------------------------------------- nothing is unpickled
 
 def test_no_file_of_a_checkpoint_is_unpickled(here, bomb):
     settings = config.load(here / "run")
@@ -193,7 +194,7 @@ def test_yaml_cannot_name_python_objects(here, tmp_path, refused):
     assert not (tmp_path / "exploded").exists()
 
 
-# ------------------------------------------------------------------------------------------------------- compiled programs
+# ---------------------------------------------------------------------------------------------------- compiled programs
 
 @pytest.fixture
 def program(meshes, tmp_path, bomb):
@@ -238,7 +239,7 @@ def test_a_run_directory_does_not_say_where_programs_are(here):
     assert config.load("run").devices.compiled is None
 
 
-# ------------------------------------------------------------------------------------------------------------------- paths
+# ---------------------------------------------------------------------------------------------------------------- paths
 
 @pytest.mark.parametrize("absolute", [False, True])
 @pytest.mark.parametrize("kind", ["tokens", "crc32"])
@@ -307,7 +308,7 @@ def test_links_inside_a_run_directory_are_fine(here):
     assert cli.main(["train", "run", "train.steps=3"]) == 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- secrets
+# -------------------------------------------------------------------------------------------------------------- secrets
 
 @pytest.mark.parametrize("override", [
     "data.raw=https://someone:hunter2@host/text.txt", "data.raw=[text.txt, 'https://hunter2@host/text.txt']",
@@ -350,7 +351,7 @@ def test_the_launch_script_puts_no_password_on_the_hosts(url):
     assert done.returncode == 2 and "token@" not in done.stdout + done.stderr
 
 
-# ----------------------------------------------------------------------------------------------------------------- sockets
+# -------------------------------------------------------------------------------------------------------------- sockets
 
 def listening(pid: int) -> set[str]:
     """Addresses at which a process listens (Linux), as in /proc/net/tcp and tcp6 without the port."""
@@ -374,7 +375,8 @@ def children(pid: int) -> list[int]:
 
 
 def under_its_networks_name() -> list[str]:
-    """Starts a command where this host's name stands for its address in the network, as in a cluster; [] where that cannot be."""
+    """Starts a command where this host's name stands for its address in the network, as in a cluster; [] where that
+    cannot be."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # sends nothing

@@ -1,4 +1,5 @@
-"""Line 17: a text key takes the text as typed; numbers are as people write them, on the command line and in a run file."""
+"""Line 17: a text key takes the text as typed; numbers are as people write them, on the command line and in a run
+file."""
 
 import pytest
 import yaml

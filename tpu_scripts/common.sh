@@ -65,7 +65,8 @@ cloud_type() {
   esac
 }
 
-# The words of a command, quoted so that the line can be pasted into a shell. (Without ${word@Q}, for the bash 3.2 of macOS.)
+# The words of a command, quoted so that the line can be pasted into a shell. (Without ${word@Q}, for the bash 3.2 of
+# macOS.)
 quoted() {
   local word line='' quote="'" escaped="'\\''"
   for word in "$@"; do

@@ -4,9 +4,9 @@
 #
 # Usage: run.sh --name NAME --zone ZONE [--setup COMMAND] [--repository URL [--revision NAME]] CONFIG [key=value ...]
 #
-# CONFIG is a path inside the repository, or a run directory in a bucket (gs://BUCKET/FOLDER). run_dir and data.corpus must
-# be in a bucket, or on a disk that all hosts share and that outlives the TPU (see README.md): what the hosts write to their
-# own disks is lost with them.
+# CONFIG is a path inside the repository, or a run directory in a bucket (gs://BUCKET/FOLDER). run_dir and data.corpus
+# must be in a bucket, or on a disk that all hosts share and that outlives the TPU (see README.md): what the hosts
+# write to their own disks is lost with them.
 
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

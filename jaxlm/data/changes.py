@@ -18,10 +18,11 @@ NAMED = 3  # files of each kind in the line
 
 
 def changes(corpus: Corpus, data: DataSettings) -> list[str]:
-    """A line about what has been edited, removed or added since the corpus was prepared; none where it is the same text.
+    """A line about what has been edited, removed or added since the corpus was prepared; none where it is the same
+    text.
 
-    Files are compared by name, size and time, and where just the time differs, by their content if that is little to read. In a
-    bucket the store's own version is compared. What came through a pipe is not there any more.
+    Files are compared by name, size and time, and where just the time differs, by their content if that is little to
+    read. In a bucket the store's own version is compared. What came through a pipe is not there any more.
     """
     manifest = corpus.manifest
     known = {entry["path"]: entry for entry in [*manifest["sources"], *manifest.get("passed_over", [])]
@@ -55,7 +56,8 @@ def raw_items(data: DataSettings) -> list[str]:
 
 
 def changed(known: dict[str, dict[str, Any]], now: dict[str, SourceFile]) -> Iterator[str]:
-    """`a.txt: 10 to 12 bytes`: the files that are still there, with another size, or another time and not the same content."""
+    """`a.txt: 10 to 12 bytes`: the files that are still there, with another size, or another time and not the same
+    content."""
     budget = DIGESTED
     for name in sorted(known.keys() & now.keys()):
         before, file = known[name], now[name]

@@ -1,7 +1,7 @@
 """Optional filters between reading and tokenizing: repair, length, repetition, script, exact and near duplicates.
 
-Each drop has a reason, and the reasons are counted. Filters on one document run in the reading processes; duplicates are found
-afterwards over the whole corpus, where the first document in order is the one that is kept.
+Each drop has a reason, and the reasons are counted. Filters on one document run in the reading processes; duplicates
+are found afterwards over the whole corpus, where the first document in order is the one that is kept.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ PERMUTATIONS = 128  # the similarity estimate has a standard error below 1 / (2 
 SCHEME = "affine32"  # datasketch's family of hash functions: 32-bit values
 MOST_MISSED = 0.01
 BATCH_RUNS = 2**14  # runs hashed at a time: 128 eight-byte values each
-# Chinese and Japanese do without blanks: each of their characters counts as a word. Longer stretches than 64 are no words.
+# Chinese and Japanese do without blanks: each of their characters counts as a word. Longer stretches than 64 are no
+# words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]{1,64}")
 
 
@@ -45,7 +46,8 @@ def clean(text: str | None, settings: CleaningSettings) -> tuple[str, str | None
 
 
 def mend(text: str) -> str:
-    """Undoes wrong decoding ("schÃ¶n") and normalizes to NFC, with ftfy (Speer 2019). Quotes, widths and line ends stay."""
+    """Undoes wrong decoding ("schÃ¶n") and normalizes to NFC, with ftfy (Speer 2019). Quotes, widths and line ends
+    stay."""
     import ftfy
 
     return ftfy.fix_text(text, ftfy.TextFixerConfig(
@@ -58,8 +60,8 @@ def mend(text: str) -> str:
 def repetition(text: str) -> float:
     """The larger share of repeats: among the lines that are not blank, and among the runs of 5 words.
 
-    A repeat is one that equals an earlier one. The measures are those of Rae et al. 2021 (Gopher), table A1: duplicate lines and
-    duplicate 5-grams, counted here instead of weighted by their characters.
+    A repeat is one that equals an earlier one. The measures are those of Rae et al. 2021 (Gopher), table A1:
+    duplicate lines and duplicate 5-grams, counted here instead of weighted by their characters.
     """
     lines = [line for line in map(str.strip, text.split("\n")) if line]
     runs = word_runs(text)
@@ -71,7 +73,8 @@ def repeated_share(distinct: int, total: int) -> float:
 
 
 def word_runs(text: str) -> np.ndarray:
-    """uint64 hashes of every run of 5 words, lowercase and without punctuation; of the whole text where it is shorter."""
+    """uint64 hashes of every run of 5 words, lowercase and without punctuation; of the whole text where it is
+    shorter."""
     words = np.fromiter((word_hash(match[0]) for match in WORD.finditer(text.lower())), np.uint64)
     if len(words) < RUN_WORDS:
         return np.array([word_hash(text.strip().lower())], np.uint64)
@@ -86,7 +89,7 @@ def word_hash(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
-# --------------------------------------------------------------------------------------------------------------- scripts
+# -------------------------------------------------------------------------------------------------------------- scripts
 
 def script_fraction(text: str, scripts: list[str]) -> float:
     """The share of letters in these scripts; 1 for a text without letters."""
@@ -100,7 +103,8 @@ def script_fraction(text: str, scripts: list[str]) -> float:
 
 @lru_cache(maxsize=2**16)
 def script_of(character: str) -> str:
-    """The first word of the letter's Unicode name, where Unicode puts the script: latin, cyrillic, cjk, hangul, arabic, ..."""
+    """The first word of the letter's Unicode name, where Unicode puts the script: latin, cyrillic, cjk, hangul,
+    arabic, ..."""
     name = unicodedata.name(character, "unknown").lower().replace("fullwidth ", "").replace("halfwidth ", "")
     return re.split(r"[ -]", name)[0]
 
@@ -119,7 +123,7 @@ def check_scripts(scripts: list[str]) -> None:
                             f"in lowercase: latin, cyrillic, cjk, ...{nearest(script.lower(), known_scripts())}")
 
 
-# ------------------------------------------------------------------------------------------------------------ duplicates
+# ----------------------------------------------------------------------------------------------------------- duplicates
 
 def text_digest(text: str) -> bytes:
     """16 bytes that stand for the text: sha256, cut."""
@@ -173,7 +177,8 @@ class NearDuplicates:
 def bands_and_rows(threshold: float) -> tuple[int, int]:
     """The longest bands that still make candidates of all but 1 % of the pairs that are as similar as the threshold.
 
-    A pair of similarity s shares one of b bands of r rows with probability 1 - (1 - s**r)**b (Leskovec et al. 2014, 3.4.2).
+    A pair of similarity s shares one of b bands of r rows with probability 1 - (1 - s**r)**b (Leskovec et al. 2014,
+    3.4.2).
     """
     rows = max((rows for rows in range(1, PERMUTATIONS // 2 + 1)
                 if (1 - threshold**rows)**(PERMUTATIONS // rows) <= MOST_MISSED), default=1)

@@ -4,12 +4,12 @@
     report.json                 documents in, dropped by reason, repaired, out
     tokenizer/                  see jaxlm.data.tokenizers
     train-00000.tokens.npy      uint16 (uint32 for a vocabulary above 65,536), shard after shard one stream
-    train-00000.crc32.npy       uint32: the checksum of every block of 4,096 tokens of that shard (older corpora have none)
+    train-00000.crc32.npy       uint32: the checksum of every block of 4,096 tokens (older corpora have none)
     train.offsets.npy           int64 [documents + 1]: document d is the stream's tokens offsets[d] .. offsets[d + 1]
     validation-00000.tokens.npy, validation-00000.crc32.npy, validation.offsets.npy
 
-Every shard but the last holds the same number of tokens, so the shard of a position is one division; documents may cross shards.
-A document ends with the tokenizer's eos where it has one.
+Every shard but the last holds the same number of tokens, so the shard of a position is one division; documents may
+cross shards. A document ends with the tokenizer's eos where it has one.
 """
 
 import hashlib
@@ -59,7 +59,8 @@ def token_type(vocab_size: int) -> np.dtype:
 
 
 class Documents:
-    """One split: a stream of tokens and where its documents begin. For any thread; opened anew when sent to another process."""
+    """One split: a stream of tokens and where its documents begin. For any thread; opened anew when sent to another
+    process."""
 
     def __init__(self, directory: Location, split: str, manifest: dict[str, Any]):
         self.directory = directory
@@ -76,7 +77,8 @@ class Documents:
 
     @cached_property
     def offsets(self) -> np.ndarray:
-        """int64 [num_documents + 1], read-only; compared with its digest when first asked for. UserError where it differs."""
+        """int64 [num_documents + 1], read-only; compared with its digest when first asked for. UserError where it
+        differs."""
         with refusing_damage():
             return load_array(self.directory / offsets_file(self.split), self.num_documents + 1, np.dtype("<i8"),
                               self.entry["offsets"]["sha256"])
@@ -84,8 +86,8 @@ class Documents:
     def read(self, start: int, stop: int) -> np.ndarray:
         """int32 [stop - start]: tokens start .. stop of the split's stream.
 
-        IndexError outside of it. DamagedData when a file is gone or too short, the checksum of a block that holds one of these
-        tokens differs, or a token is not in the vocabulary.
+        IndexError outside of it. DamagedData when a file is gone or too short, the checksum of a block that holds
+        one of these tokens differs, or a token is not in the vocabulary.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start} to {stop} of a stream of {self.num_tokens}")
@@ -122,7 +124,8 @@ class Documents:
 
 
 def refuse_strange_names(directory: Location, split: str, shards: list[dict[str, Any]]) -> None:
-    """UserError unless the manifest names its files as they are named here: nothing outside the folder is ever opened."""
+    """UserError unless the manifest names its files as they are named here: nothing outside the folder is ever
+    opened."""
     for number, shard in enumerate(shards):
         names = [shard["file"], *([shard["checksums"]["file"]] if "checksums" in shard else [])]
         for name, expected in zip(names, (shard_file(split, number), checksum_file(split, number)), strict=False):
@@ -208,7 +211,8 @@ class Corpus:
 
     @property
     def loses_text(self) -> bool:
-        """Whether validation text cannot be had back from its tokens: a share of its bits is then no bits per byte of it.
+        """Whether validation text cannot be had back from its tokens: a share of its bits is then no bits per byte
+        of it.
 
         Counted when the corpus was prepared; of an older one, whether its tokenizer loses text of some kind.
         """

@@ -12,8 +12,8 @@ from jaxlm.reporting.progress import print_line
 class DamagedData(RunError):
     """A file of a corpus is gone, or does not hold what was written into it.
 
-    `problem` says what is wrong and at which bytes; `block` is the number of the block of tokens (see jaxlm.data.corpus), or None
-    where it is the whole file.
+    `problem` says what is wrong and at which bytes; `block` is the number of the block of tokens (see
+    jaxlm.data.corpus), or None where it is the whole file.
     """
 
     def __init__(self, path: Path, problem: str, block: int | None = None):
@@ -34,7 +34,8 @@ class Damage:
         self._samples: set[int] = set()
 
     def add(self, error: DamagedData, sample: int) -> None:
-        """Counts a sample (its number, see jaxlm.data.loading) once, and says once on stderr what is wrong with its text."""
+        """Counts a sample (its number, see jaxlm.data.loading) once, and says once on stderr what is wrong with its
+        text."""
         with self._lock:
             self._samples.add(sample)
             known = self._blocks.setdefault(error.path, set())

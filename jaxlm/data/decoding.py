@@ -1,7 +1,8 @@
-"""From bytes to characters: the encoding of a file, what in it is none of its characters, and which encoding it looks like.
+"""From bytes to characters: the encoding of a file, what in it is none of its characters, and which encoding it
+looks like.
 
-What is invalid becomes U+FFFD and is counted. A text in another encoding would be lost that way, so a file with more than
-MOST_REPLACED of it is refused, and the likely encoding named.
+What is invalid becomes U+FFFD and is counted. A text in another encoding would be lost that way, so a file with more
+than MOST_REPLACED of it is refused, and the likely encoding named.
 """
 
 import codecs
@@ -50,7 +51,8 @@ def is_text_encoding(name: str) -> bool:
 
 
 def encoding_of(head: bytes, wanted: str) -> str:
-    """The encoding of a file that begins so: what its byte order mark says, UTF-8 where it certainly is, or the wanted one."""
+    """The encoding of a file that begins so: what its byte order mark says, UTF-8 where it certainly is, or the
+    wanted one."""
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if head.startswith(mark):
             return encoding
@@ -157,10 +159,11 @@ class Utf8Stream(io.RawIOBase):
         return size
 
 
-# ------------------------------------------------------------------------------------------------------ another encoding
+# ----------------------------------------------------------------------------------------------------- another encoding
 
 def refuse_foreign(name: str, encoding: str, replaced: int, characters: int, sample: bytes) -> None:
-    """Raises UserError, naming the file and its likely encoding, where more than MOST_REPLACED of the characters are replaced."""
+    """Raises UserError, naming the file and its likely encoding, where more than MOST_REPLACED of the characters are
+    replaced."""
     if replaced > FEW and replaced > MOST_REPLACED * characters:
         raise foreign(name, encoding, replaced, characters, likely_encodings(sample))
 

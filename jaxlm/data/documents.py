@@ -1,7 +1,7 @@
 """The documents in units of raw text, in order: whole files, lines, and the wanted field of JSON, tables and columns.
 
-UserError names the file, and the line where there is one: unreadable, truncated or corrupt, bad JSON, a row with too many
-columns, a missing or ill-typed field or column.
+UserError names the file, and the line where there is one: unreadable, truncated or corrupt, bad JSON, a row with too
+many columns, a missing or ill-typed field or column.
 """
 
 import csv
@@ -28,8 +28,8 @@ Decode = Callable[[bytes], tuple[str, int]]
 
 
 class Document(NamedTuple):
-    """One document as read. `text` is None when it is longer than allowed, which `bytes` then says (of its text, or of what holds
-    it); `replaced`: characters that were none of the file's encoding."""
+    """One document as read. `text` is None when it is longer than allowed, which `bytes` then says (of its text, or
+    of what holds it); `replaced`: characters that were none of the file's encoding."""
 
     text: str | None
     replaced: int = 0
@@ -80,7 +80,8 @@ def text_stream(file: SourceFile, decoding: Decoding) -> Iterator[tuple[IO[bytes
 
 
 def whole_document(file: SourceFile, max_bytes: int, decoding: Decoding) -> Document:
-    """A file as one document, never read into memory when it is too long (but through to its end, where damage may show)."""
+    """A file as one document, never read into memory when it is too long (but through to its end, where damage may
+    show)."""
     with text_stream(file, decoding) as (stream, decode):
         content = stream.read(max_bytes + 1)
         if len(content) <= max_bytes:
@@ -94,8 +95,8 @@ def whole_document(file: SourceFile, max_bytes: int, decoding: Decoding) -> Docu
 
 
 def read_lines(stream: IO[bytes], part: Part, max_bytes: int) -> Iterator[tuple[bytes | None, int]]:
-    """The lines that begin inside the part, without their ends, and their bytes; None for one over `max_bytes`, which is never
-    held whole."""
+    """The lines that begin inside the part, without their ends, and their bytes; None for one over `max_bytes`,
+    which is never held whole."""
     stop = math.inf if part.stop is None else part.stop
     mark = byte_order_mark(part.file.encoding)
     position = part.start
@@ -205,8 +206,8 @@ def refuse_wrapped(file: SourceFile, record: Any, field: str) -> None:
 
 
 def json_values(file: SourceFile, stream: IO[bytes], decoding: Decoding, most: int) -> Iterator[Any]:
-    """The values, and those in arrays on the outside, read piece by piece: no more than one of them is held, of `most` characters
-    at the most."""
+    """The values, and those in arrays on the outside, read piece by piece: no more than one of them is held, of
+    `most` characters at the most."""
     decode, decoder = decoding.in_pieces(), json.JSONDecoder()
     text, place, line, ended = "", 0, 1, False
     inside = behind = False  # an array; a value of it
@@ -252,7 +253,7 @@ def json_values(file: SourceFile, stream: IO[bytes], decoding: Decoding, most: i
             text, place = text[place:] + decode(piece, ended), 0
 
 
-# -------------------------------------------------------------------------------------------------------- tables, columns
+# ------------------------------------------------------------------------------------------------------ tables, columns
 
 def table_documents(file: SourceFile, reading: Reading, decoding: Decoding) -> Iterator[Document]:
     """The cells of a column of CSV or TSV, whose first line names the columns."""

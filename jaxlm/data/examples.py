@@ -17,8 +17,8 @@ BOUND = "|"
 def examples(documents: "Documents", tokenizer: Tokenizer) -> list[str]:
     """The first tokens of three documents, or of three places in a single one, decoded, with a mark between any two.
 
-    Control characters are escaped (\\n); special tokens stand as [eos]. A character that takes several tokens is followed by as
-    many marks.
+    Control characters are escaped (\\n); special tokens stand as [eos]. A character that takes several tokens is
+    followed by as many marks.
     """
     number, tokens = documents.num_documents, documents.num_tokens
     if number >= EXAMPLES:

@@ -1,8 +1,9 @@
 """What a file is: looked at, its name and its content together, before it is read.
 
-Compression, Parquet, Arrow and everything binary go by the first bytes. Source code, Markdown and markup are text whatever they
-begin with, for their suffix says so. In all other text, JSON and tables are found by how it begins: `x.txt` full of JSON objects
-is JSON Lines. What holds records that cannot be read is refused by name; it is never read as prose.
+Compression, Parquet, Arrow and everything binary go by the first bytes. Source code, Markdown and markup are text
+whatever they begin with, for their suffix says so. In all other text, JSON and tables are found by how it begins:
+`x.txt` full of JSON objects is JSON Lines. What holds records that cannot be read is refused by name; it is never
+read as prose.
 """
 
 import codecs
@@ -78,7 +79,8 @@ class Reading:
 
 
 def look_at(files: list[SourceFile], reading: Reading) -> list[SourceFile | None]:
-    """Every file as what it is; None for JSON that was found in a folder and holds no records, but one object (a configuration).
+    """Every file as what it is; None for JSON that was found in a folder and holds no records, but one object (a
+    configuration).
 
     UserError naming the file: unreadable, binary, in another encoding, or records that cannot be read.
     """
@@ -136,7 +138,7 @@ def decoded(file: SourceFile, head: bytes) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 def refuse_strange(file: SourceFile, head: bytes) -> None:
     """Raises UserError for what is no text, and says what it is."""
@@ -169,10 +171,11 @@ def refuse_unreadable_records(file: SourceFile, suffix: str, text: str) -> None:
                         "paragraphs.jsonl")
 
 
-# ------------------------------------------------------------------------------------------------------------------ JSON
+# ----------------------------------------------------------------------------------------------------------------- JSON
 
 def json_kind(text: str, whole: bool, any_begin: bool) -> tuple[str | None, bool]:
-    """(`jsonl`: an object a line, `json`: arrays or objects over several lines, None: neither; whether it is a single object).
+    """(`jsonl`: an object a line, `json`: arrays or objects over several lines, None: neither; whether it is a
+    single object).
 
     Args:
       text: the first characters.
@@ -207,8 +210,8 @@ def is_begun(text: str) -> bool:
 
 
 def first_value(text: str, whole: bool) -> tuple[Any, bool]:
-    """The JSON value that a text begins with (None, where it goes on behind the text, and [] for an array), and whether it is
-    one. A value that others follow is a list of them."""
+    """The JSON value that a text begins with (None, where it goes on behind the text, and [] for an array), and
+    whether it is one. A value that others follow is a list of them."""
     try:
         value, stop = json.JSONDecoder().raw_decode(text)
         return (value if not text[stop:].strip() else []), True
@@ -223,13 +226,13 @@ def is_cut(error: json.JSONDecodeError, text: str) -> bool:
     return error.msg.startswith("Unterminated string") or error.pos >= len(text) - 16
 
 
-# ---------------------------------------------------------------------------------------------------------------- tables
+# --------------------------------------------------------------------------------------------------------------- tables
 
 def find_separator(text: str, whole: bool, field: str, given: str | None, named: bool) -> str | None:
     """What separates the columns; None: no table.
 
-    A file that is not named as a table is one where its first line names the wanted field among others, and the second line has
-    as many columns.
+    A file that is not named as a table is one where its first line names the wanted field among others, and the
+    second line has as many columns.
     """
     if not text:
         return None

@@ -1,17 +1,19 @@
 """Batches: pure functions of (corpora, seed, step), whoever asks for them, from whatever step on.
 
-Row r of step s is sample s * global_batch_size + r of an endless sequence. A sample number leads to a corpus of the mixture and a
-number in it, that to an epoch and a place, and that, through the epoch's permutation, to one sequence of the corpus.
+Row r of step s is sample s * global_batch_size + r of an endless sequence. A sample number leads to a corpus of the
+mixture and a number in it, that to an epoch and a place, and that, through the epoch's permutation, to one sequence
+of the corpus.
 
 Arrays, int32 unless said (B rows, T = data.sequence_length, P predictions):
 - gpt: tokens, targets [B, T], loss_mask bool [B, T].
 - bert: tokens [B, T], masked_positions, masked_targets [B, P], masked_mask bool [B, P]; with next_sentence also
   token_types [B, T], next_sentence [B] (0: B follows A) and next_sentence_mask bool [B].
-- segment_ids (1, 2, ... for the documents of a row, 0: padding) and positions [B, T] where a row can hold several documents
+- segment_ids (1, 2, ... for the documents of a row, 0: padding) and positions [B, T] where a row can hold several
+documents
   (packing=documents) or, for bert, padding (next_sentence, validation).
 
-A row whose text is damaged ends the run, or (data.damaged=skip) is padding with masks that are all False; the others stay as they
-are.
+A row whose text is damaged ends the run, or (data.damaged=skip) is padding with masks that are all False; the others
+stay as they are.
 """
 
 import sys
@@ -151,11 +153,13 @@ class Batches:
             self.spec |= row_spec(masker.num_predictions, MASKED)
 
     def __len__(self) -> int:
-        """Validation: batches in the split, of which the last may have rows of padding. Training: more than any run takes."""
+        """Validation: batches in the split, of which the last may have rows of padding. Training: more than any run
+        takes."""
         return -(-self.order.length // self.global_batch_size)
 
     def batch(self, step: int, rows: np.ndarray | None = None) -> Rows:
-        """The rows (numbers below global_batch_size; None: all) of the batch of a step; IndexError outside of 0 .. len(self)."""
+        """The rows (numbers below global_batch_size; None: all) of the batch of a step; IndexError outside of 0 ..
+        len(self)."""
         return self.samples(self.numbers(step, rows))
 
     def numbers(self, step: int, rows: np.ndarray | None) -> np.ndarray:
@@ -201,7 +205,8 @@ class Batches:
         return batch
 
     def examples(self, step: int, rows: np.ndarray | None = None) -> list[Example | None]:
-        """What the rows of a step (as in `batch`) are made of, damaged or not; None for those after the end of a split."""
+        """What the rows of a step (as in `batch`) are made of, damaged or not; None for those after the end of a
+        split."""
         chosen, own_numbers = self.order.pick(self.numbers(step, rows))
         found: list[Example | None] = [None] * len(chosen)
         for source in self.sources:
@@ -225,7 +230,8 @@ def training_batches(corpora: Mapping[Corpus, float] | Sequence[tuple[Corpus, fl
 
 def validation_batches(corpora: Corpus | Sequence[Corpus], data: DataSettings, *, family: str, next_sentence: bool = False,
                        batch_size: int) -> Batches:
-    """The validation splits in order, each target once; the same masks and pairs each time. Errors as in `training_batches`."""
+    """The validation splits in order, each target once; the same masks and pairs each time. Errors as in
+    `training_batches`."""
     corpora = corpora if isinstance(corpora, Sequence) else [corpora]
     sources = make_sources(corpora, data, family, next_sentence, VALIDATION_SEED, training=False)
     counts = [source.sequences.count for source in sources]
@@ -336,5 +342,6 @@ class BatchIterator:
 
 def iterate(batches: Batches, start_step: int, stop_step: int, *, rows: np.ndarray | None = None,
             prefetch: int = 4) -> BatchIterator:
-    """batch(start_step), ..., batch(stop_step - 1), each with these rows; `prefetch` of them are made ahead from now on."""
+    """batch(start_step), ..., batch(stop_step - 1), each with these rows; `prefetch` of them are made ahead from now
+    on."""
     return BatchIterator(batches, start_step, stop_step, rows, prefetch)

@@ -1,4 +1,5 @@
-"""What a corpus says of itself, read without trust: the types of manifest.json and report.json, and that the counts agree."""
+"""What a corpus says of itself, read without trust: the types of manifest.json and report.json, and that the counts
+agree."""
 
 import json
 from typing import Annotated, Any, Literal, NotRequired

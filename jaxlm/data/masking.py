@@ -1,6 +1,7 @@
 """Masked-language modelling: which tokens are to be predicted and what stands in their place.
 
-Devlin et al. 2019, "BERT", section 3.1: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay as they are.
+Devlin et al. 2019, "BERT", section 3.1: of the chosen tokens 80 % become [MASK], 10 % a random token, 10 % stay as
+they are.
 """
 
 import math
@@ -33,9 +34,9 @@ class Masker:
     def __call__(self, tokens: np.ndarray, real: np.ndarray, keys: np.ndarray) -> dict[str, np.ndarray]:
         """Mask tokens (int32 [B, T]) where `real` (bool [B, T]; False: padding), each row by its own key (uint64 [B]).
 
-        Returns tokens [B, T], masked_positions [B, P] (rising), masked_targets [B, P] and masked_mask bool [B, P]; unused
-        slots come last and are 0. In a row with m tokens that are real and not special, round(probability * m) are chosen, at
-        least 1 (if m > 0) and at most P; fewer where whole words do not add up to that.
+        Returns tokens [B, T], masked_positions [B, P] (rising), masked_targets [B, P] and masked_mask bool [B, P];
+        unused slots come last and are 0. In a row with m tokens that are real and not special, round(probability *
+        m) are chosen, at least 1 (if m > 0) and at most P; fewer where whole words do not add up to that.
         """
         maskable = real & ~self.special[tokens]
         wanted = np.rint(self.probability * maskable.sum(axis=1)).astype(np.int64)
@@ -56,7 +57,8 @@ class Masker:
         return {"tokens": tokens, "masked_positions": masked_positions, "masked_targets": masked_targets, "masked_mask": used}
 
     def replacements(self, targets: np.ndarray, keys: np.ndarray) -> np.ndarray:
-        """int32 [B, P]: what stands in the place of each target. Draws from another stream of the keys than the choice does."""
+        """int32 [B, P]: what stands in the place of each target. Draws from another stream of the keys than the
+        choice does."""
         words = random_words(~keys, 2 * targets.shape[1]).reshape(*targets.shape, 2)
         tenth = below(words[..., 0], 10)
         replaced = self.ordinary[below(words[..., 1], len(self.ordinary))]
@@ -64,7 +66,8 @@ class Masker:
 
 
 def choose_tokens(maskable: np.ndarray, wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """bool [B, T]: in each row `wanted` (int64 [B]) of the maskable tokens (bool [B, T]), or all where there are fewer."""
+    """bool [B, T]: in each row `wanted` (int64 [B]) of the maskable tokens (bool [B, T]), or all where there are
+    fewer."""
     length = maskable.shape[1]
     most = min(int(wanted.max(initial=1)), length)
     scores = random_words(keys, length) | ~maskable * np.uint64(2**64 - 1)  # the lowest are chosen; never the last possible
@@ -79,8 +82,8 @@ def choose_tokens(maskable: np.ndarray, wanted: np.ndarray, keys: np.ndarray) ->
 def choose_words(maskable: np.ndarray, starts: np.ndarray, wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """bool [B, T]: whole words in random order, each if it still fits into `wanted` (int64 [B]) tokens.
 
-    A word begins where `starts` (bool [B, T]) is True, or after a token that is not maskable (bool [B, T]). Where no word is
-    short enough, the first `wanted` tokens of one are chosen: a row without predictions would teach nothing.
+    A word begins where `starts` (bool [B, T]) is True, or after a token that is not maskable (bool [B, T]). Where no
+    word is short enough, the first `wanted` tokens of one are chosen: a row without predictions would teach nothing.
     """
     num_rows, length = maskable.shape
     starts = starts.copy()

@@ -30,8 +30,8 @@ class Windows:
 
 
 def training_windows(num_tokens: int, stride: int, overlap: int) -> Windows:
-    """Full windows only. One is given up so that an epoch can begin at any of `stride` offsets; where the stream is shorter
-    than two windows, the choice of offsets is. count is 0 when not one window fits."""
+    """Full windows only. One is given up so that an epoch can begin at any of `stride` offsets; where the stream is
+    shorter than two windows, the choice of offsets is. count is 0 when not one window fits."""
     usable = num_tokens - overlap
     count = max(1, (usable + 1) // stride - 1) if usable >= stride else 0
     return Windows(num_tokens, stride, overlap, count, min(stride, usable - count * stride + 1))
@@ -85,7 +85,8 @@ class PackingPlan:
         return list(zip(pieces.starts.tolist(), (pieces.starts + pieces.lengths).tolist(), strict=True))
 
     def pieces_of(self, sequences: np.ndarray) -> tuple[np.ndarray, Pieces]:
-        """The pieces of several sequences (int64 [n]) one after the other, and for each (int64) which of the n holds it."""
+        """The pieces of several sequences (int64 [n]) one after the other, and for each (int64) which of the n holds
+        it."""
         counts = self.first[sequences + 1] - self.first[sequences]
         return np.repeat(np.arange(len(sequences)), counts), self.pieces[joined_ranges(self.first[sequences], counts)]
 
@@ -93,8 +94,8 @@ class PackingPlan:
 def pack_documents(offsets: np.ndarray, sequence_length: int, *, overhead: int = 0, dropped_at_end: int = 0) -> PackingPlan:
     """Every token of every document in exactly one sequence; a pure function of its arguments.
 
-    overhead: room that each piece needs beside its own tokens ([CLS] and [SEP]). Cutting only what is too long and packing the
-    pieces whole is Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
+    overhead: room that each piece needs beside its own tokens ([CLS] and [SEP]). Cutting only what is too long and
+    packing the pieces whole is Ding et al. 2024, "Fewer Truncations Improve Language Modeling".
     """
     pieces = cut_documents(offsets, sequence_length - overhead, dropped_at_end)
     order, first = best_fit_decreasing(pieces.lengths + overhead, sequence_length)
@@ -104,9 +105,10 @@ def pack_documents(offsets: np.ndarray, sequence_length: int, *, overhead: int =
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Pack items of `lengths` (int64 [n], 1 .. capacity) into bins: longest first, each where it leaves the least room.
 
-    Bins with the same room are alike, so all items of one length are placed with one array operation for each different
-    room (the histogram of Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination"): ten million take seconds.
-    Returns (order, first): bin b holds the items order[first[b]:first[b + 1]], longest first.
+    Bins with the same room are alike, so all items of one length are placed with one array operation for each
+    different room (the histogram of Krell et al. 2021, "Efficient Sequence Packing without Cross-contamination"):
+    ten million take seconds. Returns (order, first): bin b holds the items order[first[b]:first[b + 1]], longest
+    first.
     """
     order = np.argsort((capacity - lengths).astype(np.uint16 if capacity < 2**16 else np.int64), kind="stable")
     counts = np.bincount(lengths, minlength=capacity + 1)

@@ -1,4 +1,5 @@
-"""Raw text that comes through a pipe (`<(zcat x.gz)`, /dev/stdin, a FIFO): it can be read once, and is needed more often.
+"""Raw text that comes through a pipe (`<(zcat x.gz)`, /dev/stdin, a FIFO): it can be read once, and is needed more
+often.
 
 It is copied into the unfinished corpus's folder first, by the process that holds it; everything else reads the copy.
 """
@@ -24,8 +25,8 @@ def spool(files: list[SourceFile], folder: Path, first: int = 0) -> list[SourceF
 def copy(file: SourceFile, target: Path) -> SourceFile:
     """Reads the pipe to its end.
 
-    One that gives nothing has been read by a preparation that was then killed: its copy is used. One that was being read when
-    that was killed has lost what came first, and is refused.
+    One that gives nothing has been read by a preparation that was then killed: its copy is used. One that was being
+    read when that was killed has lost what came first, and is refused.
     """
     digest, size = hashlib.sha256(), 0
     with open(file.path, "rb", buffering=0) as pipe:

@@ -1,8 +1,8 @@
 """From raw text to a corpus: clean, select, choose a tokenizer, tokenize, write shards.
 
-Everything happens in `<directory>.partial`, whose content becomes `<directory>` in one rename at the very end. Cleaned text and
-tokens are kept there unit by unit, so that memory stays small and an interrupted preparation goes on where it was. The same input
-gives the same bytes whatever the number of processes and interruptions.
+Everything happens in `<directory>.partial`, whose content becomes `<directory>` in one rename at the very end.
+Cleaned text and tokens are kept there unit by unit, so that memory stays small and an interrupted preparation goes
+on where it was. The same input gives the same bytes whatever the number of processes and interruptions.
 """
 
 import codecs
@@ -76,9 +76,9 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
             accept: Callable[[Corpus], object] = lambda corpus: None) -> Corpus:
     """The corpus in `directory`, prepared from `data.raw` if it does not exist yet.
 
-    `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes; `accept` raises UserError for
-    a corpus that the caller cannot use. UserError when the input is wrong or not accepted (nothing is left behind), or when
-    `directory` was made with other settings.
+    `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes; `accept` raises
+    UserError for a corpus that the caller cannot use. UserError when the input is wrong or not accepted (nothing is
+    left behind), or when `directory` was made with other settings.
     """
     directory = absolute(directory)
     settings = shaping_settings(data, vocab_size)
@@ -111,7 +111,8 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
 
 
 def workplace(directory: Location) -> Path:
-    """Where a corpus is prepared, and what is done already outlives an interruption: beside its place, or in the user's cache."""
+    """Where a corpus is prepared, and what is done already outlives an interruption: beside its place, or in the
+    user's cache."""
     if not is_remote(directory):
         return directory.with_name(directory.name + ".partial")
     return Path(expand_home(CACHE)) / f"{hashlib.sha256(str(directory).encode()).hexdigest()[:16]}.partial"
@@ -172,7 +173,8 @@ def check_place(data: DataSettings, directory: Location, vocab_size: int | None)
 
 
 def make_plan(data: DataSettings, settings: dict[str, Any], vocab_size: int | None, partial: Path) -> Plan:
-    """Finds the files, looks at each, and checks what can be checked before any work. Pipes are copied into `partial`."""
+    """Finds the files, looks at each, and checks what can be checked before any work. Pipes are copied into
+    `partial`."""
     tokenizer = stages.given_tokenizer(data)
     reading = Reading(data.text_field, data.document, data.cleaning.max_bytes, data.encoding)
     left_out = sources.PassedOver()

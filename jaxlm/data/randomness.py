@@ -1,11 +1,12 @@
 """Random numbers that are pure functions of their key, for whole arrays of keys at once.
 
-NumPy's generators are seeded one at a time, which costs more than making a row of a batch, and may change their streams between
-NumPy versions. These are SplitMix64 streams (Steele, Lea, Flood 2014): row 7 of step 1,000,000 needs no other row and no
-earlier step, and comes out the same on every machine and version.
+NumPy's generators are seeded one at a time, which costs more than making a row of a batch, and may change their
+streams between NumPy versions. These are SplitMix64 streams (Steele, Lea, Flood 2014): row 7 of step 1,000,000 needs
+no other row and no earlier step, and comes out the same on every machine and version.
 
 The shuffle is a Feistel network (Luby, Rackoff 1988) with cycle walking (Black, Rogaway 2002). It is not Grain's
-`index_shuffle`, which never returns for some seeds when there are fewer than about a hundred elements (seen in Grain 0.2.18).
+`index_shuffle`, which never returns for some seeds when there are fewer than about a hundred elements (seen in Grain
+0.2.18).
 """
 
 import numpy as np
@@ -25,7 +26,8 @@ def mix(values: np.ndarray) -> np.ndarray:
 
 
 def make_keys(*parts: int | np.ndarray) -> np.ndarray:
-    """uint64 [n]: one key for each combination of the parts (whole numbers, broadcast; of a Python int the low 64 bits)."""
+    """uint64 [n]: one key for each combination of the parts (whole numbers, broadcast; of a Python int the low 64
+    bits)."""
     result = np.zeros(1, np.uint64)
     for part in parts:
         part = part % 2**64 if isinstance(part, int) else part
@@ -44,7 +46,8 @@ def below(words: np.ndarray, limit: int | np.ndarray) -> np.ndarray:
 
 
 def shuffled(indices: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
-    """int64 [n]: where the permutation of range(count) that belongs to the key (uint64 [n]) takes each index (int64 [n])."""
+    """int64 [n]: where the permutation of range(count) that belongs to the key (uint64 [n]) takes each index (int64
+    [n])."""
     half = np.uint64(max(1, -(-(count - 1).bit_length() // 2)))
     mask = (np.uint64(1) << half) - np.uint64(1)
     round_keys = random_words(keys, FEISTEL_ROUNDS)

@@ -27,7 +27,8 @@ WHY_DROPPED = {  # by the reason: what such documents are, and the key that drop
 
 def report(data: DataSettings, clean_results: list[Result], fate: np.ndarray, splits: dict[str, Result],
            unknown: dict[str, dict[str, int]], found: list[str]) -> dict[str, Any]:
-    """What became of every document: documents_in = the sum of dropped + documents_out; and what of the text has no token.
+    """What became of every document: documents_in = the sum of dropped + documents_out; and what of the text has no
+    token.
 
     `unknown`: see `commonest_unknown`; `found`: notes about the files.
     """
@@ -79,7 +80,7 @@ def why_dropped(data: DataSettings, clean_results: list[Result]) -> str:
     return ", ".join(told) or "the files are empty"
 
 
-# ------------------------------------------------------------------------------------------------------------------ notes
+# ---------------------------------------------------------------------------------------------------------------- notes
 
 def too_long_notes(data: DataSettings, clean_results: list[Result]) -> Iterator[str]:
     count = dropped_documents(clean_results)["too_long"]
@@ -108,8 +109,8 @@ def replaced_notes(clean_results: list[Result]) -> Iterator[str]:
 
 
 def refuse_many_replaced(clean_results: list[Result]) -> None:
-    """Many small files, each with FEW characters in another encoding at most, are a text in another encoding, too. UserError,
-    naming the worst of them."""
+    """Many small files, each with FEW characters in another encoding at most, are a text in another encoding, too.
+    UserError, naming the worst of them."""
     found = damages(clean_results)
     replaced, characters = (sum(figures) for figures in (
         [damage["replaced"] for damage in found], [result["characters"] for result in clean_results]))

@@ -1,9 +1,10 @@
 """From spans of a token stream to rows of a batch, for each family and packing.
 
 Each class below is one way to cut a split into sequences. It has `count` (sequences in an epoch), `padding_share`,
-`spec` {name: (row shape, dtype)} and `rows(indices, epoch_keys, sample_keys)`, which returns those arrays for several sequences:
-indices int64 [n]; epoch_keys and sample_keys uint64 [n] are all the randomness there is (see jaxlm.data.randomness). `spans`, of
-the same arguments, says of which stretches (start, stop) of the stream each one is made. Only `rows` reads them: DamagedData.
+`spec` {name: (row shape, dtype)} and `rows(indices, epoch_keys, sample_keys)`, which returns those arrays for
+several sequences: indices int64 [n]; epoch_keys and sample_keys uint64 [n] are all the randomness there is (see
+jaxlm.data.randomness). `spans`, of the same arguments, says of which stretches (start, stop) of the stream each one
+is made. Only `rows` reads them: DamagedData.
 """
 
 from collections.abc import Sequence
@@ -60,9 +61,9 @@ def start_token(special: SpecialTokens, packing: str) -> int | None:
 class GptDocuments:
     """Whole documents packed together; every token is predicted once, from those before it in its document.
 
-    The targets of a piece are its tokens. What predicts them stands one place earlier: the start token before the first of a
-    document, and where a document goes on in another sequence, the last token of the piece before. With `start` None the first
-    token of a document is no target, and its last one has none.
+    The targets of a piece are its tokens. What predicts them stands one place earlier: the start token before the
+    first of a document, and where a document goes on in another sequence, the last token of the piece before. With
+    `start` None the first token of a document is no target, and its last one has none.
     """
 
     ARRAYS = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
@@ -84,7 +85,8 @@ class GptDocuments:
         before, after = (continued, 0) if self.start is not None else (0, pieces.continues)  # what else of the stream is needed
         text = read_spans(self.documents, pieces.starts - before, pieces.starts + pieces.lengths + after)
 
-        # One more token than there are targets, for each piece: the first has nothing before it, the last nothing after it.
+        # One more token than there are targets, for each piece: the first has nothing before it, the last nothing
+        # after it.
         ends = np.cumsum(pieces.lengths + 1)
         begins = ends - pieces.lengths - 1
         chain = np.full(ends[-1] if len(ends) else 0, self.start or 0, np.int32)
@@ -161,9 +163,10 @@ class BertDocuments:
 class BertPairs:
     """[CLS] A [SEP] B [SEP], one pair in a sequence (Devlin et al. 2019, section 3.1, task 2).
 
-    Documents are cut into pieces that fill a sequence (what is left at the end is shorter; a single token makes no pair).
-    A is the first part of a piece, up to a random point. Half of the time B is the rest of it (next_sentence 0); else B is a
-    span from a random place of another document (1), as long as the rest would be, so that length does not tell them apart.
+    Documents are cut into pieces that fill a sequence (what is left at the end is shorter; a single token makes no
+    pair). A is the first part of a piece, up to a random point. Half of the time B is the rest of it (next_sentence
+    0); else B is a span from a random place of another document (1), as long as the rest would be, so that length
+    does not tell them apart.
     """
 
     ARRAYS = ("tokens", "token_types", "segment_ids", "positions", "next_sentence", "next_sentence_mask")
@@ -217,7 +220,8 @@ class BertPairs:
     def other_spans(self, indices: np.ndarray, longest: np.ndarray, words: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths), int64 [n]: for each piece a span of at most `longest` tokens from another document.
 
-        That document is drawn in proportion to its pieces, so that every text is as likely to be a wrong B as to be an A.
+        That document is drawn in proportion to its pieces, so that every text is as likely to be a wrong B as to be
+        an A.
         """
         document = self.pieces.documents[indices]
         own = np.searchsorted(self.pieces.documents, document, side="left")
@@ -269,7 +273,8 @@ def fill(row: np.ndarray, *parts: Sequence[int] | np.ndarray) -> int:
 
 
 def place_pieces(batch: Rows, row_of_piece: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """Lay pieces side by side in their rows and fill segment_ids (1, 2, ...) and positions (from 0 in each piece) accordingly.
+    """Lay pieces side by side in their rows and fill segment_ids (1, 2, ...) and positions (from 0 in each piece)
+    accordingly.
 
     row_of_piece: int64 [pieces], rising. Returns bool [B, T]: where there are tokens, in the order of the pieces.
     """

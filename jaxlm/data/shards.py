@@ -1,7 +1,7 @@
 """The files of a corpus, read without trust: headers and lengths when they are opened, checksums with every read.
 
-Tokens are read with `pread`, never mapped: where a mapped file loses its end, the process dies of SIGBUS instead of an error.
-Of a shard in a bucket, just the blocks that are needed are fetched.
+Tokens are read with `pread`, never mapped: where a mapped file loses its end, the process dies of SIGBUS instead of
+an error. Of a shard in a bucket, just the blocks that are needed are fetched.
 """
 
 import errno
@@ -23,7 +23,8 @@ from jaxlm.reporting.files import Location, file_size, read_bytes, read_range
 
 BLOCK_TOKENS = 4096  # under one checksum
 CHECKSUM = np.dtype("<u4")
-# As `np.save` writes it. NumPy's own reader gives it to Python's parser, which trusts too much, and not in several threads.
+# As `np.save` writes it. NumPy's own reader gives it to Python's parser, which trusts too much, and not in several
+# threads.
 HEADER = re.compile(rb"\x93NUMPY\x01\x00(?P<length>..){'descr': '(?P<type>[^']{1,8})', 'fortran_order': False, "
                     rb"'shape': \((?P<elements>\d{1,18}),\), } *\n", re.DOTALL)
 PREFIX, HEADER_BYTES = 10, 256  # bytes: before the braces, and of all of it at most
@@ -40,7 +41,8 @@ def num_blocks(num_tokens: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """A shard file, open (see `open_shard`). What is read is checked against its checksums, or else against the vocabulary."""
+    """A shard file, open (see `open_shard`). What is read is checked against its checksums, or else against the
+    vocabulary."""
 
     path: Location
     descriptor: int | None  # None: in a bucket
@@ -52,8 +54,8 @@ class Shard:
     checksums: np.ndarray | None  # uint32 [blocks]
 
     def is_current(self) -> bool:
-        """Whether it is still the file of that name, and as long as it was. (A removed file could be read while it is open; one
-        in a bucket could not.)"""
+        """Whether it is still the file of that name, and as long as it was. (A removed file could be read while it
+        is open; one in a bucket could not.)"""
         if self.descriptor is None:
             return True
         try:
@@ -65,7 +67,8 @@ class Shard:
         return self.begin + token * self.dtype.itemsize
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens start .. stop of this shard, of the file's type. DamagedData, also for damage elsewhere in their blocks."""
+        """Tokens start .. stop of this shard, of the file's type. DamagedData, also for damage elsewhere in their
+        blocks."""
         if self.checksums is None:
             tokens = np.frombuffer(self.read_bytes(start, stop), self.dtype)
             self.check_tokens(start, tokens)
@@ -95,7 +98,8 @@ class Shard:
         return os.pread(self.descriptor, stop - start, start)  # 2 GiB at most
 
     def check_blocks(self, start: int, data: bytes) -> None:
-        """DamagedData unless `data`, which begins with token `start` and a block, has the checksums that were written."""
+        """DamagedData unless `data`, which begins with token `start` and a block, has the checksums that were
+        written."""
         view, size = memoryview(data), BLOCK_TOKENS * self.dtype.itemsize
         for block, begin in enumerate(range(0, len(data), size), start // BLOCK_TOKENS):
             if zlib.crc32(view[begin:begin + size]) != self.checksums[block]:
@@ -114,7 +118,8 @@ class Shard:
 def open_shard(directory: Location, shards: list[dict[str, Any]], dtype: np.dtype, vocab_size: int, number: int) -> Shard:
     """Shard `number` of those that the manifest lists. DamagedData when it, or the file of its checksums, is not whole.
 
-    It is closed when nobody refers to it any more, so that no thread reads from a descriptor that has become another file's.
+    It is closed when nobody refers to it any more, so that no thread reads from a descriptor that has become another
+    file's.
     """
     entry, checksums = shards[number], None
     if "checksums" in entry:
@@ -151,7 +156,8 @@ def check_array(path: Location, length: int, dtype: np.dtype) -> int:
 
 
 def load_array(path: Location, length: int, dtype: np.dtype, digest: str) -> np.ndarray:
-    """The array in memory, read-only. DamagedData as in `check_array`, and when the file's sha256 (hex) is not `digest`."""
+    """The array in memory, read-only. DamagedData as in `check_array`, and when the file's sha256 (hex) is not
+    `digest`."""
     begin = check_array(path, length, dtype)
     with _as_damage(path):
         data = read_bytes(path)

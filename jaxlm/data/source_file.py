@@ -24,8 +24,9 @@ CHUNK = 2**20
 class SourceFile:
     """A file of raw text. `name` is how the user wrote it, and what manifests and messages call it.
 
-    `version`: what changes whenever it is written; None: read from a pipe. `searched`: found in a folder, not named. The rest is
-    what `jaxlm.data.formats` finds in it: `kind` is a key of KINDS there, `delimiter` and `quoted` are those of a table.
+    `version`: what changes whenever it is written; None: read from a pipe. `searched`: found in a folder, not named.
+    The rest is what `jaxlm.data.formats` finds in it: `kind` is a key of KINDS there, `delimiter` and `quoted` are
+    those of a table.
     """
 
     name: str
@@ -90,7 +91,8 @@ def open_parquet(file: SourceFile) -> Iterator[Any]:
 
 @contextmanager
 def open_arrow(file: SourceFile) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """Schema and record batches of an Arrow file or stream (Feather 2 and the caches of Hugging Face's datasets are such)."""
+    """Schema and record batches of an Arrow file or stream (Feather 2 and the caches of Hugging Face's datasets are
+    such)."""
     import pyarrow
 
     with refusing_damage(file, "Arrow"), opened(file) as stream:

@@ -1,7 +1,8 @@
 """Raw text: which files `data.raw` means, and how they are cut into units of work, in one fixed order.
 
-A unit is what one worker process reads at a time: some small files, a byte range of a big file of lines, or row groups of a
-Parquet file. Reading unit after unit gives the same documents in the same order however the files were cut.
+A unit is what one worker process reads at a time: some small files, a byte range of a big file of lines, or row
+groups of a Parquet file. Reading unit after unit gives the same documents in the same order however the files were
+cut.
 """
 
 import glob
@@ -43,7 +44,8 @@ class PassedOver(Counter):
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a file: bytes of a file of lines, row groups of a Parquet file; the whole file where `stop` is None."""
+    """A stretch of a file: bytes of a file of lines, row groups of a Parquet file; the whole file where `stop` is
+    None."""
 
     file: SourceFile
     start: int = 0
@@ -65,11 +67,13 @@ class Unit:
 # ---------------------------------------------------------------------------------------------------------------- files
 
 def find_sources(raw: str | list[str], key: str = "data.raw", passed_over: PassedOver | None = None) -> list[SourceFile]:
-    """The files of a path, folder, glob, `python://stdlib` or a list of these: items in the given order, sorted inside each.
+    """The files of a path, folder, glob, `python://stdlib` or a list of these: items in the given order, sorted
+    inside each.
 
-    Paths, folders and globs may be in a bucket (s3://, gs://). Folders are searched for known suffixes, below hidden folders not
-    at all; what is left out is counted in `passed_over`. A file named outright is read whatever its suffix, and so is a pipe
-    (its `version` is None). A file that is met twice is read once. UserError (naming `key`) when an item matches nothing.
+    Paths, folders and globs may be in a bucket (s3://, gs://). Folders are searched for known suffixes, below hidden
+    folders not at all; what is left out is counted in `passed_over`. A file named outright is read whatever its
+    suffix, and so is a pipe (its `version` is None). A file that is met twice is read once. UserError (naming `key`)
+    when an item matches nothing.
     """
     found: dict[str, SourceFile] = {}
     passed_over = PassedOver() if passed_over is None else passed_over

@@ -1,4 +1,5 @@
-"""Which tokens of a vocabulary have a role: what files beside a tokenizer declare, and how such tokens are usually spelled."""
+"""Which tokens of a vocabulary have a role: what files beside a tokenizer declare, and how such tokens are usually
+spelled."""
 
 import json
 import unicodedata
@@ -46,7 +47,8 @@ class SpecialTokens:
 
 
 def declared_tokens(folder: Location) -> Declared:
-    """What the JSON files that lie beside a tokenizer say of its roles. Raises UserError for one that is no JSON object."""
+    """What the JSON files that lie beside a tokenizer say of its roles. Raises UserError for one that is no JSON
+    object."""
     declared: dict[str, list[str | int]] = {role: [] for role in SPELLINGS}
     for file in (folder / name for name in DECLARING):
         try:
@@ -66,11 +68,13 @@ def declared_tokens(folder: Location) -> Declared:
 def find_special(vocabulary: Mapping[str, int], marks: Iterable[str], declared: Declared) -> SpecialTokens:
     """The token of each role: as declared, else by its spelling; cls and bos, sep and eos stand in for each other.
 
-    Text is a sequence of documents: for eos, what ends a document goes before what ends a turn of a chat, wherever it is found.
+    Text is a sequence of documents: for eos, what ends a document goes before what ends a turn of a chat, wherever
+    it is found.
 
     Args:
       vocabulary: token -> id.
-      marks: the tokens that the tokenizer itself sets apart (added, control). Only these may be spelled in an unusual way, and
+      marks: the tokens that the tokenizer itself sets apart (added, control). Only these may be spelled in an
+      unusual way, and
         only these can be meant by a bare id: configs carry ids on from other models.
       declared: see `declared_tokens`.
     """

@@ -1,8 +1,8 @@
 """The stages between raw text and a corpus, each on its own; `prepare` runs them in order.
 
-clean (a unit of raw text to cleaned documents) -> select (what becomes of each) -> tokenizer (given, or made of the text) ->
-tokenize (a unit's documents to tokens) -> shards (stretches of a split's stream). Documents and tokens pass from one stage to the
-next as files beside a task's stem (see work.py).
+clean (a unit of raw text to cleaned documents) -> select (what becomes of each) -> tokenizer (given, or made of the
+text) -> tokenize (a unit's documents to tokens) -> shards (stretches of a split's stream). Documents and tokens pass
+from one stage to the next as files beside a task's stem (see work.py).
 """
 
 import hashlib
@@ -134,9 +134,9 @@ def unit_texts(stem: Path, wanted: np.ndarray) -> Iterator[str]:
 def select(cleaned: Cleaned, num_validation: int, data: DataSettings, why: Callable[[bool], str]) -> np.ndarray:
     """uint8 [documents]: TRAIN, VALIDATION, EXACT_DUPLICATE or NEAR_DUPLICATE.
 
-    The first `num_validation` documents are the user's own validation text, if there is one: standing first, it stays, and
-    training text that repeats it goes. UserError when a split ends up empty; `why(held_out)` says what was dropped of the
-    user's validation text, or of the rest.
+    The first `num_validation` documents are the user's own validation text, if there is one: standing first, it
+    stays, and training text that repeats it goes. UserError when a split ends up empty; `why(held_out)` says what
+    was dropped of the user's validation text, or of the rest.
     """
     digests = cleaned.digests()
     fate = np.full(len(digests), TRAIN, np.uint8)
@@ -242,7 +242,8 @@ def make_tokenizer(cleaned: Cleaned, fate: np.ndarray, data: DataSettings, vocab
 
 
 def sample_texts(cleaned: Cleaned, candidates: np.ndarray, max_bytes: int, tail: Fraction | None) -> list[str]:
-    """Training documents chosen by their hash until `max_bytes` are reached, the last one cut; in the order of the corpus."""
+    """Training documents chosen by their hash until `max_bytes` are reached, the last one cut; in the order of the
+    corpus."""
     by_hash = candidates[np.argsort(digest_numbers(cleaned.digests()[candidates])[:, 0], kind="stable")]
     reached = np.cumsum(cleaned.lengths()[by_hash])
     last = min(int(np.searchsorted(reached, max_bytes)), len(by_hash) - 1)

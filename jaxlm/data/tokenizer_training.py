@@ -22,8 +22,9 @@ from jaxlm.reporting.progress import print_line
 LINE_CHARACTERS = 16384  # longer lines are cut for training: the trainers drop or choke on very long ones
 THREADS = 8  # fixed: the number of threads decides the order of summation, and stands in the trained model
 WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-# Of the characters that occur, those that make up this share of the text always get tokens of their own: what SentencePiece
-# recommends for scripts of many characters (its character_coverage). The others do as far as half of the vocabulary holds them.
+# Of the characters that occur, those that make up this share of the text always get tokens of their own: what
+# SentencePiece recommends for scripts of many characters (its character_coverage). The others do as far as half of
+# the vocabulary holds them.
 CHARACTER_COVERAGE = Fraction("0.9995")
 ALPHABET_SHARE = Fraction(1, 2)
 LONGEST_WORD = 500  # letters; longer ones are cut. WordPiece's search takes the square of it, and gives up at 100 unless told
@@ -32,9 +33,9 @@ LONGEST_WORD = 500  # letters; longer ones are cut. WordPiece's search takes the
 def train_tokenizer(kind: str, texts: Sequence[str], vocab_size: int, lowercase: bool = False) -> ours.Tokenizer:
     """Trains `unigram` (Kudo 2018), `bpe` (Sennrich et al. 2016) or `wordpiece` (Schuster and Nakajima 2012) to a size.
 
-    unigram and bpe encode any text without loss, unless `lowercase`, which also strips accents. wordpiece normalizes like BERT,
-    and has no token for characters that are too rare to get one.
-    UserError when the texts cannot fill, or do not fit, that many tokens.
+    unigram and bpe encode any text without loss, unless `lowercase`, which also strips accents. wordpiece normalizes
+    like BERT, and has no token for characters that are too rare to get one. UserError when the texts cannot fill, or
+    do not fit, that many tokens.
     """
     if not any(text.strip() for text in texts):
         raise UserError(f"data.tokenizer: there is no text to train a {kind} tokenizer on")
@@ -51,7 +52,8 @@ def lines(texts: Sequence[str]) -> Iterator[str]:
 
 
 def train_sentencepiece(kind: str, texts: Sequence[str], vocab_size: int, lowercase: bool) -> SentencePieceTokenizer:
-    """<pad>=0, <unk>=1, <s>=2, </s>=3, <mask>=4, the newline, 256 bytes for what has no piece, then the learned pieces."""
+    """<pad>=0, <unk>=1, <s>=2, </s>=3, <mask>=4, the newline, 256 bytes for what has no piece, then the learned
+    pieces."""
     import sentencepiece
     from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
@@ -90,7 +92,8 @@ def size_error(kind: str, vocab_size: int, limit: str) -> str:
 
 
 def lowercase_rules() -> Iterator[str]:
-    """SentencePiece rules (code points in hexadecimal, source TAB target) that lowercase and drop accents, for all of Unicode."""
+    """SentencePiece rules (code points in hexadecimal, source TAB target) that lowercase and drop accents, for all
+    of Unicode."""
     for code in (*range(1, 0xD800), *range(0xE000, 0x110000)):
         character = chr(code)
         decomposed = unicodedata.normalize("NFD", character.lower())
@@ -102,8 +105,8 @@ def lowercase_rules() -> Iterator[str]:
 def train_wordpiece(texts: Sequence[str], vocab_size: int, lowercase: bool) -> JsonTokenizer:
     """[PAD]=0, [UNK]=1, [CLS]=2, [SEP]=3, [MASK]=4, continuing characters, characters, then the learned pieces.
 
-    Left alone, the trainer numbers continuing characters, and breaks ties, in the order of a randomly seeded hash table. Given
-    all of them in order beforehand, it has no choice left.
+    Left alone, the trainer numbers continuing characters, and breaks ties, in the order of a randomly seeded hash
+    table. Given all of them in order beforehand, it has no choice left.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -156,7 +159,8 @@ def characters(tokenizer: Any, texts: Sequence[str]) -> tuple[Counter[str], set[
 
 
 def alphabet(count: Counter[str], inside: set[str], room: Fraction | int) -> list[str]:
-    """The characters that get tokens, sorted: CHARACTER_COVERAGE of the text, and more of them while `room` tokens hold them."""
+    """The characters that get tokens, sorted: CHARACTER_COVERAGE of the text, and more of them while `room` tokens
+    hold them."""
     by_frequency = sorted(count, key=lambda character: (-count[character], character))
     reached = list(accumulate(count[character] for character in by_frequency))
     tokens = list(accumulate(2 if character in inside else 1 for character in by_frequency))

@@ -1,7 +1,9 @@
-"""Text to token ids and back: one small interface over SentencePiece, Hugging Face `tokenizer.json`, bytes and characters.
+"""Text to token ids and back: one small interface over SentencePiece, Hugging Face `tokenizer.json`, bytes and
+characters.
 
-A tokenizer is its kind, its special tokens and the bytes of its files, nothing else: that is what `digest` covers, what `save`
-writes and what travels in a checkpoint (`to_dict`). Reading one never runs code: the files are JSON or a SentencePiece protobuf.
+A tokenizer is its kind, its special tokens and the bytes of its files, nothing else: that is what `digest` covers,
+what `save` writes and what travels in a checkpoint (`to_dict`). Reading one never runs code: the files are JSON or a
+SentencePiece protobuf.
 """
 
 import base64
@@ -25,7 +27,8 @@ from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
 MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")
 SPACE_MARK = "\u2581"  # how SentencePiece writes a blank inside a piece
-# Holds what tokenizers drop or change: blanks, lines, case, accents, ligatures, marks without width, rare and private characters.
+# Holds what tokenizers drop or change: blanks, lines, case, accents, ligatures, marks without width, rare and private
+# characters.
 PROBE = (" A  b\t\r\n\n c\u00a0d\u3000É e\u0301 ﬁ Ａ ª \u200b\ufeff\u00ad\u0007 . , n't a,b ##s <s> 日本か 한 ก็ 😀 "
          "\U0002a6a5 \ue000 \u2581 ")
 
@@ -76,8 +79,8 @@ class Tokenizer(ABC):
     def decode_after(self, ids: list[int], new: list[int], text: str) -> str:
         """The text of the tokens `new` behind `ids`, which `text` was encoded to.
 
-        Decoded with them: many tokenizers drop the blank before the first token of a text. Where decoding changes `text` (case,
-        blanks), what follows is found behind as many characters that are not blank.
+        Decoded with them: many tokenizers drop the blank before the first token of a text. Where decoding changes
+        `text` (case, blanks), what follows is found behind as many characters that are not blank.
         """
         before, whole = self.decode(ids), self.decode([*ids, *new])
         if whole.startswith(before):
@@ -93,7 +96,8 @@ class Tokenizer(ABC):
 
     @cached_property
     def starts_word(self) -> np.ndarray:
-        """bool [vocab_size]: the token begins a word (a blank, punctuation, an ideograph, or marked so by the tokenizer).
+        """bool [vocab_size]: the token begins a word (a blank, punctuation, an ideograph, or marked so by the
+        tokenizer).
 
         A word is such a token and the following ones that do not begin another: what whole-word masking masks together.
         """

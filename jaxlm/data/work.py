@@ -1,7 +1,8 @@
 """Work in several processes that goes on where it was killed, and never tramples another process's work.
 
-A phase is a list of tasks. A task writes files named after its stem and returns a small JSON-able result, which is put beside
-them as `stem.json`, last and atomically: where that file is, the task is done, and a later run takes the result from there.
+A phase is a list of tasks. A task writes files named after its stem and returns a small JSON-able result, which is
+put beside them as `stem.json`, last and atomically: where that file is, the task is done, and a later run takes the
+result from there.
 """
 
 import itertools
@@ -89,7 +90,8 @@ def perform(function: Callable[[Any, Path], Result], task: Any, stem: Path) -> N
 
 
 def become_worker() -> None:
-    """Ctrl-C ends a worker at once and without a traceback; so does the end of the process that started it, however it ended."""
+    """Ctrl-C ends a worker at once and without a traceback; so does the end of the process that started it, however
+    it ended."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are taken
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -102,7 +104,8 @@ def end_with_parent() -> None:
 
 @contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Makes the folder and holds it for this process; waits, and says so, while another one does. The end of a process frees it.
+    """Makes the folder and holds it for this process; waits, and says so, while another one does. The end of a
+    process frees it.
 
     The processes of one run all come here: the first prepares, the others find the corpus finished.
     """
@@ -118,7 +121,8 @@ def exclusive(folder: Path) -> Iterator[None]:
 
 
 def remove_exclusive(folder: Path) -> None:
-    """Removes a folder that is held with `exclusive`; the lock goes last, so that those who wait find all of it or nothing."""
+    """Removes a folder that is held with `exclusive`; the lock goes last, so that those who wait find all of it or
+    nothing."""
     for entry in folder.iterdir():
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
@@ -130,8 +134,8 @@ def remove_exclusive(folder: Path) -> None:
 
 
 def _locked(folder: Path) -> IO | None:
-    """The lock in the folder, once it is this process's; None when it was removed meanwhile. Raises FileNotFoundError and
-    FileExistsError, too, when it was removed at that very moment."""
+    """The lock in the folder, once it is this process's; None when it was removed meanwhile. Raises
+    FileNotFoundError and FileExistsError, too, when it was removed at that very moment."""
     path = folder / LOCK
     folder.mkdir(parents=True, exist_ok=True)
     file = open(path, "w", encoding="ascii")  # noqa: SIM115 (whoever holds it closes it)

@@ -1,4 +1,5 @@
-"""What a run shows of itself on its way (logging.samples_every_steps): prompts continued by a gpt, masks filled by a bert."""
+"""What a run shows of itself on its way (logging.samples_every_steps): prompts continued by a gpt, masks filled by a
+bert."""
 
 import dataclasses
 import math
@@ -20,8 +21,8 @@ SEPARATOR = "-" * 40 + "\n"
 
 
 def make_sampler(run: Run, corpora: Corpora) -> Sampler | None:
-    """For the parameters of `run` as they lie on its mesh; None: there is no text to show. Compiles at its first use, and changes
-    nothing of the run. Every process of the run has to call it."""
+    """For the parameters of `run` as they lie on its mesh; None: there is no text to show. Compiles at its first
+    use, and changes nothing of the run. Every process of the run has to call it."""
     return _continuing(run, corpora) if run.settings.model.family == "gpt" else _filling(run, corpora)
 
 
@@ -42,9 +43,9 @@ def _continuing(run: Run, corpora: Corpora) -> Sampler:
 
 
 def _for_decoding(run: Run) -> Mesh:
-    """Text grows token by token through all layers: axes that cut sequences, layers or experts take rows of their own. The
-    weights are then cut as finely as they can be: there is little room for a copy beside the optimizer's state. The
-    devices keep their order, so that one program can move the arrays."""
+    """Text grows token by token through all layers: axes that cut sequences, layers or experts take rows of their
+    own. The weights are then cut as finely as they can be: there is little room for a copy beside the optimizer's
+    state. The devices keep their order, so that one program can move the arrays."""
     shape = run.mesh.shape
     if shape["stage"] == shape["context"] == shape["expert"] == 1:
         return run.mesh

@@ -57,7 +57,8 @@ def generate_from_run(settings: Settings) -> list[Sample]:
 
 
 def _for_decoding(mesh: Mesh) -> Mesh:
-    """Sequences grow token by token through all layers: devices that cut sequences or layers take prompts of their own."""
+    """Sequences grow token by token through all layers: devices that cut sequences or layers take prompts of their
+    own."""
     shape = mesh.shape
     settings = MeshSettings(data=shape["stage"] * shape["data"] * shape["expert"] * shape["context"], fsdp=shape["fsdp"],
                             tensor=shape["tensor"])
@@ -70,7 +71,8 @@ def generate(run: Run, params: Params, tokenizer: Tokenizer) -> list[Sample]:
 
 
 def make_generator(run: Run, tokenizer: Tokenizer) -> Callable[[Params], list[Sample]]:
-    """`num_samples` continuations of each prompt, in the prompts' order. Deterministic in the run's seed; compiled once.
+    """`num_samples` continuations of each prompt, in the prompts' order. Deterministic in the run's seed; compiled
+    once.
 
     Raises:
       UserError: a prompt leaves no room in the model's length, or holds text the tokenizer cannot encode.
@@ -139,7 +141,8 @@ def decode_batch(model: Model, settings: GenerateSettings, prefill: int, end_tok
 
 
 def draw(settings: GenerateSettings, key: jax.Array, logits: jax.Array) -> jax.Array:
-    """One token from float32 logits [V]: greedy at temperature 0, else among the top k and the nucleus (Holtzman et al. 2020)."""
+    """One token from float32 logits [V]: greedy at temperature 0, else among the top k and the nucleus (Holtzman et
+    al. 2020)."""
     if settings.temperature == 0:
         return logits.argmax(-1)
     logits = logits / settings.temperature

@@ -1,8 +1,8 @@
 """Weights of Hugging Face's GPT-2 and BERT as jaxlm parameters.
 
-One table per family says which weight a parameter comes from, what shape that weight has, and how it is laid out anew:
-PyTorch's linear layers are (out, in) and are transposed; GPT-2's Conv1D layers are (in, out) and are not; GPT-2 keeps query,
-key and value in one matrix.
+One table per family says which weight a parameter comes from, what shape that weight has, and how it is laid out
+anew: PyTorch's linear layers are (out, in) and are transposed; GPT-2's Conv1D layers are (in, out) and are not;
+GPT-2 keeps query, key and value in one matrix.
 """
 
 import re
@@ -29,10 +29,10 @@ class Weight(NamedTuple):
 def from_huggingface(weights: dict[str, Array], model: ModelSettings) -> dict[str, Any]:
     """The parameters of a jaxlm model as a nested dict of float32 arrays, blocks stacked on a leading layer axis.
 
-    `weights` are those of GPT2LMHeadModel or BertForPreTraining (or BertForMaskedLM without `model.next_sentence`), with or
-    without the prefix `transformer.` or `bert.`, and with `gamma`/`beta` for norms as in TensorFlow's files. Copies of tied
-    weights may be there; buffers are ignored. Raises UserError for weights that are missing, unexpected or of another shape,
-    and for settings that the family has no weights for.
+    `weights` are those of GPT2LMHeadModel or BertForPreTraining (or BertForMaskedLM without `model.next_sentence`),
+    with or without the prefix `transformer.` or `bert.`, and with `gamma`/`beta` for norms as in TensorFlow's files.
+    Copies of tied weights may be there; buffers are ignored. Raises UserError for weights that are missing,
+    unexpected or of another shape, and for settings that the family has no weights for.
     """
     if model.vocab_size is None:
         raise UserError("model.vocab_size: expected a number before weights can be read")
@@ -144,7 +144,8 @@ def check_settings(model: ModelSettings) -> None:
 
 
 def drop_copies(weights: dict[str, Array], model: ModelSettings) -> None:
-    """Removes copies of tied weights (after a look whether they are copies) and the heads that the model does not have."""
+    """Removes copies of tied weights (after a look whether they are copies) and the heads that the model does not
+    have."""
     if model.family == "gpt":
         copies = {"lm_head.weight": "wte.weight"} if model.tied_embeddings else {}
     else:

@@ -24,7 +24,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens
       causal: a token sees itself and what is before it (needs S = T).
       mask: bool, broadcastable to [B, 1, T, S]; what a token may see, beside the above (KV cache).
       dropout_rate: of the probabilities.
-      implementation: auto, xla, cudnn or splash. The fused kernels have no dropout and no `mask`; `auto` then takes xla.
+      implementation: auto, xla, cudnn or splash. The fused kernels have no dropout and no `mask`; `auto` then takes
+      xla.
         Where the sequence is cut over devices `auto` is ring attention; with the others an all-to-all gives each device
         whole sequences of some of the heads, and back (Ulysses, Jacobs et al. 2023).
 

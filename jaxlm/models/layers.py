@@ -54,7 +54,8 @@ class Linear(nnx.Module):
 
 
 def fan_out(x: jax.Array, *linears: Linear, states: tuple[str | None, ...] | None = None) -> list[jax.Array]:
-    """States [B, T, D] through several linear layers: [B, T, ...] each. `states`: x's axes, if not the residual stream's."""
+    """States [B, T, D] through several linear layers: [B, T, ...] each. `states`: x's axes, if not the residual
+    stream's."""
     kernels, axes = tuple(linear.kernel[...] for linear in linears), tuple(linear.axes for linear in linears)
     products_of = products.fan_out(x, kernels, axes, states or residual_axes(x.shape[1]))
     return [linear.add_bias(y) for linear, y in zip(linears, products_of, strict=True)]
@@ -172,7 +173,8 @@ class Attention(nnx.Module):
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution function (Hendrycks & Gimpel 2016), through erf: jax.nn.gelu's erfc takes twice as long."""
+    """x times the normal distribution function (Hendrycks & Gimpel 2016), through erf: jax.nn.gelu's erfc takes
+    twice as long."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
@@ -233,7 +235,8 @@ class Experts(nnx.Module):
 # ---- the stack -------------------------------------------------------------------------------------------------------
 
 def remat_policy(choices: Mapping[str, str]) -> Callable[..., Any]:
-    """What of a block the backward pass finds, from "keep", "host" or "recompute" for each of `jaxlm.settings.ACTIVATIONS`."""
+    """What of a block the backward pass finds, from "keep", "host" or "recompute" for each of
+    `jaxlm.settings.ACTIVATIONS`."""
     kept, moved = ([name for name, choice in choices.items() if choice == wanted] for wanted in ("keep", "host"))
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=kept, names_which_can_be_offloaded=moved, offload_src="device", offload_dst="pinned_host")
@@ -285,7 +288,8 @@ def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, cont
 
 
 def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution) -> tuple[jax.Array, RouterSums | None]:
-    """`model.embed(*inputs, context)` through `model.blocks`, in a pipeline where the mesh has stages: states [B, T, D]."""
+    """`model.embed(*inputs, context)` through `model.blocks`, in a pipeline where the mesh has stages: states [B, T,
+    D]."""
     if num_stages() == 1:
         x, beside = run_stack(model.blocks, model.embed(*inputs, context), context, remat=execution.remat)
         return x, beside.router

@@ -18,7 +18,8 @@ from jaxlm.parallel.sharding import mesh_axes, per_device, platform
 
 
 class Sums(NamedTuple):
-    """Sums over positions, float32 scalars; divided by global counts only at the end, so that no mean of means appears."""
+    """Sums over positions, float32 scalars; divided by global counts only at the end, so that no mean of means
+    appears."""
 
     loss: jax.Array  # what is minimized: cross-entropy and z-loss
     cross_entropy: jax.Array  # nats
@@ -146,7 +147,8 @@ def _local(x, table, bias, targets, mask, *, head, with_gradients, cuts):
         return sums, None
     grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]  # without the chunks' padding
     grad_x = (scatter_sum(grad_x, vocab, axis=1) if cuts.scattered else sum_over(grad_x, vocab)).astype(x.dtype)
-    # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed whole.
+    # Tokens are cut over `embed`'s axes too, so their sum comes back already cut; the remaining token axes are summed
+    # whole.
     rest = tuple(axis for axis in cuts.tokens if axis not in embed)
     grad_table = sum_over(scatter_sum(grad_table.astype(sent_type), embed, axis=1), rest)
     if platform() == "tpu":  # libtpu puts this sum off to the end, and the whole table's gradient stays through the backward pass

@@ -32,7 +32,8 @@ class Model:
     """
 
     def __init__(self, settings: ModelSettings, train: TrainSettings, logits_memory: float = 0.0):
-        """`logits_memory`: bytes of a device for the loss's logits (`jaxlm.models.loss.Head`), where train.loss_chunk is null."""
+        """`logits_memory`: bytes of a device for the loss's logits (`jaxlm.models.loss.Head`), where
+        train.loss_chunk is null."""
         self.settings, self.dtype, self.logits_memory = settings, jnp.dtype(train.precision), logits_memory
         choices = remat_choices(train.remat)
         remat = None if choices is None else remat_policy(choices)
@@ -59,8 +60,9 @@ class Model:
     def traced(self, function: Callable) -> Callable:
         """`function` as it has to be traced, so that its products are as exact as the compute type says.
 
-        JAX multiplies float32 arrays in bfloat16 on TPUs and in TF32 on GPUs, unless it is told otherwise. Where the model
-        computes in float32 it is told here, once for all that is traced below: forward and backward, kernels, the optimizer.
+        JAX multiplies float32 arrays in bfloat16 on TPUs and in TF32 on GPUs, unless it is told otherwise. Where the
+        model computes in float32 it is told here, once for all that is traced below: forward and backward, kernels,
+        the optimizer.
         """
         @functools.wraps(function)
         def exact(*arguments: Any) -> Any:
@@ -70,7 +72,8 @@ class Model:
         return exact if self.dtype == jnp.float32 else function
 
     def pad_vocabulary(self, params: Params) -> Params:
-        """Parameters with a row for each token, as other programs keep them, given zeros up to the rows that this one keeps."""
+        """Parameters with a row for each token, as other programs keep them, given zeros up to the rows that this
+        one keeps."""
         def pad(leaf: jax.Array, shape: jax.ShapeDtypeStruct, axes: Axes) -> jax.Array:
             missing = [(0, want - size if axis == "vocab" else 0)
                        for size, want, axis in zip(leaf.shape, shape.shape, axes.names, strict=True)]

@@ -1,4 +1,5 @@
-"""What a model's settings say of its size: shapes, axes, numbers of parameters, FLOPs. No JAX: estimates build no model."""
+"""What a model's settings say of its size: shapes, axes, numbers of parameters, FLOPs. No JAX: estimates build no
+model."""
 
 import math
 from typing import NamedTuple
@@ -7,8 +8,9 @@ from jaxlm.settings import ModelSettings
 
 GATED = ("swiglu", "geglu")  # activations of MLPs that have a gate beside their way up
 VOCAB_PADDING = 128  # the vocabulary's table has a multiple of this many rows
-# Positions whose logits are worth their memory. A chunk of P costs 6 P V D FLOPs in products, and 12 V D bytes of traffic for the
-# table and its gradient: with so many the products take 15 (v6e) to 50 (v5p) times as long, and more would gain nothing.
+# Positions whose logits are worth their memory. A chunk of P costs 6 P V D FLOPs in products, and 12 V D bytes of
+# traffic for the table and its gradient: with so many the products take 15 (v6e) to 50 (v5p) times as long, and more
+# would gain nothing.
 ENOUGH = 16384
 
 
@@ -49,8 +51,8 @@ def attention_dropout_rate(model: ModelSettings) -> float:
 
 
 def attention_kernel(platform: str, dtype: str, length: int, head_dim: int, fused: bool) -> str:
-    """The fastest of a backend's kernels for sequences of this length: cudnn, splash or xla. `fused`: no dropout, no mask but
-    causality and segments."""
+    """The fastest of a backend's kernels for sequences of this length: cudnn, splash or xla. `fused`: no dropout, no
+    mask but causality and segments."""
     if fused and platform == "gpu" and dtype == "bfloat16" and head_dim <= 128 and head_dim % 8 == 0:
         return "cudnn"
     if fused and platform == "tpu" and length % 128 == 0:
@@ -64,7 +66,8 @@ def splash_block(length: int) -> int:
 
 
 def visible_blocks(model: ModelSettings, length: int) -> float:
-    """Share of splash attention's blocks that it computes: a causal mask hides almost half of them, and it skips those."""
+    """Share of splash attention's blocks that it computes: a causal mask hides almost half of them, and it skips
+    those."""
     return (1 + splash_block(length) / length) / 2 if model.family == "gpt" else 1.0
 
 
@@ -145,19 +148,21 @@ def block_flops(model: ModelSettings, sequence_length: int) -> float:
 
 
 def attention_flops(model: ModelSettings, sequence_length: int) -> tuple[float, float]:
-    """Of one block and sequence: those of the projections, and those of scores and sums over every pair of positions."""
+    """Of one block and sequence: those of the projections, and those of scores and sums over every pair of
+    positions."""
     width = model.num_heads * head_dim(model)
     projections = model.hidden_size * head_dim(model) * (2 * model.num_heads + 2 * kv_heads(model))
     return 2 * sequence_length * projections, 2 * sequence_length * 2 * sequence_length * width
 
 
 def loss_chunk(length: int, rows: int, vocab_size: int, width: int, most: int | None = None, memory: float = 0.0) -> int:
-    """Positions of each of `rows` sequences whose logits the loss forms at a time, for a table of this size on one device.
+    """Positions of each of `rows` sequences whose logits the loss forms at a time, for a table of this size on one
+    device.
 
-    At most `most`. None: as many as `memory` bytes hold the float32 logits of, for the table's gradient goes through memory with
-    every chunk, but no more than ENOUGH positions of all sequences together. With less memory they take 64 MiB, or a quarter of
-    that gradient where that is more. Chunks are equal: they divide `length`, or where no number near `most` does, the last one is
-    filled up.
+    At most `most`. None: as many as `memory` bytes hold the float32 logits of, for the table's gradient goes through
+    memory with every chunk, but no more than ENOUGH positions of all sequences together. With less memory they take
+    64 MiB, or a quarter of that gradient where that is more. Chunks are equal: they divide `length`, or where no
+    number near `most` does, the last one is filled up.
     """
     if most is None:
         least, held = (int(size) // (4 * rows * vocab_size) for size in (max(2**26, vocab_size * width), memory))

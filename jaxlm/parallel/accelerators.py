@@ -15,8 +15,8 @@ VENDORS = ("0x10de", "0x1ae0")  # on the PCI bus: NVIDIA, Google
 def may_be_here(root: Path = Path("/")) -> bool:
     """Whether a GPU or TPU can be in this machine. Where none can, JAX need not look for one.
 
-    libtpu and CUDA's plug-in are installed for `jaxlm plan`, too; asked for devices that are not there, they answer with
-    pages of C++. True wherever this cannot be told: other systems than Linux, other plug-ins than these.
+    libtpu and CUDA's plug-in are installed for `jaxlm plan`, too; asked for devices that are not there, they answer
+    with pages of C++. True wherever this cannot be told: other systems than Linux, other plug-ins than these.
     """
     if sys.platform != "linux" or any(not plugin.name.startswith("xla_cuda") for plugin in entry_points(group="jax_plugins")):
         return True

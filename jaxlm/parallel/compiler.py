@@ -1,8 +1,9 @@
-"""What XLA is told before its backend starts: flags that let communication run beside computation, and where programs are kept.
+"""What XLA is told before its backend starts: flags that let communication run beside computation, and where
+programs are kept.
 
-A flag that XLA does not know ends the process, so only those stand here that the compilers of jax 0.10 and 0.12 know, and only
-the backends that are installed get theirs. Flags that the user has set come last and win. What each one does, measured on
-compiled programs: docs/memory-and-overlap.md.
+A flag that XLA does not know ends the process, so only those stand here that the compilers of jax 0.10 and 0.12
+know, and only the backends that are installed get theirs. Flags that the user has set come last and win. What each
+one does, measured on compiled programs: docs/memory-and-overlap.md.
 """
 
 import functools
@@ -34,15 +35,16 @@ BACKENDS = {
         "xla_gpu_enable_pipelined_reduce_scatter": "true",  # a layer's gradients leave while the next one's are computed
         "xla_gpu_enable_pipelined_all_reduce": "true",
     }),
-    # libtpu chooses by itself, differently for each generation: v5e's choices said aloud change nothing there, and v5p's compiler
-    # refuses them (docs/memory-and-overlap.md).
+    # libtpu chooses by itself, differently for each generation: v5e's choices said aloud change nothing there, and
+    # v5p's compiler refuses them (docs/memory-and-overlap.md).
     "tpu": Backend("LIBTPU_INIT_ARGS", ("libtpu",), {}),
     "cpu": Backend("XLA_FLAGS", ("jaxlib",), {}),  # none of those that were tried helped (docs/lab-notes.md)
 }
 
 
 def prepare_compiler(settings: DevicesSettings) -> None:
-    """Sets the flags of the backends that may start and the folder of compiled programs. Call before JAX starts a backend."""
+    """Sets the flags of the backends that may start and the folder of compiled programs. Call before JAX starts a
+    backend."""
     if settings.overlap:
         for platform in BACKENDS if settings.platform == "auto" else [settings.platform]:
             set_flags(platform)
@@ -68,7 +70,8 @@ def _usable(name: str) -> str | None:
 
 
 def _folder(name: str) -> str:
-    """A folder that is there, and that others can put nothing into; remote ones (gs://...) as they are. Raises UserError."""
+    """A folder that is there, and that others can put nothing into; remote ones (gs://...) as they are. Raises
+    UserError."""
     if "://" in name:
         return name
     path = Path(expand_home(name))
@@ -86,7 +89,8 @@ def _folder(name: str) -> str:
 
 
 def find_strangers(path: Path) -> str | None:
-    """How other users, root apart, could have written to a file or folder, or could put another in its place; None: in no way."""
+    """How other users, root apart, could have written to a file or folder, or could put another in its place; None:
+    in no way."""
     path = path.resolve()
     state = path.stat()
     if state.st_uid != os.geteuid():
@@ -101,7 +105,8 @@ def find_strangers(path: Path) -> str | None:
 
 
 def set_flags(platform: str) -> None:
-    """Puts a backend's flags before those that the user has set, if the backend is installed. A file of flags is left alone.
+    """Puts a backend's flags before those that the user has set, if the backend is installed. A file of flags is
+    left alone.
 
     Raises UserError: what the user has set is neither.
     """

@@ -24,7 +24,8 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
     Call once, before any other use of JAX.
 
     Raises:
-      UserError: the platform is not there, or has fewer devices than devices.count; the environment's variables contradict
+      UserError: the platform is not there, or has fewer devices than devices.count; the environment's variables
+      contradict
         each other.
     """
     several = is_one_of_several(settings)
@@ -66,8 +67,9 @@ def initialize(settings: DevicesSettings) -> list[jax.Device]:
 def is_one_of_several(settings: DevicesSettings) -> bool:
     """Whether this process was launched as one of several that make a run together.
 
-    That is, in this order: by JAX's own variables (`--processes N` sets them), as a task of a Slurm step of several, or with
-    devices.platform=tpu (a pod's hosts find each other through JAX). Raises UserError where they make no sense.
+    That is, in this order: by JAX's own variables (`--processes N` sets them), as a task of a Slurm step of several,
+    or with devices.platform=tpu (a pod's hosts find each other through JAX). Raises UserError where they make no
+    sense.
     """
     if COORDINATOR in os.environ:
         host, _, port = os.environ[COORDINATOR].rpartition(":")
@@ -109,8 +111,8 @@ def _join() -> None:
 
 
 def _keep_gloo_here() -> None:
-    """Lets Gloo, the CPU's collectives, listen on localhost. By itself it takes the address that this host's name stands for, and
-    its sockets ask nobody who they are; JAX has no setting for it."""
+    """Lets Gloo, the CPU's collectives, listen on localhost. By itself it takes the address that this host's name
+    stands for, and its sockets ask nobody who they are; JAX has no setting for it."""
     from jax._src.lib import _jax
 
     _jax.make_gloo_tcp_collectives = functools.partial(_jax.make_gloo_tcp_collectives, hostname="127.0.0.1")

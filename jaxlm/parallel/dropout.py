@@ -1,8 +1,8 @@
 """Dropout whose masks no mesh can change.
 
-Every token has its own key, from (seed, step, row, layer) and its place in the sequence, and every element's bits are one
-hash of that key and the element's own number (Threefry, Salmon et al. 2011). So a mask does not depend on which device holds
-the element, nor on the order in which tokens are laid out.
+Every token has its own key, from (seed, step, row, layer) and its place in the sequence, and every element's bits
+are one hash of that key and the element's own number (Threefry, Salmon et al. 2011). So a mask does not depend on
+which device holds the element, nor on the order in which tokens are laid out.
 """
 
 import math
@@ -15,7 +15,8 @@ FOLD = 2**32 - 1  # second counter of keys made from keys; elements have smaller
 
 
 def token_keys(keys: jax.Array | None, places: jax.Array) -> jax.Array | None:
-    """Keys [B], one for each sequence, to uint32 [B, T, 2], one for each token. `places`: int32 [T], places in the sequence."""
+    """Keys [B], one for each sequence, to uint32 [B, T, 2], one for each token. `places`: int32 [T], places in the
+    sequence."""
     return None if keys is None else fold_in(jax.random.key_data(keys)[:, None], places)
 
 
@@ -25,7 +26,8 @@ def fold_in(keys: jax.Array | None, numbers: jax.Array | int) -> jax.Array | Non
 
 
 def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax.Array:
-    """Zeroes elements of x [B, T, ...] with probability `rate`, scaling up the rest. `keys` [B, T, 2]; None: no dropout."""
+    """Zeroes elements of x [B, T, ...] with probability `rate`, scaling up the rest. `keys` [B, T, 2]; None: no
+    dropout."""
     if keys is None or rate == 0.0:
         return x
     elements = jnp.arange(math.prod(x.shape[2:])).reshape(x.shape[2:])
@@ -34,7 +36,8 @@ def dropout(x: jax.Array, rate: float, keys: jax.Array | None, site: int) -> jax
 
 
 def attention_dropout(keys: jax.Array, places: jax.Array, heads: jax.Array, rate: float) -> jax.Array:
-    """Factors for attention probabilities: float32 [B, N, T, S], each 0 with probability `rate` and otherwise 1 / (1 - rate).
+    """Factors for attention probabilities: float32 [B, N, T, S], each 0 with probability `rate` and otherwise 1 / (1
+    - rate).
 
     Args:
       keys: uint32 [B, T, 2], of the queries; no other site uses them.

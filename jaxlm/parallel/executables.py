@@ -1,8 +1,10 @@
-"""Compiled programs on disk: `jaxlm train --compile-only` writes one, for these devices or for others; the run loads it.
+"""Compiled programs on disk: `jaxlm train --compile-only` writes one, for these devices or for others; the run loads
+it.
 
-They stand in `devices.compiled` beside JAX's own cache, and are trusted like it: both hold machine code, this one in a pickle.
-So the folder must be this user's own (`jaxlm.parallel.compiler`). A program is found by what it was made of (its text before
-compilation, the devices, the number of processes, versions and flags), so a changed setting never finds an old one.
+They stand in `devices.compiled` beside JAX's own cache, and are trusted like it: both hold machine code, this one in
+a pickle. So the folder must be this user's own (`jaxlm.parallel.compiler`). A program is found by what it was made
+of (its text before compilation, the devices, the number of processes, versions and flags), so a changed setting
+never finds an old one.
 """
 
 import hashlib

@@ -1,13 +1,14 @@
 """A mixture of experts: every token goes to a few of many MLPs, wherever they are.
 
-Tokens are sorted by expert, sent to the devices of the expert axis that hold theirs (all-to-all), go through grouped matrix
-products, come back the same way, and are added up with the router's weights (GShard, Lepikhin et al. 2020; grouped products
-and no dropped tokens: MegaBlocks, Gale et al. 2022). Softmax over the chosen experts only, as in Mixtral (Jiang et al. 2024).
+Tokens are sorted by expert, sent to the devices of the expert axis that hold theirs (all-to-all), go through grouped
+matrix products, come back the same way, and are added up with the router's weights (GShard, Lepikhin et al. 2020;
+grouped products and no dropped tokens: MegaBlocks, Gale et al. 2022). Softmax over the chosen experts only, as in
+Mixtral (Jiang et al. 2024).
 
-Dropless, what a device sends to another has room for all of its tokens, since all may choose the same experts: nothing is
-lost, whatever the router does, and results do not depend on the mesh. With a capacity, which is for training only, an expert
-takes at most `capacity_factor` times its even share of each device's tokens; the traffic is that much, the rest passes the
-layer by.
+Dropless, what a device sends to another has room for all of its tokens, since all may choose the same experts:
+nothing is lost, whatever the router does, and results do not depend on the mesh. With a capacity, which is for
+training only, an expert takes at most `capacity_factor` times its even share of each device's tokens; the traffic is
+that much, the rest passes the layer by.
 
 Shapes: n tokens of one device, E experts on P devices, k experts per token, D hidden size, F MLP width.
 """
@@ -90,7 +91,8 @@ def _routed(x, router, kernels, *, activate, routing, cuts):
     x = gather(x, cuts.scattered, axis=1)
     rows, length, width = x.shape
     tokens = x.reshape(-1, width)
-    # In float32 whatever the compute type: a rounded logit may choose another expert, and these products cost next to nothing.
+    # In float32 whatever the compute type: a rounded logit may choose another expert, and these products cost next to
+    # nothing.
     logits = jnp.matmul(tokens.astype(jnp.float32), gather(router, cuts.embed, axis=0), precision=jax.lax.Precision.HIGHEST)
     chosen_logits, chosen = jax.lax.top_k(logits, routing.per_token)
     weights = jax.nn.softmax(chosen_logits)

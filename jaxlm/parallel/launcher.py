@@ -1,4 +1,5 @@
-"""Several processes of one run on this machine, joined over localhost. No JAX: whoever starts processes has no devices."""
+"""Several processes of one run on this machine, joined over localhost. No JAX: whoever starts processes has no
+devices."""
 
 import os
 import re
@@ -28,7 +29,8 @@ def stops() -> list[signal.Signals]:
 
 
 def is_follower() -> bool:
-    """Whether a launcher has started this process as one of several, and not as the first: what is true of all, that one says."""
+    """Whether a launcher has started this process as one of several, and not as the first: what is true of all, that
+    one says."""
     return LAUNCHER in os.environ and os.environ.get(PROCESS_ID, "0") != "0"
 
 
@@ -39,7 +41,8 @@ def let_the_first_speak() -> None:
 
 
 class Launcher:
-    """Starts groups of processes, one group at a time, and hands SIGTERM, SIGHUP and Ctrl-C on to them. A context manager.
+    """Starts groups of processes, one group at a time, and hands SIGTERM, SIGHUP and Ctrl-C on to them. A context
+    manager.
 
     The first signal is passed on, so that the processes save and end; the second ends them at once.
     """

@@ -1,7 +1,7 @@
 """Which axes of the mesh cut what, and how long they are. No JAX: checks and estimates need no devices.
 
-Models name their axes (`"embed"`, `"heads"`, ...) and know nothing else of parallelism; RULES is the one table from those
-names to the axes of the mesh.
+Models name their axes (`"embed"`, `"heads"`, ...) and know nothing else of parallelism; RULES is the one table from
+those names to the axes of the mesh.
 """
 
 import math
@@ -62,9 +62,9 @@ def mesh_shape(settings: MeshSettings, num_devices: int) -> dict[str, int]:
 
 
 def shrunk(settings: MeshSettings, num_devices: int) -> tuple[MeshSettings, int]:
-    """The mesh on fewer devices than its sizes make, and in how many times as many micro-batches the batch must then be cut for a
-    device to have no more of it at a time: fsdp as large as it was if it can be, data as what is left. The mesh itself and 1 when
-    it has a free axis, or the devices suffice.
+    """The mesh on fewer devices than its sizes make, and in how many times as many micro-batches the batch must then
+    be cut for a device to have no more of it at a time: fsdp as large as it was if it can be, data as what is left.
+    The mesh itself and 1 when it has a free axis, or the devices suffice.
 
     Raises:
       UserError: the other axes take more devices than there are, or do not divide them.
@@ -84,7 +84,8 @@ def shrunk(settings: MeshSettings, num_devices: int) -> tuple[MeshSettings, int]
 
 
 def across(settings: MeshSettings, shape: dict[str, int], islands: int, kind: str = "slices or nodes") -> dict[str, int]:
-    """Into how many parts, of which each lies inside one island, every axis is cut; they multiply to the number of islands.
+    """Into how many parts, of which each lies inside one island, every axis is cut; they multiply to the number of
+    islands.
 
     Args:
       kind: what messages call the islands.

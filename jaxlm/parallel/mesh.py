@@ -13,7 +13,8 @@ from jaxlm.settings import AXES, MeshSettings
 
 
 def island(device: jax.Device) -> int:
-    """Number of the group of devices with a fast network among themselves: TPU slice, GPU node, process of emulated devices."""
+    """Number of the group of devices with a fast network among themselves: TPU slice, GPU node, process of emulated
+    devices."""
     return device.process_index if device.platform == "cpu" else getattr(device, "slice_index", 0)
 
 
@@ -28,8 +29,8 @@ def islands_of(platform: str) -> str:
 def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device], island: Callable[[jax.Device], int] = island) -> Mesh:
     """The mesh of all axes over `devices`.
 
-    Inside an island it follows the physical network: an axis lies along whole axes of the torus where it can. From island to
-    island go the parts of the axes that `across` says.
+    Inside an island it follows the physical network: an axis lies along whole axes of the torus where it can. From
+    island to island go the parts of the axes that `across` says.
 
     Raises:
       UserError: the sizes do not fit the devices or the islands.
@@ -65,7 +66,8 @@ def rows_needed(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:
 
 
 def first_holders(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:
-    """int [num_rows]: the process of the first device, in the order of the mesh, that holds each row (see `rows_needed`)."""
+    """int [num_rows]: the process of the first device, in the order of the mesh, that holds each row (see
+    `rows_needed`)."""
     holders = np.empty(num_rows, int)
     for device, index in reversed(sharding.devices_indices_map((num_rows,)).items()):
         holders[index[0]] = device.process_index

@@ -1,9 +1,11 @@
-"""Layers cut into stages, through which micro-batches flow (GPipe, Huang et al. 2019; interleaved, Narayanan et al. 2021).
+"""Layers cut into stages, through which micro-batches flow (GPipe, Huang et al. 2019; interleaved, Narayanan et al.
+2021).
 
-Every device runs the same program: at each tick it works on the micro-batch that has arrived and passes the result to the next
-stage. With S stages, M micro-batches and R groups of layers per stage a micro-batch passes the ring of stages R times, and of
-the M R + S - 1 ticks S - 1 find a stage idle: a bubble of (S - 1) / (M R) of the work. The order is such that what comes back
-from the last stage is just what the first stage needs next, so nothing waits anywhere:
+Every device runs the same program: at each tick it works on the micro-batch that has arrived and passes the result
+to the next stage. With S stages, M micro-batches and R groups of layers per stage a micro-batch passes the ring of
+stages R times, and of the M R + S - 1 ticks S - 1 find a stage idle: a bubble of (S - 1) / (M R) of the work. The
+order is such that what comes back from the last stage is just what the first stage needs next, so nothing waits
+anywhere:
 
     S = 2, R = 2, M = 4       stage 0:  0a 1a 0c 1c 2a 3a 2c 3c  .
     (0..3 micro-batches,      stage 1:   . 0b 1b 0d 1d 2b 3b 2d 3d
@@ -28,7 +30,8 @@ AXIS = "stage"
 
 
 def layer_order(num_layers: int, stages: int, repeats: int) -> np.ndarray:
-    """int [L]: which layer stands in each slot of the stacked parameters: every stage's layers make up one contiguous piece."""
+    """int [L]: which layer stands in each slot of the stacked parameters: every stage's layers make up one
+    contiguous piece."""
     return np.arange(num_layers).reshape(repeats, stages, -1).swapaxes(0, 1).ravel()
 
 
@@ -39,7 +42,8 @@ def num_stages() -> int:
 
 def run_pipeline(first: Callable[[Any, Any], jax.Array], stage: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
                  shared: Any, layers: Any, inputs: Any, *, micro_batches: int, repeats: int) -> tuple[jax.Array, Any]:
-    """What comes out of the last layer: [B, T, D], rows cut over the stages too; and beside it sums of [L, ...] over rows.
+    """What comes out of the last layer: [B, T, D], rows cut over the stages too; and beside it sums of [L, ...] over
+    rows.
 
     Args:
       first: (shared, inputs) -> [B, T, D], the first layer's input; each stage computes it.

@@ -1,15 +1,16 @@
 """Matrix products of activations and kernels that are both cut over the mesh, with every collective written out.
 
-A block's part (attention, MLP) is a fan-out, work that each device does on its own heads or columns, and a fan-in. With `t`
-devices on the tensor axis:
+A block's part (attention, MLP) is a fan-out, work that each device does on its own heads or columns, and a fan-in.
+With `t` devices on the tensor axis:
 
     x [B, T/t, D] -> all-gather -> [B, T, D] -> kernels [D, N/t] -> [B, T, N/t] ...
     ... [B, T, N/t] -> kernel [N/t, D] -> partial sums [B, T, D] -> reduce-scatter -> [B, T/t, D]
 
-The devices of the tensor axis share the kernels' columns and, between the parts, the tokens (Megatron-LM, Shoeybi et al. 2019;
-the tokens: Korthikanti et al. 2022). Devices of the fsdp axis share the kernels' other side: a kernel is fetched for its
-product, forward and again backward, and its gradient goes straight to its owners (ZeRO-3, Rajbhandari et al. 2020). Kernels are
-fetched in the compute type; each device sums their gradients in float32 and sends them in the type of the kernels it was given.
+The devices of the tensor axis share the kernels' columns and, between the parts, the tokens (Megatron-LM, Shoeybi et
+al. 2019; the tokens: Korthikanti et al. 2022). Devices of the fsdp axis share the kernels' other side: a kernel is
+fetched for its product, forward and again backward, and its gradient goes straight to its owners (ZeRO-3,
+Rajbhandari et al. 2020). Kernels are fetched in the compute type; each device sums their gradients in float32 and
+sends them in the type of the kernels it was given.
 
 Written out, because the partitioner sums the gradients that meet in a fan-out over devices one by one, and on backends
 without that optimization turns a sum of which each device keeps a part into a sum of which everybody gets all.
@@ -39,7 +40,8 @@ def fan_out(x: jax.Array, kernels: tuple[jax.Array, ...], axes: tuple[Names, ...
     """x [B, T, D] times several kernels [D, ...], in x's type: [B, T, ...] each.
 
     Args:
-      x: its axes are `states`: those of the residual stream, or others whose tokens are not cut further than inside a part.
+      x: its axes are `states`: those of the residual stream, or others whose tokens are not cut further than inside
+      a part.
       kernels: float32 or x's type; their axes are `axes`, the first of all of them the same.
     """
     run = functools.partial(_fan_out, cuts=_cuts(axes[0][1:], axes[0][0], states))
@@ -85,9 +87,11 @@ fan_in.defvjp(_fan_in_forward, _fan_in_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def look_up(table: jax.Array, indices: jax.Array, axis: str, dtype: jnp.dtype) -> jax.Array:
-    """Rows of a table [V, D], axes (`axis`, "embed"), at int32 indices [B, T]: [B, T, D] in the residual stream, in `dtype`.
+    """Rows of a table [V, D], axes (`axis`, "embed"), at int32 indices [B, T]: [B, T, D] in the residual stream, in
+    `dtype`.
 
-    Where the rows are cut each device fetches those that it has, and the others add zeros. The table travels in `dtype`, too.
+    Where the rows are cut each device fetches those that it has, and the others add zeros. The table travels in
+    `dtype`, too.
     """
     states = residual_axes(indices.shape[1])
     run = functools.partial(_look_up, cuts=_cuts((axis,), "embed", states), dtype=dtype)
@@ -201,7 +205,8 @@ def _own(indices, table, cuts):
 
 
 def _sum_kernel(grad, cuts, axis):
-    """Tokens are cut over `embed`'s axes too: that sum comes back already cut. The other axes of the tokens are summed whole."""
+    """Tokens are cut over `embed`'s axes too: that sum comes back already cut. The other axes of the tokens are
+    summed whole."""
     grad = scatter_sum(grad, cuts.embed, axis=axis % grad.ndim)
     return sum_over(grad, tuple(name for name in cuts.tokens if name not in cuts.embed))
 

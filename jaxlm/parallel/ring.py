@@ -1,12 +1,13 @@
 """Attention over a sequence that is cut over devices: keys and values go round, and no device ever holds them all.
 
-Ring attention (Liu et al. 2023) with a running softmax (Milakov & Gimelshein 2018; Dao et al. 2022): each device keeps its
-queries, and blocks of keys and values go from device to device, the next one under way while the present one is computed.
-The backward pass goes round again; the gradients of keys and values travel with them, and home at last.
+Ring attention (Liu et al. 2023) with a running softmax (Milakov & Gimelshein 2018; Dao et al. 2022): each device
+keeps its queries, and blocks of keys and values go from device to device, the next one under way while the present
+one is computed. The backward pass goes round again; the gradients of keys and values travel with them, and home at
+last.
 
-A causal sequence cut into N contiguous pieces would leave the first device idle and the last with all the work. So device i
-holds pieces i and 2N-1-i of 2N (zigzag; as Llama 3 does, Dubey et al. 2024): of every block that comes by it then computes
-exactly half, and that half needs no causal mask.
+A causal sequence cut into N contiguous pieces would leave the first device idle and the last with all the work. So
+device i holds pieces i and 2N-1-i of 2N (zigzag; as Llama 3 does, Dubey et al. 2024): of every block that comes by
+it then computes exactly half, and that half needs no causal mask.
 
 Shapes: B sequences, T tokens, N query heads, K key/value heads of width H, G = N / K.
 """
@@ -31,7 +32,8 @@ KV_HEADS = ("batch", "sequence", "kv_heads", None)
 
 
 def zigzag(length: int, devices: int) -> np.ndarray:
-    """int32 [length]: which position stands in each slot, so that contiguous pieces for `devices` have equal causal work."""
+    """int32 [length]: which position stands in each slot, so that contiguous pieces for `devices` have equal causal
+    work."""
     if devices == 1:
         return np.arange(length, dtype=np.int32)
     pieces = np.arange(length, dtype=np.int32).reshape(2 * devices, -1)
@@ -148,8 +150,8 @@ def _backward_round(query, key, value, tokens, out, log_sum, heads, grad, *, rin
 def _what_it_sees(ring, distance, queries, block, attend, pad):
     """`attend` for a block from `distance` devices back: of a causal sequence the half that these queries may see.
 
-    A block of earlier pieces (its owner stands before this device): all queries see its first half. A later one: the second
-    half of the queries sees all of it. `pad` brings both results to whole blocks.
+    A block of earlier pieces (its owner stands before this device): all queries see its first half. A later one: the
+    second half of the queries sees all of it. `pad` brings both results to whole blocks.
     """
     if not ring.causal:
         return attend(ring, queries, block, causal=False)
@@ -189,7 +191,8 @@ def _joined(total, part):
 # ---- queries against one block ---------------------------------------------------------------------------------------
 
 def _attend(ring, queries, block, *, causal):
-    """Queries (query, tokens) of a block of keys: float32 outputs [B, T, N, H] and log sums of exponentials [B, T, N]."""
+    """Queries (query, tokens) of a block of keys: float32 outputs [B, T, N, H] and log sums of exponentials [B, T,
+    N]."""
     def some_queries(_, chunk):
         query, tokens = chunk
         scores = _scores(query, tokens, block, causal)

@@ -1,10 +1,11 @@
-"""What C++ writes in one of several processes (XLA, gRPC, Gloo) goes into a file, so that a terminal shows what jaxlm says.
+"""What C++ writes in one of several processes (XLA, gRPC, Gloo) goes into a file, so that a terminal shows what
+jaxlm says.
 
     RUN_DIR/logs/00003.txt      of process 3; gone again when the process has ended well
 
-Those libraries write to file descriptors 1 and 2: greetings in the middle of JSON, and when another process has died, a stack
-of C++ from each that is left. Python's own output keeps its way. Where a launcher (`--processes`) runs the processes, it says
-what has ended first, and those that only follow are ended before they speak.
+Those libraries write to file descriptors 1 and 2: greetings in the middle of JSON, and when another process has
+died, a stack of C++ from each that is left. Python's own output keeps its way. Where a launcher (`--processes`) runs
+the processes, it says what has ended first, and those that only follow are ended before they speak.
 """
 
 import ctypes
@@ -41,9 +42,11 @@ _leaving = threading.Lock()
 
 
 def divert(settings: Settings) -> None:
-    """Sends file descriptors 1 and 2 into the file, in a process that is one of several. Call before JAX is used; once counts.
+    """Sends file descriptors 1 and 2 into the file, in a process that is one of several. Call before JAX is used;
+    once counts.
 
-    Without a local run directory, or one that takes files, the file lies in the folder of temporary files. Raises UserError.
+    Without a local run directory, or one that takes files, the file lies in the folder of temporary files. Raises
+    UserError.
     """
     global _log
     if _log or not is_one_of_several(settings.devices):
@@ -88,7 +91,8 @@ def settle() -> None:
 
 
 def leave(message: str, code: int) -> NoReturn:
-    """Says the last line of this process and ends it at once: others wait for it, whom an orderly end would wait for in turn."""
+    """Says the last line of this process and ends it at once: others wait for it, whom an orderly end would wait for
+    in turn."""
     _leaving.acquire()  # never given back: who comes second has nothing to add
     print_line(message)
     if sys.stdout:
@@ -101,8 +105,8 @@ def leave(message: str, code: int) -> NoReturn:
 def _call_on_abort(function: Callable[[int], None]) -> Callable:
     """Calls a Python function in the thread that aborts; a handler of Python's own would never be run.
 
-    JAX's coordination client ends the process when another one has ended. It takes a callback instead, which cannot be used: its
-    argument has no type in Python (jaxlib 0.10 and 0.12: std::bad_cast).
+    JAX's coordination client ends the process when another one has ended. It takes a callback instead, which cannot
+    be used: its argument has no type in Python (jaxlib 0.10 and 0.12: std::bad_cast).
     """
     callback = ctypes.CFUNCTYPE(None, ctypes.c_int)(function)
     libc = ctypes.CDLL(None)

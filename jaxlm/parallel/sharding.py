@@ -52,9 +52,11 @@ def divides(size: int, axis: str) -> bool:
 
 
 def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bool = False) -> Callable:
-    """`function` as what each device does with its part (`jax.shard_map` over all axes that are not cut by hand already).
+    """`function` as what each device does with its part (`jax.shard_map` over all axes that are not cut by hand
+    already).
 
-    `in_axes` and `out_axes`: trees like the arguments and results, with a tuple of axis names for each array; None for none.
+    `in_axes` and `out_axes`: trees like the arguments and results, with a tuple of axis names for each array; None
+    for none.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -65,10 +67,11 @@ def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bo
 
 
 def for_each_copy(function: Callable, *by_rows: int) -> Callable:
-    """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies at the end.
+    """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies
+    at the end.
 
-    For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which arguments are trees
-    of arrays whose first dimension is the batch; the others are the same everywhere.
+    For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which
+    arguments are trees of arrays whose first dimension is the batch; the others are the same everywhere.
     """
     mesh = jax.sharding.get_abstract_mesh
 

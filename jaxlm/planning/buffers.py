@@ -52,7 +52,8 @@ def largest_live(module: Module, names: Names, count: int = 5) -> list[Buffer]:
 
 
 def _follow(operations: list[Operation]) -> tuple[dict[str, set[str]], dict[str, int]]:
-    """For each operation the ones whose memory its result is, and for those the place of the last one that reads them."""
+    """For each operation the ones whose memory its result is, and for those the place of the last one that reads
+    them."""
     sources: dict[str, set[str]] = {}
     parts: dict[str, list[set[str]]] = {}  # of tuples
     last: dict[str, int] = {}

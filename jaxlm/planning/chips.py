@@ -1,9 +1,10 @@
-"""What vendors publish of a device's networks; its peak speed and the size of its memory stand in `jaxlm.reporting.hardware`.
+"""What vendors publish of a device's networks; its peak speed and the size of its memory stand in
+`jaxlm.reporting.hardware`.
 
-Sources. TPUs' bandwidth: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x};
-links, one way, and the share of a host's data-centre network: "How to Scale Your Model" (Austin et al. 2025), part 2, and for
-TPU7x the page of its bandwidth. GPUs: NVIDIA's A100, H100, H200 and Blackwell datasheets (NVLink's figure counts both ways), with
-one network card for each GPU, as in DGX systems: 200 Gbit/s beside an A100, 400 Gbit/s beside the others.
+Sources. TPUs' bandwidth: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}; links, one way, and the share of a
+host's data-centre network: "How to Scale Your Model" (Austin et al. 2025), part 2, and for TPU7x the page of its
+bandwidth. GPUs: NVIDIA's A100, H100, H200 and Blackwell datasheets (NVLink's figure counts both ways), with one
+network card for each GPU, as in DGX systems: 200 Gbit/s beside an A100, 400 Gbit/s beside the others.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,9 @@ CHIPS = {
 def rings(chip: Chip, shape: Sequence[int]) -> tuple[bool, ...]:
     """Which sides of a TPU slice, `shape` chips long, close to rings.
 
-    Three-dimensional slices are put together of cubes of 4 x 4 x 4 chips by optical switches, which close every side; a slice
-    smaller than a cube closes none. The sides of a two-dimensional one close one by one, where they span the pod's 16 chips
-    (docs.cloud.google.com/tpu/docs/{v4,v5p,tpu7x,v5e,v6e}).
+    Three-dimensional slices are put together of cubes of 4 x 4 x 4 chips by optical switches, which close every
+    side; a slice smaller than a cube closes none. The sides of a two-dimensional one close one by one, where they
+    span the pod's 16 chips (docs.cloud.google.com/tpu/docs/{v4,v5p,tpu7x,v5e,v6e}).
     """
     spanning = tuple(side % chip.wraps == 0 for side in shape)
     return spanning if chip.torus < 3 else (all(spanning),) * len(shape)

@@ -1,8 +1,9 @@
 """What a compiled program sends between devices, read from the program itself, loops multiplied by their trip counts.
 
-An exchange is hidden where the compiler has put a matrix product between its start and its end, or, as libtpu does, has fused
-it into one: `async-collective-start`, then products that carry the exchange along (`async_collective_fusion`), then
-`async-collective-done`. The exchange stands in the text of all of them; counted is the start.
+An exchange is hidden where the compiler has put a matrix product between its start and its end, or, as libtpu does,
+has fused it into one: `async-collective-start`, then products that carry the exchange along
+(`async_collective_fusion`), then `async-collective-done`. The exchange stands in the text of all of them; counted is
+the start.
 """
 
 import itertools
@@ -40,7 +41,8 @@ def collectives(module: Module, mesh: Mesh) -> list[Collective]:
     """The exchanges of a compiled program on `mesh`, the largest first.
 
     Raises:
-      ValueError: a loop around an exchange does not say how often it runs, or its devices are written in an unknown form.
+      ValueError: a loop around an exchange does not say how often it runs, or its devices are written in an unknown
+      form.
     """
     sent, exposed, counts = Counter(), Counter(), Counter()
     exchanges, products = {}, set()  # of the computations so far, which are written before what calls them
@@ -98,8 +100,8 @@ def _read(computation: str, flow: Dataflow, before: dict[str, list[Exchange]], p
 def _as_asked(sum_of_all: Exchange, operation: Operation, computation: str, flow: Dataflow) -> Iterator[Exchange]:
     """What was asked for where libtpu writes a sum, perhaps of several arrays at once.
 
-    On a 3D torus it writes gathers as sums of arrays that are zero but for a device's own piece, and scatters as sums of which
-    each device then takes its piece. So it is the flow of the data around each array that tells.
+    On a 3D torus it writes gathers as sums of arrays that are zero but for a device's own piece, and scatters as
+    sums of which each device then takes its piece. So it is the flow of the data around each array that tells.
     """
     pieces = sum_of_all.pieces
     sizes = Counter()

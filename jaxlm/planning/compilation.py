@@ -50,7 +50,8 @@ def lay(settings: Settings, target: Target) -> tuple[Mesh, Callable[[jax.Device]
 
 
 def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Trainer]:
-    """The step of `settings` on `mesh`, whose devices may be a target's (`jaxlm.planning.targets`), before any compiler sees it.
+    """The step of `settings` on `mesh`, whose devices may be a target's (`jaxlm.planning.targets`), before any
+    compiler sees it.
 
     Raises:
       UserError: model.vocab_size is not known.
@@ -69,7 +70,8 @@ def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
 
 
 def compile_ahead(settings: Settings, target: Target | None) -> Path:
-    """Compiles the step for a target's devices, or for those that are here, and writes it where `jaxlm train` looks for it.
+    """Compiles the step for a target's devices, or for those that are here, and writes it where `jaxlm train` looks
+    for it.
 
     Raises:
       UserError: devices.compiled is no folder here, or the step cannot be compiled.

@@ -37,8 +37,8 @@ class Program(NamedTuple):
 
 
 def compiled_plan(settings: Settings, target: Target) -> Plan:
-    """Compiles the step of `settings` for a target, and reads what came out; where the compiler refuses to make a program that no
-    device can hold, the estimate with the memory that it says is needed.
+    """Compiles the step of `settings` for a target, and reads what came out; where the compiler refuses to make a
+    program that no device can hold, the estimate with the memory that it says is needed.
 
     Raises:
       UserError: its compiler is not here, or the run cannot be laid out on the devices.
@@ -59,7 +59,8 @@ def _refused(estimate: Memory, error: DoesNotFit) -> Memory:
 
 
 def compile_program(settings: Settings, target: Target) -> Program:
-    """The step of `settings`, compiled for a target. Raises UserError and RunError as `compiled_plan`, and DoesNotFit."""
+    """The step of `settings`, compiled for a target. Raises UserError and RunError as `compiled_plan`, and
+    DoesNotFit."""
     mesh, _ = lay(settings, target)
     with waiting(f"compiling for {target.name}"):
         traced, trainer = trace_step(settings, mesh)
@@ -86,7 +87,8 @@ def read_program(program: Program, settings: Settings, target: Target) -> Plan:
 
 
 def state_sizes(trainer: Trainer) -> dict[str, float]:
-    """Bytes on one device, of parameters, gradients (laid out like them) and what of the optimizer is not on the host."""
+    """Bytes on one device, of parameters, gradients (laid out like them) and what of the optimizer is not on the
+    host."""
     def held(shapes: Any, shardings: Any) -> float:
         pairs = zip(jax.tree.leaves(shapes), jax.tree.leaves(shardings), strict=True)
         return sum(leaf.dtype.itemsize * math.prod(sharding.shard_shape(leaf.shape))

@@ -1,5 +1,5 @@
-"""Where an array of a compiled program comes from and what is done with it: through fusions, fusions inside fusions, and what
-only gives an array another form."""
+"""Where an array of a compiled program comes from and what is done with it: through fusions, fusions inside fusions,
+and what only gives an array another form."""
 
 import math
 from collections.abc import Iterator
@@ -27,7 +27,8 @@ class Origin(NamedTuple):
 
 
 class Dataflow:
-    """Answers questions about the values of a program. A value is an operation and the computation in which it stands."""
+    """Answers questions about the values of a program. A value is an operation and the computation in which it
+    stands."""
 
     def __init__(self, module: Module):
         self.module = module
@@ -66,8 +67,8 @@ class Dataflow:
               ) -> Iterator[tuple[Operation, float]]:
         """The operations that do something with a value, and the share of its numbers that each of them takes.
 
-        Of a slice its share, of a table the rows that are gathered, of what is updated in place nothing. `around`: the fusion
-        in which the value stands, if it is followed further where that hands it on.
+        Of a slice its share, of a table the rows that are gathered, of what is updated in place nothing. `around`:
+        the fusion in which the value stands, if it is followed further where that hands it on.
         """
         whole = whole or max(1, value.elements)
         for use in self.users(computation, value.name):

@@ -57,7 +57,8 @@ def _head(plan: Plan) -> Iterator[str]:
 
 
 def _how_far_off(plan: Plan) -> str:
-    """What is known of the estimate's error: of the shipped configs, from the smallest on, each on hardware of its own."""
+    """What is known of the estimate's error: of the shipped configs, from the smallest on, each on hardware of its
+    own."""
     if plan.parameters < SMALLEST:
         return f"how far off is not known of models of less than {format_count(SMALLEST)} parameters"
     if plan.settings.model.num_experts and plan.target.platform != "tpu":

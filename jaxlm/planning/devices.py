@@ -1,7 +1,7 @@
 """A target's devices as JAX knows them: what the compilers of TPUs and GPUs take for a pod or a cluster.
 
-The compilers are wheels, of the versions that JAX asks for: libtpu (the extra `tpu`); jax-cuda13-plugin with jax-cuda13-pjrt
-(`cuda`). They need no driver and no accelerator.
+The compilers are wheels, of the versions that JAX asks for: libtpu (the extra `tpu`); jax-cuda13-plugin with
+jax-cuda13-pjrt (`cuda`). They need no driver and no accelerator.
 """
 
 import os
@@ -25,7 +25,8 @@ DIMENSIONS = 3  # of every topology to libtpu, whatever the network's
 
 
 class Devices(NamedTuple):
-    """All of a target's; `island` says which of them have a fast network among themselves, as for `jaxlm.parallel.mesh`."""
+    """All of a target's; `island` says which of them have a fast network among themselves, as for
+    `jaxlm.parallel.mesh`."""
 
     all: list[jax.Device]
     island: Callable[[jax.Device], int]

@@ -1,9 +1,9 @@
 """A plan by arithmetic alone, at once: no compiler, no JAX.
 
-Counted: parameters and optimizer by their shapes, matrix products, what the written-out products send, what `train.remat`
-keeps. Fitted to compiled programs (`benchmarks/plans.py`, which also says how far off it is; docs/planning.md): how many
-copies of its activations a layer's backward pass holds at once, what share of the exchanges is hidden, what elementwise work
-adds to the memory traffic.
+Counted: parameters and optimizer by their shapes, matrix products, what the written-out products send, what
+`train.remat` keeps. Fitted to compiled programs (`benchmarks/plans.py`, which also says how far off it is;
+docs/planning.md): how many copies of its activations a layer's backward pass holds at once, what share of the
+exchanges is hidden, what elementwise work adds to the memory traffic.
 """
 
 import math
@@ -51,8 +51,8 @@ from jaxlm.training.footprint import (
     whole_size,
 )
 
-# How far from the compiler's plan the estimate of a shipped config may be (tests/planning/test_estimate.py holds it to that), and
-# how many parameters the smallest of them has: of smaller models nothing is claimed.
+# How far from the compiler's plan the estimate of a shipped config may be (tests/planning/test_estimate.py holds it
+# to that), and how many parameters the smallest of them has: of smaller models nothing is claimed.
 SMALLEST = 120_000_000
 BOUNDS = {"memory": 0.1, "arithmetic": 0.03, "sent": 0.1, "memory traffic": 0.15, "step": 0.05}
 
@@ -138,7 +138,8 @@ def head_of(settings: Settings, sizes: Sizes, target: Target, tokens: float) -> 
 
 def memory_of(settings: Settings, sizes: Sizes, share: Share, head: Head, habits: Habits, state: dict[str, float]
               ) -> tuple[Memory, list[Buffer]]:
-    """The larger of two moments: the head with all layers' activations kept, and the first layer of the backward pass."""
+    """The larger of two moments: the head with all layers' activations kept, and the first layer of the backward
+    pass."""
     train = settings.train
     depth = share.layers * (share.runs if sizes["stage"] > 1 else 1)
     moved = (name for name, choice in (remat_choices(train.remat) or {}).items() if choice == "host")
@@ -211,8 +212,8 @@ def executed_flops(settings: Settings, sizes: Sizes, target: Target) -> float:
 def _dropless(experts: int, expert_axis: int, target: Target) -> float:
     """What experts that drop nothing compute for every token that they get.
 
-    A device has room for the tokens of all devices of the axis. XLA's compiler for GPUs makes of a product over groups of rows a
-    dense one for each expert on the device; libtpu has a kernel for it.
+    A device has room for the tokens of all devices of the axis. XLA's compiler for GPUs makes of a product over
+    groups of rows a dense one for each expert on the device; libtpu has a kernel for it.
     """
     return expert_axis * (1 if target.platform == "tpu" else experts // expert_axis)
 
@@ -224,7 +225,8 @@ def recompute(settings: Settings) -> dict[str, bool]:
 
 
 def memory_traffic(settings: Settings, sizes: Sizes, share: Share, head: Head, habits: Habits, state: dict[str, float]) -> float:
-    """Bytes: products' operands and results, elementwise work as a multiple of them, the head's chunks, the optimizer."""
+    """Bytes: products' operands and results, elementwise work as a multiple of them, the head's chunks, the
+    optimizer."""
     model, element = settings.model, element_size(settings)
     gates, again = (2 if is_gated(model) else 1), recompute(settings)
     arrays = [(2, share.width), (2, share.states), (3, share.query), (2, share.key_value), (gates + 1, share.mlp)]

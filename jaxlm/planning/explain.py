@@ -1,4 +1,5 @@
-"""`jaxlm plan --explain`: how every parameter and every main activation is cut, and what each matrix product sends and why."""
+"""`jaxlm plan --explain`: how every parameter and every main activation is cut, and what each matrix product sends
+and why."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -31,7 +32,8 @@ def explain(settings: Settings, target: Target) -> RenderableType:
 
 
 def _arrays(arrays: Mapping[str, Shape], element: int, sizes: Mapping[str, int]) -> Table:
-    """A row for each array of `element` bytes a number: its shape, its axes, what cuts them, and its bytes on a device."""
+    """A row for each array of `element` bytes a number: its shape, its axes, what cuts them, and its bytes on a
+    device."""
     table = new_table("name", "shape", "axes", "cut over", "bytes")
     for name, (shape, axes) in arrays.items():
         cuts = ", ".join("+".join(cut for cut in cutting(axis) if sizes[cut] > 1) or "-" for axis in axes)

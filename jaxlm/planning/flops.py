@@ -1,8 +1,8 @@
 """Floating-point operations that a device executes in one step, counted in the compiled program.
 
-What a compiler makes of a product counts, not what was asked for: a product over groups of rows that became a dense one over all
-groups, float32 in several passes of bfloat16. Only Pallas kernels are closed to the reader of a compiled program: theirs are
-counted in the traced one.
+What a compiler makes of a product counts, not what was asked for: a product over groups of rows that became a dense
+one over all groups, float32 in several passes of bfloat16. Only Pallas kernels are closed to the reader of a
+compiled program: theirs are counted in the traced one.
 """
 
 import base64
@@ -56,7 +56,8 @@ class Arithmetic(NamedTuple):
         return Arithmetic(*(a + times * b for a, b in zip(self, other, strict=True)))
 
     def seconds(self, device_kind: str) -> float | None:
-        """At the published speeds; None: not published. TF32 runs at half of bfloat16's (NVIDIA's datasheets since the A100)."""
+        """At the published speeds; None: not published. TF32 runs at half of bfloat16's (NVIDIA's datasheets since
+        the A100)."""
         bfloat16, float32 = peak_flops(device_kind), peak_flops(device_kind, "float32")
         peaks = (bfloat16, bfloat16 and bfloat16 / 2, float32)
         if any(flops and not peak for flops, peak in zip(self, peaks, strict=True)):
@@ -72,8 +73,8 @@ def executed_flops(module: Module, platform: str, kernels: Kernels = {}) -> Arit
       platform: its devices' (tpu, gpu, cpu): each has its own way with float32.
       kernels: by name, what one call of a Pallas kernel executes (`kernels_of`).
 
-    Of a choice the longest branch counts, a loop that does not say how often it runs counts once, and of a kernel that is not
-    in `kernels` its own estimate.
+    Of a choice the longest branch counts, a loop that does not say how often it runs counts once, and of a kernel
+    that is not in `kernels` its own estimate.
     """
     @functools.cache
     def of(name: str) -> Arithmetic:
@@ -122,7 +123,8 @@ def _executed_by(rest: str, wide: list[bool], platform: str) -> tuple[str, int]:
 
 
 def _product(operation: Operation, inputs: Sequence[Array]) -> float:
-    """2 m n k: of cuBLAS, too, which names the contracted axes in its own way and may return its workspace beside the result."""
+    """2 m n k: of cuBLAS, too, which names the contracted axes in its own way and may return its workspace beside
+    the result."""
     (_, result), (_, first) = next(arrays(operation.type)), inputs[0]
     contracted = CONTRACTED.search(operation.rest)
     return 2 * math.prod(result) * math.prod(first[int(axis)] for axis in re.findall(r"\d+", contracted[1]))
@@ -172,8 +174,8 @@ def _of_kernel(operation: Operation, inputs: Sequence[Array], kernels: Kernels) 
 def kernels_of(jaxpr: core.ClosedJaxpr, visible: float = 1.0) -> dict[str, Arithmetic]:
     """By name, what one call of each Pallas kernel of a traced program executes on a device; of one name the largest.
 
-    By its own estimate, or else grid times body. Of splash attention `visible` is the share of its blocks that the mask leaves
-    (`jaxlm.models.sizes.visible_blocks`), since it skips the others.
+    By its own estimate, or else grid times body. Of splash attention `visible` is the share of its blocks that the
+    mask leaves (`jaxlm.models.sizes.visible_blocks`), since it skips the others.
     """
     found: dict[str, Arithmetic] = {}
     for parameters in _pallas_calls(jaxpr.jaxpr):

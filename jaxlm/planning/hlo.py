@@ -57,7 +57,8 @@ class Module(NamedTuple):
     entry: str
 
     def runs(self) -> dict[str, int]:
-        """How often each computation that is called otherwise than by a fusion or a reduction runs in one step; -1: unknown.
+        """How often each computation that is called otherwise than by a fusion or a reduction runs in one step; -1:
+        unknown.
 
         Of a choice the longest branch runs.
         """

@@ -1,4 +1,5 @@
-"""What a user calls an array of a compiled step: its shape on a device says what it is, the place where it is made the rest."""
+"""What a user calls an array of a compiled step: its shape on a device says what it is, the place where it is made
+the rest."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -43,7 +44,8 @@ class Names(NamedTuple):
                 before = "gradient of " if phase == "backward" and not stacked else ""
                 return f"{found}, kept for the backward pass" if stacked else f"{before}{found}{after}"
             if found := self._kernel(layer, scope):
-                # what is computed with is in the compute type; float32 beside it and whole are sums that go to the optimizer
+                # what is computed with is in the compute type; float32 beside it and whole are sums that go to the
+                # optimizer
                 summed = kind == "f32" and self.compute != "f32" and math.prod(layer) >= self.width * self.cut
                 before = "gradient of " if phase == "backward" or (summed and not stacked) else ""
                 return f"{before}{found}" + (", all layers" if stacked else "")

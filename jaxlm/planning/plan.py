@@ -1,4 +1,5 @@
-"""What is known of a run before it starts, whoever found it out: the compiler (`compiled.py`) or arithmetic (`estimate.py`)."""
+"""What is known of a run before it starts, whoever found it out: the compiler (`compiled.py`) or arithmetic
+(`estimate.py`)."""
 
 from typing import Any, NamedTuple
 
@@ -78,12 +79,14 @@ class Plan(NamedTuple):
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs utilization at the roofline's speed; of causal attention counts what a token sees, so it stays below 1."""
+        """Model FLOPs utilization at the roofline's speed; of causal attention counts what a token sees, so it stays
+        below 1."""
         return self._utilization(self.model_flops - masked_flops(self.settings) / self.target.num_devices)
 
     @property
     def mfu_palm(self) -> float | None:
-        """The same as PaLM's authors count it, and `jaxlm train` and `bench`: attention of every token to every other one."""
+        """The same as PaLM's authors count it, and `jaxlm train` and `bench`: attention of every token to every
+        other one."""
         return self._utilization(self.model_flops)
 
     def _utilization(self, flops: float) -> float | None:

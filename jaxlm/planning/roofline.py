@@ -1,7 +1,7 @@
 """How fast a step can be: the time of its arithmetic, of its memory traffic, and of what it sends over each network.
 
-The roofline model (Williams et al. 2009), with networks as further roofs. What the compiler runs beside matrix products overlaps
-with them; what it does not is added.
+The roofline model (Williams et al. 2009), with networks as further roofs. What the compiler runs beside matrix
+products overlaps with them; what it does not is added.
 """
 
 import math
@@ -16,7 +16,8 @@ from jaxlm.planning.targets import TPUS, Target
 
 
 class Speeds(NamedTuple):
-    """Bytes/s one way of a device in an exchange, inside its island and between islands; infinite where it sends nothing."""
+    """Bytes/s one way of a device in an exchange, inside its island and between islands; infinite where it sends
+    nothing."""
 
     fast: float
     slow: float
@@ -26,7 +27,8 @@ Network = Callable[[Sequence[str]], Speeds]  # of the exchanges along some mesh 
 
 
 def roofline(compute: float, traffic: float, found: Sequence[Collective], chip: Chip, network: Network) -> Roofline:
-    """Of a step with `compute` seconds of arithmetic on a device that moves `traffic` bytes in its memory and sends `found`."""
+    """Of a step with `compute` seconds of arithmetic on a device that moves `traffic` bytes in its memory and sends
+    `found`."""
     fast = slow = hidden = exposed = 0.0
     for one in found:
         speeds = network(one.axes)
@@ -41,8 +43,8 @@ def roofline(compute: float, traffic: float, found: Sequence[Collective], chip: 
 def network_of_mesh(mesh: Any, chip: Chip, island: Callable[[Any], int]) -> Network:
     """By the places of a mesh's (`jax.sharding.Mesh`) devices.
 
-    Between islands a group uses the cards of all its devices of an island. On a torus it uses the links of every dimension that
-    it spans, both ways where the dimension closes to a ring.
+    Between islands a group uses the cards of all its devices of an island. On a torus it uses the links of every
+    dimension that it spans, both ways where the dimension closes to a ring.
     """
     def network(axes: Sequence[str]) -> Speeds:
         group = mesh.devices[tuple(slice(None) if axis in axes else 0 for axis in mesh.axis_names)].ravel()

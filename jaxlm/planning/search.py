@@ -46,8 +46,8 @@ class Choice(NamedTuple):
 def search(settings: Settings, target: Target, report: Callable[[str], None]) -> list[Choice]:
     """The compiled choices that fit, fastest first, then those that do not.
 
-    `report` is told what is being done. Raises UserError: model.vocab_size or the target's speed is not known, no mesh divides
-    the run, or nothing fits.
+    `report` is told what is being done. Raises UserError: model.vocab_size or the target's speed is not known, no
+    mesh divides the run, or nothing fits.
     """
     require_vocabulary(settings)
     if target.device_kind not in CHIPS or products_peak(target.device_kind, settings.train.precision) is None:
@@ -122,7 +122,8 @@ def estimated(settings: Settings, target: Target) -> Iterator[Plan]:
 
 
 def meshes(settings: Settings, target: Target) -> Iterator[MeshSettings]:
-    """Every mesh worth a thought: tensor inside an island, sequences not cut too short, experts only where there are some."""
+    """Every mesh worth a thought: tensor inside an island, sequences not cut too short, experts only where there are
+    some."""
     model, total = settings.model, target.num_devices
     for tensor in _divisors(min(total, target.island_size), model.num_heads):
         for context in _divisors(total // tensor, settings.data.sequence_length // SHORTEST or 1):
@@ -140,8 +141,8 @@ def _divisors(number: int, other: int) -> list[int]:
 
 
 def attentions(settings: Settings, mesh: MeshSettings, target: Target) -> set[str]:
-    """What the config says, the choice that is left to the backend, and where sequences are cut its fused kernel: around that,
-    heads are exchanged for whole sequences, instead of a ring."""
+    """What the config says, the choice that is left to the backend, and where sequences are cut its fused kernel:
+    around that, heads are exchanged for whole sequences, instead of a ring."""
     model = settings.model
     kinds = {model.attention, "auto"}
     if mesh.context > 1:
@@ -189,8 +190,8 @@ def ranking(choices: list[Choice]) -> Table:
 
 
 def write_config(plan: Plan, path: Path, source: str | Path) -> None:
-    """A run file of the plan's settings: the text of the run file (or run directory) `source`, with the keys that the search, or
-    the command line, has set otherwise."""
+    """A run file of the plan's settings: the text of the run file (or run directory) `source`, with the keys that
+    the search, or the command line, has set otherwise."""
     given = as_path(source)
     given = given / "config.yaml" if exists(given / "config.yaml") else given
     wanted, before = (flatten(to_dict(settings)) for settings in (plan.settings, config.load(source)))

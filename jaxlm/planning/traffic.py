@@ -18,8 +18,8 @@ ELSEWHERE = re.compile(r"S\([1-9]\d*\)")  # a layout's word for on-chip memory, 
 def memory_traffic(module: Module) -> float:
     """The sum over all operations of what they read and write, loops multiplied by their trip counts.
 
-    A fusion reads of an operand that it only slices the slice, and writes of a result that it only updates the update; so do the
-    fusions inside it. Caches are not modelled.
+    A fusion reads of an operand that it only slices the slice, and writes of a result that it only updates the
+    update; so do the fusions inside it. Caches are not modelled.
     """
     flow, total = Dataflow(module), 0.0
     for name, times in module.runs().items():
@@ -33,7 +33,8 @@ def in_memory(text: str) -> list[float]:
 
 
 def results_in_memory(operation: Operation, computation: str, flow: Dataflow) -> list[float]:
-    """Bytes of each result; operands stand in the type of what is started, too, before the results or, of a copy, behind it."""
+    """Bytes of each result; operands stand in the type of what is started, too, before the results or, of a copy,
+    behind it."""
     arrays = in_memory(operation.type)
     if operation.opcode == "copy-start":
         return arrays[:1]

@@ -1,4 +1,5 @@
-"""Files, on this machine's file systems and in s3:// and gs:// buckets: read whole or in part, written whole or not at all."""
+"""Files, on this machine's file systems and in s3:// and gs:// buckets: read whole or in part, written whole or not
+at all."""
 
 import errno
 import fcntl
@@ -24,7 +25,8 @@ SCHEME = re.compile(r"[A-Za-z][\w+.-]*://")
 
 
 def as_path(location: str | os.PathLike) -> Location:
-    """What file names can be appended to. (pathlib makes s3:/bucket of s3://bucket.) Raises UserError: another store's URL."""
+    """What file names can be appended to. (pathlib makes s3:/bucket of s3://bucket.) Raises UserError: another
+    store's URL."""
     if not is_remote(location):
         if SCHEME.match(str(location)):
             raise UserError(f"{without_secrets(str(location))}: expected a folder or file of this machine, or s3://... or gs://...")
@@ -76,7 +78,8 @@ def exists(path: str | os.PathLike) -> bool:
 
 
 def is_special(path: str | os.PathLike) -> bool:
-    """Whether it is there, and something else than a plain file: a folder, or a pipe, whose reader would wait for ever."""
+    """Whether it is there, and something else than a plain file: a folder, or a pipe, whose reader would wait for
+    ever."""
     return not is_remote(path) and os.path.exists(path) and not os.path.isfile(path)
 
 
@@ -147,7 +150,8 @@ def write_bytes(path: str | os.PathLike, content: bytes, *, durable: bool = Fals
 
 
 def sync(file: IO) -> None:
-    """Until what is in a local file stays there when the machine loses its power (fsync), if its file system can say so."""
+    """Until what is in a local file stays there when the machine loses its power (fsync), if its file system can say
+    so."""
     try:
         os.fsync(file.fileno())
     except OSError as error:
@@ -158,7 +162,8 @@ def sync(file: IO) -> None:
 
 
 def lock(file: IO, wait: bool = False) -> bool:
-    """Locks a local file for this process; the end of the process, in any way, frees it. False: another process holds it.
+    """Locks a local file for this process; the end of the process, in any way, frees it. False: another process
+    holds it.
 
     `wait`: until that one frees it. On a file system without locks nothing is held, and a line says so.
     """
@@ -210,7 +215,8 @@ def move(folder: str | os.PathLike, target: str | os.PathLike) -> None:
 
 
 def is_below(folder: Location, name: str | Path) -> bool:
-    """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link out or to itself."""
+    """Whether a name that somebody's file gives stays in the folder: not absolute, no way up, no link out or to
+    itself."""
     if is_remote(folder):
         return not {"", ".", ".."}.intersection(str(name).split("/"))
     try:
@@ -238,8 +244,8 @@ def delete(path: str | os.PathLike) -> None:
 def check_folder(path: str | os.PathLike, key: str) -> None:
     """Raises UserError, naming `key`, unless this is a folder to write in, or can be made one. Makes nothing.
 
-    Nothing in it, or in a folder in it, may be a link that leads out of it: what is written there would be written elsewhere.
-    Of a bucket it is only asked whether its files can be listed.
+    Nothing in it, or in a folder in it, may be a link that leads out of it: what is written there would be written
+    elsewhere. Of a bucket it is only asked whether its files can be listed.
     """
     if is_remote(path):
         remote.check_bucket(path, key)

@@ -1,7 +1,7 @@
 """What a run's wall time went into, over all of its starts: RUN_DIR/goodput.jsonl and its sums.
 
-A line is what one start has spent so far, in seconds; the last line of a start counts. Lines are only ever appended: a run that
-was killed leaves the truth up to a few seconds before.
+A line is what one start has spent so far, in seconds; the last line of a start counts. Lines are only ever appended:
+a run that was killed leaves the truth up to a few seconds before.
 """
 
 import json
@@ -93,8 +93,8 @@ class Account:
 def goodput(run_dir: str | Path) -> dict[str, Any] | None:
     """Seconds of wall time by what they went into, from the first start to the last line; None: nothing was written.
 
-    `productive`: steps that were neither skipped nor done again later; `restarts`: between the last sign of one start and the
-    next; `goodput`: the productive share.
+    `productive`: steps that were neither skipped nor done again later; `restarts`: between the last sign of one
+    start and the next; `goodput`: the productive share.
     """
     starts = list(_starts(run_dir))
     if not starts:

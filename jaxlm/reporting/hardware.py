@@ -1,5 +1,5 @@
-"""Published peak speed of accelerators, what MFU divides by, and their memory. A device that is not in the table has no peak,
-and no MFU.
+"""Published peak speed of accelerators, what MFU divides by, and their memory. A device that is not in the table has
+no peak, and no MFU.
 
 Names are compared whole, so that a MIG slice or a custom part never inherits the figure of the full chip.
 """
@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 
 
 class Peak(NamedTuple):
-    """Dense teraFLOP/s (10^12, without sparsity) of ONE JAX device; None: not published, or the chip lacks the format."""
+    """Dense teraFLOP/s (10^12, without sparsity) of ONE JAX device; None: not published, or the chip lacks the
+    format."""
 
     bfloat16: float | None
     float32: float | None  # IEEE float32; not TF32, nor bfloat16 passes
@@ -104,9 +105,10 @@ def peak_flops(device_kind: str, precision: Literal["bfloat16", "float32"] = "bf
 def products_peak(device_kind: str, precision: Literal["bfloat16", "float32"]) -> float | None:
     """FLOP/s of matrix products in `train.precision` that no program passes: what MFU and the roofline divide by.
 
-    A float32 product is a full one (`jaxlm.models.model.Model.traced`). GPUs make it on their CUDA cores; that peak is published.
-    TPUs have no such unit: XLA makes it of six bfloat16 products (`jax.lax.Precision.HIGHEST`), so its peak is a sixth of theirs.
-    (For two matrices of 4,096 x 4,096 libtpu 0.0.52 expects 5.6 to 6.2 times the cycles, on v4 to TPU7x.)
+    A float32 product is a full one (`jaxlm.models.model.Model.traced`). GPUs make it on their CUDA cores; that peak
+    is published. TPUs have no such unit: XLA makes it of six bfloat16 products (`jax.lax.Precision.HIGHEST`), so its
+    peak is a sixth of theirs. (For two matrices of 4,096 x 4,096 libtpu 0.0.52 expects 5.6 to 6.2 times the cycles,
+    on v4 to TPU7x.)
     """
     if precision == "float32" and device_kind in TPU:
         return peak_flops(device_kind) / FLOAT32_PASSES

@@ -61,7 +61,8 @@ class MetricsWriter:
         self.close()
 
     def write(self, row: dict[str, Any]) -> None:
-        """`row` holds `step` and numbers (Python's, NumPy's or 0-d arrays), text, mappings or None. Readable at once."""
+        """`row` holds `step` and numbers (Python's, NumPy's or 0-d arrays), text, mappings or None. Readable at
+        once."""
         self.file.write(f"{json_text(row)}\n")
         self.file.flush()
         if self.events:
@@ -92,7 +93,8 @@ class MetricsWriter:
 
 
 def open_tensorboard(folder: Path, resume_step: int) -> Any:
-    """A writer that hides what earlier writers said about the steps after `resume_step`; None where it cannot be had."""
+    """A writer that hides what earlier writers said about the steps after `resume_step`; None where it cannot be
+    had."""
     with optional("no TensorBoard events are written"):
         from tensorboardX import SummaryWriter
 

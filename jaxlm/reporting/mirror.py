@@ -1,8 +1,8 @@
 """Files that grow, in a folder that may be in a bucket.
 
-An object cannot be appended to. So a file that grows lies in a local folder, and is copied whole, in the background, every
-now and then: what a reader sees is one ordinary file, at most an interval old. (Objects of one part each would have to be put
-together by every reader, and listed; a metrics.jsonl of 100,000 rows has 30 MB.)
+An object cannot be appended to. So a file that grows lies in a local folder, and is copied whole, in the background,
+every now and then: what a reader sees is one ordinary file, at most an interval old. (Objects of one part each would
+have to be put together by every reader, and listed; a metrics.jsonl of 100,000 rows has 30 MB.)
 """
 
 import tempfile
@@ -21,7 +21,8 @@ SHARE = 20  # of the time that a copy took: copying never takes more than a twen
 
 
 class Mirror:
-    """`folder` is where to write: the folder itself where that is a local one, and else a local one that is copied into it."""
+    """`folder` is where to write: the folder itself where that is a local one, and else a local one that is copied
+    into it."""
 
     def __init__(self, target: str | Path):
         self._target: Location | None = as_path(target) if is_remote(target) else None
@@ -46,7 +47,8 @@ class Mirror:
         return self.folder / name
 
     def changed(self) -> None:
-        """Something was written (and flushed). Copies it in the background, if that is due; a copy that fails is done again."""
+        """Something was written (and flushed). Copies it in the background, if that is due; a copy that fails is
+        done again."""
         if self._target is None or (self._copying and not self._copying.done()):
             return
         if self._copying:

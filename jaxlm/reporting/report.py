@@ -212,7 +212,8 @@ def compare(run_dirs: list[str | Path]) -> "Table":
 
 
 def fitted(grid: "Table", width: int) -> "RenderableType":
-    """The table where its columns have room side by side, else a paragraph for each of its rows, a line for each run."""
+    """The table where its columns have room side by side, else a paragraph for each of its rows, a line for each
+    run."""
     from rich.console import Console
 
     if Console(width=10**4).measure(grid).maximum <= width:

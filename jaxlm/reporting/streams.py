@@ -1,7 +1,9 @@
-"""Standard output and standard error that a run survives: closed, full, without a reader, or of an encoding that lacks letters.
+"""Standard output and standard error that a run survives: closed, full, without a reader, or of an encoding that
+lacks letters.
 
-What was asked for goes to standard output, and that it cannot be written is an error (once: `OSError`, named "standard output").
-Standard error only says how it goes: what cannot be written there is dropped, for no run ends because nobody looks.
+What was asked for goes to standard output, and that it cannot be written is an error (once: `OSError`, named
+"standard output"). Standard error only says how it goes: what cannot be written there is dropped, for no run ends
+because nobody looks.
 """
 
 import io
@@ -33,7 +35,8 @@ class _File(io.FileIO):
 
 
 def steady() -> None:
-    """Makes this process's standard streams so. Call at its start: where one is closed, the next file would take its number."""
+    """Makes this process's standard streams so. Call at its start: where one is closed, the next file would take its
+    number."""
     for number in range(3):
         _open_where_closed(number)
     sys.stdin = sys.__stdin__ = sys.stdin or open(0, closefd=False)  # noqa: SIM115 (as long as the process)
@@ -42,7 +45,8 @@ def steady() -> None:
 
 
 def write_to(number: int, descriptor: int) -> None:
-    """Lets Python write standard stream `number` (1 or 2) to a file descriptor, letters that the encoding lacks as escapes."""
+    """Lets Python write standard stream `number` (1 or 2) to a file descriptor, letters that the encoding lacks as
+    escapes."""
     name = ("stdout", "stderr")[number - 1]
     before: TextIO | None = getattr(sys, name)
     if before:

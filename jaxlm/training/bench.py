@@ -17,7 +17,8 @@ from jaxlm.training.step import Batch, batch_sharding
 
 
 def bench(settings: Settings) -> dict[str, Any]:
-    """Times `bench.steps` training steps, each waited for. Needs no corpus. Raises UserError without model.vocab_size."""
+    """Times `bench.steps` training steps, each waited for. Needs no corpus. Raises UserError without
+    model.vocab_size."""
     if settings.model.vocab_size is None:
         raise UserError("model.vocab_size: missing; bench makes up its tokens and has to know how many there are")
     settings, mesh = lay_mesh(settings)

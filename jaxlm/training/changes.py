@@ -43,9 +43,9 @@ def describe_change(key: str, values: list[Any]) -> str:
 
 
 def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Location) -> None:
-    """Refuses settings by which a learning rate that has come down until `step` would go up again, as when train.steps is
-    raised after a finished cosine, unless checkpoint.allow has SCHEDULE. `saved`: the settings of the checkpoint.
-    Raises UserError."""
+    """Refuses settings by which a learning rate that has come down until `step` would go up again, as when
+    train.steps is raised after a finished cosine, unless checkpoint.allow has SCHEDULE. `saved`: the settings of the
+    checkpoint. Raises UserError."""
     before = _read(ScheduleSettings, saved.get("schedule", {}))
     peak = _read(OptimizerSettings, saved.get("optimizer", {})).learning_rate
     steps = _read(TrainSettings, saved.get("train", {})).steps
@@ -68,6 +68,7 @@ def _read(section: type, values: dict[str, Any]) -> Any:
 
 
 def _rates(schedule: tuple[ScheduleSettings, float, int], start: int, stop: int) -> np.ndarray:
-    """Learning rates of the steps start .. stop, of many of them only some: the first, the last, and those evenly between."""
+    """Learning rates of the steps start .. stop, of many of them only some: the first, the last, and those evenly
+    between."""
     counts = np.unique(np.linspace(start, stop - 1, min(stop - start, LOOKS)).round().astype(np.int32))
     return np.broadcast_to(np.asarray(make_schedule(*schedule)(counts), np.float64), counts.shape)

@@ -1,7 +1,7 @@
 """RUN_DIR/checkpoints: what a run can go on from. Asynchronous, sharded, atomic, verified.
 
     120/state/...            the arrays, each process's own part of them (Orbax)
-    120/manifest.json        settings, corpora, versions, mesh, validation loss, and the digest of every file; written last
+    120/manifest.json        settings, corpora, versions, mesh, validation loss, digests of files; written last
     100.damaged/...          set aside: a file of it was not what had been written
 
 A step's folder without manifest.json is a save that was interrupted. It is never read, and removed by the next run.
@@ -71,13 +71,14 @@ FIXED_KEYS = MODEL_KEYS | START_KEY | {
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving waits for the last save.
 
-    Every process of the run calls the same methods in the same order; each writes its own arrays and checks its share of files.
+    Every process of the run calls the same methods in the same order; each writes its own arrays and checks its
+    share of files.
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: CheckpointSettings | None = None,
                  phase: Callable[[str], AbstractContextManager] = nullcontext):
-        """With `keep` None the folder is only read; raises UserError when it does not exist then. `phase` is told what the
-        background is about to do (see `jaxlm.training.watch`)."""
+        """With `keep` None the folder is only read; raises UserError when it does not exist then. `phase` is told
+        what the background is about to do (see `jaxlm.training.watch`)."""
         self.directory = absolute(run_dir) / CHECKPOINTS  # Orbax writes in the background: relative paths fail there
         if keep is None and not exists(self.directory):
             raise UserError(f"{run_dir}: no {CHECKPOINTS} folder; expected the run directory of a `jaxlm train`")
@@ -119,8 +120,8 @@ class Checkpoints:
              first: Callable[[], object] = lambda: None) -> None:
         """Copies the state off the devices and returns; the files are written in the background.
 
-        `metadata` is plain JSON: the run's settings, the tokenizer itself, the corpus digests, the mesh, versions. `first`: what
-        has to be done before the checkpoint may count; called in the background.
+        `metadata` is plain JSON: the run's settings, the tokenizer itself, the corpus digests, the mesh, versions.
+        `first`: what has to be done before the checkpoint may count; called in the background.
 
         Raises:
           RunError: the save before this one has failed.
@@ -149,7 +150,8 @@ class Checkpoints:
             self.wait()
 
     def _finish(self, folder: Location, arrays: ocp.AsyncResponse, about: dict[str, Any], first: Callable[[], object]) -> None:
-        """Every process vouches for the files it wrote; the first one makes the checkpoint whole and removes what is not kept."""
+        """Every process vouches for the files it wrote; the first one makes the checkpoint whole and removes what is
+        not kept."""
         process, processes = jax.process_index(), jax.process_count()
         with self._phase(f"saving step {about['step']}"), self._one_clear_error(folder):
             arrays.result()
@@ -204,7 +206,8 @@ class Checkpoints:
     def choose(self, step: int | None) -> int:
         """`step`, or the newest, all of its files as they were written.
 
-        A newest one that is damaged is passed over, with a warning, and set aside when this is the run that writes here.
+        A newest one that is damaged is passed over, with a warning, and set aside when this is the run that writes
+        here.
 
         Raises:
           UserError: it is not there, or damaged, or no good one is left.
@@ -307,8 +310,8 @@ class Checkpoints:
     def _as_saved(self, step: int, wanted: Any) -> Any:
         """The optimizer's arrays in the tree that they were saved in.
 
-        An optimizer's tree also has nodes without arrays, one more with weight decay than without; Orbax wants every one of them
-        again. What counts are the arrays, and where they stand.
+        An optimizer's tree also has nodes without arrays, one more with weight decay than without; Orbax wants every
+        one of them again. What counts are the arrays, and where they stand.
         """
         with self._of_this_model(step), in_context(self.directory):
             tree = ocp.checkpointables_metadata(self.directory / str(step) / STATE).metadata["optimizer"]
@@ -351,10 +354,11 @@ def _reason(error: Exception) -> str:
 
 
 def _share(folder: Location, process: int, num_processes: int) -> list[str]:
-    """The files that a process vouches for: those that it wrote, which it sees also where others do not yet see them (NFS).
+    """The files that a process vouches for: those that it wrote, which it sees also where others do not yet see them
+    (NFS).
 
-    Orbax keeps each one's arrays in folders of its own; the rest is the first one's. In a bucket they lie together, and all see
-    the same.
+    Orbax keeps each one's arrays in folders of its own; the rest is the first one's. In a bucket they lie together,
+    and all see the same.
     """
     names = list(sizes_below(folder))
     if is_remote(folder):
@@ -364,7 +368,8 @@ def _share(folder: Location, process: int, num_processes: int) -> list[str]:
 
 
 def _not_kept(val_losses: dict[int, float | None], keep: CheckpointSettings) -> list[int]:
-    """Which of the checkpoints (step -> validation loss) are neither among the newest, nor permanent, nor among the best."""
+    """Which of the checkpoints (step -> validation loss) are neither among the newest, nor permanent, nor among the
+    best."""
     steps = sorted(val_losses)
     kept = set(steps[-keep.keep_last :])
     kept |= {step for step in steps if keep.keep_every_steps and step % keep.keep_every_steps == 0}
@@ -388,8 +393,8 @@ def check_allowed(keys: list[str]) -> None:
 
 
 def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Location) -> None:
-    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for those in
-    checkpoint.allow. Raises UserError."""
+    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for
+    those in checkpoint.allow. Raises UserError."""
     before, now = flatten(saved), flatten(wanted)
     if (before.get("model.family"), before.get("data.packing")) == ("gpt", "documents"):
         before.setdefault("data.start_token", False)  # what older runs did, without the key

@@ -1,4 +1,5 @@
-"""What a row of metrics.jsonl says of time and of the way so far: seconds, tokens, epochs, how fast and how well used."""
+"""What a row of metrics.jsonl says of time and of the way so far: seconds, tokens, epochs, how fast and how well
+used."""
 
 import time
 from typing import Any
@@ -15,10 +16,11 @@ FETCHED_AT_ONCE = 256  # counts that may lie on the devices
 
 
 class TokenCount:
-    """The tokens that the steps so far have had. Padding is none: a batch has `slots` places, and in some of them no token.
+    """The tokens that the steps so far have had. Padding is none: a batch has `slots` places, and in some of them no
+    token.
 
-    Where rows can hold padding the step counts what they hold (`tokens` of its metrics); else every slot is a token, but
-    for the rows that data.damaged=skip has made padding. The same on every mesh.
+    Where rows can hold padding the step counts what they hold (`tokens` of its metrics); else every slot is a token,
+    but for the rows that data.damaged=skip has made padding. The same on every mesh.
     """
 
     def __init__(self, batches: Batches, slots: int, skipped_rows: SkippedRows, first: int, saved: dict[str, Any]):
@@ -74,7 +76,8 @@ class Clock:
         self.since, self.step, self.data_wait, self.before = time.monotonic(), step, 0.0, before
 
     def way(self, step: int) -> dict[str, float | int | None]:
-        """Columns of every row at `step`: Unix time in seconds, tokens so far, epochs so far (of all corpora together)."""
+        """Columns of every row at `step`: Unix time in seconds, tokens so far, epochs so far (of all corpora
+        together)."""
         return {"time": time.time(), "tokens": self.tokens.total(step), "epoch": step * self.epochs}
 
     def speed(self, step: int) -> dict[str, float | None]:
@@ -88,6 +91,6 @@ class Clock:
             "mfu": self.mfu(seconds), "step_seconds": seconds, "data_wait_seconds": wait}
 
     def mfu(self, seconds: float) -> float | None:
-        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B), of all slots; None where the device's peak is not
-        published."""
+        """Model FLOPs utilization (Chowdhery et al. 2022, appendix B), of all slots; None where the device's peak is
+        not published."""
         return self.flops / seconds / self.peak if self.peak else None

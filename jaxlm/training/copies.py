@@ -1,7 +1,9 @@
-"""Silent corruption: copies of a parameter on different devices are compared by digest, and the device that differs is named.
+"""Silent corruption: copies of a parameter on different devices are compared by digest, and the device that differs
+is named.
 
-Devices that hold the same piece of an array hold the same bits: they compute the same sums in the same order. A digest is the sum
-of a bijective mix of every element's bits with its place, modulo 2^32, so that any one changed element changes it.
+Devices that hold the same piece of an array hold the same bits: they compute the same sums in the same order. A
+digest is the sum of a bijective mix of every element's bits with its place, modulo 2^32, so that any one changed
+element changes it.
 """
 
 import math
@@ -16,8 +18,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 
 def make_digests(mesh: Mesh, layout: Any) -> Callable[[Any], jax.Array]:
-    """A function from a tree of arrays of 32-bit numbers, laid out as `layout`, to uint32 [devices, arrays] on every device: the
-    digests of what each device of the mesh holds."""
+    """A function from a tree of arrays of 32-bit numbers, laid out as `layout`, to uint32 [devices, arrays] on every
+    device: the digests of what each device of the mesh holds."""
     specs = jax.tree.map(lambda sharding: sharding.spec, layout)
 
     def of_one_device(tree: Any) -> jax.Array:

@@ -1,4 +1,5 @@
-"""On which text `jaxlm evaluate` evaluates: the run's own, another corpus, or other text, prepared with the run's tokenizer."""
+"""On which text `jaxlm evaluate` evaluates: the run's own, another corpus, or other text, prepared with the run's
+tokenizer."""
 
 import dataclasses
 import functools
@@ -20,8 +21,9 @@ from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches
 def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
     """The corpora to evaluate a checkpoint on; `saved` is what the checkpoint says of itself.
 
-    data.corpus alone names a corpus that is there, and is taken as it was prepared. data.raw alone, or text as data.validation,
-    is prepared into a folder of its own in run_dir, and all of it evaluated (of data.raw: unless data.validation says how much).
+    data.corpus alone names a corpus that is there, and is taken as it was prepared. data.raw alone, or text as
+    data.validation, is prepared into a folder of its own in run_dir, and all of it evaluated (of data.raw: unless
+    data.validation says how much).
 
     Raises UserError: there is no such corpus, its tokenizer is not the run's, or it holds no validation text.
     """
@@ -41,7 +43,8 @@ def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
 
 
 def _prepared_alike(settings: Settings, data: DataSettings, own: dict[str, Any], digest: str) -> DataSettings:
-    """How data.raw is prepared for the evaluation of a run: with its tokenizer, all of it held out, in a folder of its own."""
+    """How data.raw is prepared for the evaluation of a run: with its tokenizer, all of it held out, in a folder of
+    its own."""
     tokenizer = _own_corpus(settings, own) / TOKENIZER
     if not exists(tokenizer) or load_tokenizer(tokenizer).digest != digest:
         raise UserError(f"data.raw: the tokenizer of {settings.run_dir} is not in {tokenizer} any more; prepare the text with "

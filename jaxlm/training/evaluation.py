@@ -16,7 +16,8 @@ from jaxlm.training.step import Batch, Trainer
 
 def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora, whole: bool,
                  through: Callable[[Iterable[Batch]], Iterable[Batch]] = iter) -> dict[str, float | None]:
-    """Metrics over the whole validation set, or over eval.steps batches of it, which come `through` what watches over them."""
+    """Metrics over the whole validation set, or over eval.steps batches of it, which come `through` what watches
+    over them."""
     steps = len(validation) if whole else min(len(validation), run.settings.eval.steps or len(validation))
     bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
     if any(corpus.loses_text for corpus, _ in corpora):

@@ -1,7 +1,9 @@
-"""What one device holds of a run: parameters, optimizer, gradients, and the activations that wait for the backward pass.
+"""What one device holds of a run: parameters, optimizer, gradients, and the activations that wait for the backward
+pass.
 
-Counted from shapes and settings, without JAX. `jaxlm plan --fast` adds to it what compilers make of a step; and a run, or a plan
-that compiles, takes from it how much of a device's memory is left for the logits of the loss, the same for both.
+Counted from shapes and settings, without JAX. `jaxlm plan --fast` adds to it what compilers make of a step; and a
+run, or a plan that compiles, takes from it how much of a device's memory is left for the logits of the loss, the
+same for both.
 """
 
 import math
@@ -29,8 +31,8 @@ FLOAT32 = 4  # bytes
 LANES = 128  # numbers in a row of a TPU's registers
 MOMENTS = {"adamw": 2, "adam": 2, "lamb": 2, "lion": 1, "sgd": 1, "rmsprop": 2}  # float32 copies of a parameter
 FACTORED = 128  # Adafactor keeps a row and a column of what is at least this wide
-# Of the memory that is left, what the float32 logits may take. With exponentials and gradients compilers make up to 2.5 times as
-# much of them; the rest is for what they need beside what is counted here.
+# Of the memory that is left, what the float32 logits may take. With exponentials and gradients compilers make up to
+# 2.5 times as much of them; the rest is for what they need beside what is counted here.
 FOR_LOGITS = 1 / 6
 
 
@@ -61,7 +63,8 @@ class Share(NamedTuple):
 def logits_memory(settings: Settings, sizes: Sizes, platform: str, device_kind: str) -> float:
     """Bytes of float32 logits for which a device of this kind has room; 0 where its memory is not known, as on a CPU.
 
-    A function of the run and of the kind of device alone: all processes of a run, and a plan made elsewhere, come to the same.
+    A function of the run and of the kind of device alone: all processes of a run, and a plan made elsewhere, come to
+    the same.
     """
     settings = replace(settings, mesh=replace(settings.mesh, **sizes))
     share, state = share_of(settings, sizes, platform), state_sizes(settings, sizes)

@@ -1,4 +1,5 @@
-"""Bad numbers: which steps must not reach the parameters. Pure functions inside the compiled step; nothing waits for the host."""
+"""Bad numbers: which steps must not reach the parameters. Pure functions inside the compiled step; nothing waits for
+the host."""
 
 from typing import NamedTuple
 
@@ -10,7 +11,8 @@ LEAST = 32  # good steps before anything is called a spike
 
 
 class Recent(NamedTuple):
-    """What the guards know of the steps before, a part of the training state: a run that goes on judges as it would have."""
+    """What the guards know of the steps before, a part of the training state: a run that goes on judges as it would
+    have."""
 
     losses: jax.Array  # float32 [WINDOW], of the last good steps, in a ring
     grad_norms: jax.Array  # float32 [WINDOW]
@@ -26,9 +28,9 @@ def nothing_yet() -> Recent:
 
 
 def is_good(recent: Recent, loss: jax.Array, grad_norm: jax.Array, count: jax.Array, spike_sigma: float | None) -> jax.Array:
-    """Whether a step may be taken: it has predicted something (`count`; not so where all rows were damaged), its loss and its
-    gradient are finite and, with `spike_sigma`, neither lies more than so many standard deviations above its mean over the
-    window. A sum of squares that overflows counts as not finite."""
+    """Whether a step may be taken: it has predicted something (`count`; not so where all rows were damaged), its
+    loss and its gradient are finite and, with `spike_sigma`, neither lies more than so many standard deviations
+    above its mean over the window. A sum of squares that overflows counts as not finite."""
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (count > 0)
     if spike_sigma is not None:
         for value, ring in ((loss, recent.losses), (grad_norm, recent.grad_norms)):

@@ -52,7 +52,8 @@ SamplerMaker = Callable[[Run, Corpora], Sampler | None]
 
 
 def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[str, Any]:
-    """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see summary.json).
+    """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see
+    summary.json).
 
     Args:
       settings: of the run.
@@ -167,7 +168,8 @@ def _in_one_line(run_dir: str) -> Iterator[None]:
 
 @contextmanager
 def _alone_in(run_dir: Location) -> Iterator[None]:
-    """Holds run_dir for this run; the end of its process, in any way, frees it. Raises UserError while another run holds it.
+    """Holds run_dir for this run; the end of its process, in any way, frees it. Raises UserError while another run
+    holds it.
 
     A bucket knows no lock that ends with its holder: nothing is held there.
     """
@@ -183,7 +185,8 @@ def _alone_in(run_dir: Location) -> Iterator[None]:
 
 
 def _start_or_resume(run: Run, checkpoints: Checkpoints, own: dict[str, Any]) -> tuple[TrainState, int, dict[str, Any]]:
-    """The newest good checkpoint's state, or a fresh one; the steps already done; what the checkpoint says of itself."""
+    """The newest good checkpoint's state, or a fresh one; the steps already done; what the checkpoint says of
+    itself."""
     if not checkpoints.steps:
         return run.trainer.init(run.settings.seed), 0, {}
     step = checkpoints.choose(None)

@@ -1,4 +1,5 @@
-"""What makes a folder of files a finished whole: a manifest, written last, that names every file with its size and digest.
+"""What makes a folder of files a finished whole: a manifest, written last, that names every file with its size and
+digest.
 
     manifest.json       what the writer says of the folder, the files, and the digest of all that
     digests-00000.json  of the files that process 0 wrote, and so on; only while the folder is being written

@@ -13,12 +13,13 @@ from jaxlm.settings import OptimizerSettings, ScheduleSettings
 
 
 def make_schedule(settings: ScheduleSettings, peak: float, total_steps: int) -> optax.Schedule:
-    """Learning rate of update number `count` (from 0), with a linear warmup: (count + 1) / (warmup_steps + 1) of the peak.
+    """Learning rate of update number `count` (from 0), with a linear warmup: (count + 1) / (warmup_steps + 1) of the
+    peak.
 
-    linear, cosine: down to final_ratio * peak at decay_steps, constant after. inverse_square_root: peak * sqrt(w / count) after a
-    warmup of w steps, peak / sqrt(count + 1) without one (Vaswani et al. 2017). warmup_stable_decay: constant, then linear down
-    over the last decay_steps of the run (Hu et al. 2024): by default a fifth of it, at least two, where one step would lower
-    nothing, and at most what the warmup leaves.
+    linear, cosine: down to final_ratio * peak at decay_steps, constant after. inverse_square_root: peak * sqrt(w /
+    count) after a warmup of w steps, peak / sqrt(count + 1) without one (Vaswani et al. 2017). warmup_stable_decay:
+    constant, then linear down over the last decay_steps of the run (Hu et al. 2024): by default a fifth of it, at
+    least two, where one step would lower nothing, and at most what the warmup leaves.
     """
     warmup, final = settings.warmup_steps, settings.final_ratio * peak
     end = settings.decay_steps or total_steps
@@ -39,9 +40,9 @@ def make_schedule(settings: ScheduleSettings, peak: float, total_steps: int) -> 
 
 
 def make_optimizer(settings: OptimizerSettings, axes: Any) -> optax.GradientTransformation:
-    """The direction of an update, which the step multiplies by minus the learning rate: the schedule goes by the run's own clock,
-    also past steps that were skipped. `axes` is the parameters' tree of `Axes`. Clipping happens in the step, where the norm is
-    known.
+    """The direction of an update, which the step multiplies by minus the learning rate: the schedule goes by the
+    run's own clock, also past steps that were skipped. `axes` is the parameters' tree of `Axes`. Clipping happens in
+    the step, where the norm is known.
     """
     decay = optax.add_decayed_weights(settings.weight_decay, mask=decayed) if settings.weight_decay else optax.identity()
     b1, b2, epsilon = settings.b1, settings.b2, settings.epsilon
@@ -60,7 +61,8 @@ def make_optimizer(settings: OptimizerSettings, axes: Any) -> optax.GradientTran
         case "lamb":
             return per_layer(optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio()))
         case "adafactor":
-            # Optax's own weight decay comes after the learning rate, and its sign is turned; here both are as everybody's.
+            # Optax's own weight decay comes after the learning rate, and its sign is turned; here both are as
+            # everybody's.
             factored = optax.chain(optax.adafactor(learning_rate=None, decay_rate=0.8), optax.scale(-1.0))
             return per_layer(optax.chain(factored, decay))
         case "muon":
@@ -74,7 +76,8 @@ def decayed(params: Any) -> Any:
 
 
 def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Applies a rule that looks at whole tensors (a trust ratio, a factored moment) to each layer of the stack by itself."""
+    """Applies a rule that looks at whole tensors (a trust ratio, a factored moment) to each layer of the stack by
+    itself."""
 
     def split(tree: dict | None) -> tuple[dict | None, dict | None]:
         if tree is None:

@@ -1,8 +1,9 @@
 """How Orbax is used: uncompressed, and what it needs to keep checkpoints in a bucket.
 
-Orbax 0.12 keeps its small files by etils.epath (fsspec), and arrays by TensorStore, in gs:// too, but not in s3:// (google/orbax,
-issue 359), though TensorStore can: the three functions that turn a path into TensorStore's words know gs:// and nothing else.
-They are taught s3:// here. Every process writes its own arrays straight into the bucket, and reads only the ranges it needs.
+Orbax 0.12 keeps its small files by etils.epath (fsspec), and arrays by TensorStore, in gs:// too, but not in s3://
+(google/orbax, issue 359), though TensorStore can: the three functions that turn a path into TensorStore's words know
+gs:// and nothing else. They are taught s3:// here. Every process writes its own arrays straight into the bucket, and
+reads only the ranges it needs.
 """
 
 import functools
@@ -24,7 +25,8 @@ from jaxlm.errors import UserError
 
 @contextmanager
 def in_context(path: Any) -> Iterator[None]:
-    """Inside, Orbax saves and loads as jaxlm wants it, at `path`, also a remote one. A save that begins inside may end outside.
+    """Inside, Orbax saves and loads as jaxlm wants it, at `path`, also a remote one. A save that begins inside may
+    end outside.
 
     Raises:
       UserError: a package is missing, or Orbax has changed too much.
@@ -82,8 +84,8 @@ def _teach_patience() -> None:
 
 @functools.cache
 def _teach_names() -> None:
-    """Once for each process: epath takes `[`, `*` and `?` in a folder's own name for a pattern, and a run directory called
-    `exp[1]` would get checkpoints that nobody can read."""
+    """Once for each process: epath takes `[`, `*` and `?` in a folder's own name for a pattern, and a run directory
+    called `exp[1]` would get checkpoints that nobody can read."""
     from etils import epath
 
     kind = type(epath.Path("/"))
@@ -114,7 +116,8 @@ def _teach_s3() -> None:
 
 
 def s3_key_value_store(url: str) -> dict[str, Any]:
-    """TensorStore's specification of a folder: endpoint, region and credentials as s3fs found them (it knows ~/.aws/config)."""
+    """TensorStore's specification of a folder: endpoint, region and credentials as s3fs found them (it knows
+    ~/.aws/config)."""
     client = _s3_client()
     endpoint, region = client.meta.endpoint_url, client.meta.region_name
     specification = {

@@ -32,8 +32,8 @@ def origin_of(settings: Settings, first: int, set_aside: list[str]) -> str:
 
 
 def _namesake(run_dir: Path) -> Path | None:
-    """A run beside this one that has checkpoints, and a name that this one may have been meant to be; names that differ in
-    numbers only are meant to differ."""
+    """A run beside this one that has checkpoints, and a name that this one may have been meant to be; names that
+    differ in numbers only are meant to differ."""
     def letters(name: str) -> str:
         return "".join(letter for letter in name if not letter.isdigit())
 

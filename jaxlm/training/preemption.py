@@ -1,9 +1,10 @@
-"""SIGTERM, Ctrl-C, a closed terminal (SIGHUP) and the cloud's notice: every process agrees on the step after which the run is
-saved and ends.
+"""SIGTERM, Ctrl-C, a closed terminal (SIGHUP) and the cloud's notice: every process agrees on the step after which
+the run is saved and ends.
 
-A process asks here before it begins a step (or a batch of an evaluation): that is a turn, and all processes take the same turns.
-One that is told to stop says so through the coordinator; all then hold still between two turns, say how many they have taken, and
-take no more than the one that has taken the most. Until somebody is told, nothing is sent, and no device ever has a part in it.
+A process asks here before it begins a step (or a batch of an evaluation): that is a turn, and all processes take the
+same turns. One that is told to stop says so through the coordinator; all then hold still between two turns, say how
+many they have taken, and take no more than the one that has taken the most. Until somebody is told, nothing is sent,
+and no device ever has a part in it.
 """
 
 import os
@@ -28,8 +29,8 @@ Item = TypeVar("Item")
 
 
 class Preemption:
-    """Listens while it is entered, once in a process. The first signal asks the run to save and end, the second ends the process
-    at once."""
+    """Listens while it is entered, once in a process. The first signal asks the run to save and end, the second ends
+    the process at once."""
 
     def __init__(self):
         self.signal: signal.Signals | None = None
@@ -67,7 +68,8 @@ class Preemption:
         os.close(self._mouth)  # which ends the listener
 
     def _listen(self, ear: int) -> None:
-        """In a thread, so that a second signal is heard even while the main thread waits for a device that never answers."""
+        """In a thread, so that a second signal is heard even while the main thread waits for a device that never
+        answers."""
         while heard := os.read(ear, 1):
             if heard[0] not in STOPS:
                 continue
@@ -85,7 +87,8 @@ class Preemption:
 
     @property
     def exit_code(self) -> int:
-        """As shells count: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP; 143 where another process had the notice."""
+        """As shells count: 143 for SIGTERM, 130 for Ctrl-C, 129 for SIGHUP; 143 where another process had the
+        notice."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def may_go_on(self) -> bool:

@@ -47,7 +47,8 @@ class Run(NamedTuple):
 def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
     """Joins the other processes of this run and lays the mesh over the devices of all.
 
-    Returns the settings, too: with mesh.elastic they follow the devices that are there. Raises UserError for what does not fit.
+    Returns the settings, too: with mesh.elastic they follow the devices that are there. Raises UserError for what
+    does not fit.
     """
     runtime_log.divert(settings)
     devices = distributed.initialize(settings.devices)
@@ -116,7 +117,8 @@ def check_given_tokenizer(settings: Settings) -> None:
 
 
 def check_corpora(settings: Settings, corpora: Corpora) -> None:
-    """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises UserError."""
+    """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises
+    UserError."""
     tokenizer = corpora[0][0].tokenizer
     settings = resolve(settings, tokenizer)
     make_training_batches(settings, corpora)
@@ -128,8 +130,8 @@ def check_corpora(settings: Settings, corpora: Corpora) -> None:
 def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
     """Token ids of `generate.prompts`, as training has them: after the start token where it opens every document.
 
-    An empty prompt is what a document begins after (`start_token`), or token 0 where the tokenizer has nothing of the kind.
-    Raises UserError if one does not fit.
+    An empty prompt is what a document begins after (`start_token`), or token 0 where the tokenizer has nothing of
+    the kind. Raises UserError if one does not fit.
     """
     data, limit = settings.data, settings.model.max_length
     start = start_token(tokenizer.special, data.packing)
@@ -189,7 +191,8 @@ def make_validation_batches(settings: Settings, corpora: Corpora) -> Batches | N
 
 @contextlib.contextmanager
 def on_devices(batches: Batches, start_step: int, stop_step: int, mesh: Mesh, prefetch: int) -> Iterator[Iterable[Batch]]:
-    """Batches `start_step` to `stop_step` on the mesh; the next one is on its way before the current one is asked for."""
+    """Batches `start_step` to `stop_step` on the mesh; the next one is on its way before the current one is asked
+    for."""
     sharding = batch_sharding(mesh)
     rows = rows_needed(sharding, batches.global_batch_size)
     skipping = batches.damage is not None and rows_are_shared(sharding, batches.global_batch_size)

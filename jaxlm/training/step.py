@@ -152,8 +152,8 @@ def _evaluation_sums(model: Model, params: Params, batch: Batch) -> dict[str, Su
 
 
 def _as_type(params: Params, dtype: jnp.dtype) -> Params:
-    """Kernels and tables in `dtype`, and so their gradients, which travel as what they belong to. Every product casts them to the
-    compute type in any case; the router of experts, which computes in float32, stays as it is."""
+    """Kernels and tables in `dtype`, and so their gradients, which travel as what they belong to. Every product
+    casts them to the compute type in any case; the router of experts, which computes in float32, stays as it is."""
     def cast(path: tuple, leaf: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
         return leaf.astype(dtype) if names[-1] in ("kernel", "embedding") and "router" not in names else leaf
@@ -173,7 +173,8 @@ def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, 
 
 
 def _micro_batches(array: jax.Array, pieces: int) -> jax.Array:
-    """[B, ...] to [pieces, B / pieces, ...], every device keeping its own rows: piece i takes rows i, i + pieces, ..."""
+    """[B, ...] to [pieces, B / pieces, ...], every device keeping its own rows: piece i takes rows i, i + pieces,
+    ..."""
     cut = jnp.moveaxis(array.reshape(-1, pieces, *array.shape[1:]), 1, 0)
     return constrain(cut, None, "batch") if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else cut
 

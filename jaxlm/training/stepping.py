@@ -96,8 +96,8 @@ class Stepping:
 
     def go(self, state: TrainState, first: int, metadata: dict[str, Any], last_evaluation: dict[str, Any], saved: dict[str, Any]
            ) -> None:
-        """Steps `first` + 1 to the last. `metadata`: of every checkpoint; `last_evaluation`: the row of the one before; `saved`:
-        what the checkpoint that it begins with says of itself.
+        """Steps `first` + 1 to the last. `metadata`: of every checkpoint; `last_evaluation`: the row of the one
+        before; `saved`: what the checkpoint that it begins with says of itself.
 
         Raises:
           Preempted: it was told to stop, and has saved.
@@ -110,8 +110,8 @@ class Stepping:
         self.last_loss = {"loss": saved["loss"]} if "loss" in saved else {}
         with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
             step_function = self._compile(state)
-            # Through the coordinator, which waits: the devices' first exchange gives up (Gloo's after 30 s) where one process
-            # still compiles what another has found in its cache.
+            # Through the coordinator, which waits: the devices' first exchange gives up (Gloo's after 30 s) where one
+            # process still compiles what another has found in its cache.
             multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=WEEK)  # the watch ends it before
         self.clock.restart(first)
         with self.preemption, on_devices(self.batches, first, total, self.run.mesh, self.settings.data.prefetch) as source:
@@ -162,7 +162,8 @@ class Stepping:
         return batch
 
     def _finish(self, pending: Pending | None) -> None:
-        """Waits for a step; writes its row when one is due. The loss is that step's own, times are means since the last row."""
+        """Waits for a step; writes its row when one is due. The loss is that step's own, times are means since the
+        last row."""
         if pending is None:
             return
         with self.watch.phase(f"waiting for step {pending.step}"):
@@ -200,7 +201,8 @@ class Stepping:
                 or self._samples_at(step) or self.preemption.agreed)
 
     def _pause(self, step: int, state: TrainState) -> None:
-        """Compares, evaluates, shows samples and saves, as far as each is due. A run that was told to stop saves at once."""
+        """Compares, evaluates, shows samples and saves, as far as each is due. A run that was told to stop saves at
+        once."""
         if self.compare and self._due(step, self.guards.compare_every_steps):
             self._compare_copies(step, state.params)
         val_loss = None
@@ -256,7 +258,8 @@ class Stepping:
         return finished is not None and int(finished.metrics["skipped_in_a_row"]) > self.guards.most_skipped
 
     def _diagnose(self, step_function: jax.stages.Compiled, state: TrainState, last: Pending) -> None:
-        """Runs the newest step once more, if it was skipped too: nothing has changed since, so it must come to the same numbers.
+        """Runs the newest step once more, if it was skipped too: nothing has changed since, so it must come to the
+        same numbers.
 
         Raises:
           RunError: what it is, and which examples the step had.

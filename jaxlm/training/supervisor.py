@@ -1,4 +1,5 @@
-"""`jaxlm train --restart N`: whatever ends a run before its end, it is started again, from its newest checkpoint. No JAX here."""
+"""`jaxlm train --restart N`: whatever ends a run before its end, it is started again, from its newest checkpoint. No
+JAX here."""
 
 import time
 from collections.abc import Sequence
@@ -20,9 +21,10 @@ SHRINK_AFTER = 2  # restarts without progress
 def supervise(arguments: Sequence[str], settings: Settings, num_processes: int, restarts: int) -> int:
     """Runs `jaxlm ARGUMENTS` to its end, in `num_processes` processes; returns the exit code.
 
-    It is started again after a crash, a kill or a hang, but not after bad input, an error that would only come again, or when it
-    was told to stop; with pauses that grow, and at most `restarts` times in a row without a new checkpoint. With mesh.elastic,
-    after two of those half the processes go on, and all of them are tried again once there is progress.
+    It is started again after a crash, a kill or a hang, but not after bad input, an error that would only come
+    again, or when it was told to stop; with pauses that grow, and at most `restarts` times in a row without a new
+    checkpoint. With mesh.elastic, after two of those half the processes go on, and all of them are tried again once
+    there is progress.
     """
     fruitless, processes, finished = 0, num_processes, _is_finished(settings)
     with Launcher() as launcher:

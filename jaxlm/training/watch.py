@@ -1,4 +1,5 @@
-"""The hang watch: what takes longer than its deadline ends the process, after saying what it was and whom it waited for.
+"""The hang watch: what takes longer than its deadline ends the process, after saying what it was and whom it waited
+for.
 
     RUN_DIR/.alive/00003.json       of each of several processes, every few seconds: what it is doing, and since when
     RUN_DIR/hangs/00003-...txt      the stacks of all of its threads when a deadline had passed
@@ -46,7 +47,8 @@ class Phase:
 
 
 class Watch:
-    """Watches phases of any thread while it is entered. One of several processes also shows the others that it is alive."""
+    """Watches phases of any thread while it is entered. One of several processes also shows the others that it is
+    alive."""
 
     def __init__(self, run_dir: str | Path, deadlines: Iterable[float | None] = ()):
         """`deadlines`: those that phases will have, in seconds."""

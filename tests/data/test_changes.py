@@ -97,7 +97,8 @@ def test_what_came_through_a_pipe_is_not_missed(folder, monkeypatch):
 
 
 def test_a_manifest_of_before_knows_sizes_only(folder):
-    """Older corpora stay usable: without versions, kinds, shares, notes, and without data.encoding among their settings."""
+    """Older corpora stay usable: without versions, kinds, shares, notes, and without data.encoding among their
+    settings."""
     prepare(data(), "corpus")
     manifest = json.loads((folder / "corpus" / "manifest.json").read_text())
     manifest["sources"] = [{key: entry[key] for key in ("path", "bytes", "sha256")} for entry in manifest["sources"]]

@@ -1,4 +1,5 @@
-"""Damage on disk: noticed when it is read, named, and skipped where that is wanted, without a change to anything else."""
+"""Damage on disk: noticed when it is read, named, and skipped where that is wanted, without a change to anything
+else."""
 
 import dataclasses
 import json
@@ -75,7 +76,7 @@ def read_all(corpus):
     return corpus.train.read(0, corpus.train.num_tokens)
 
 
-# ---------------------------------------------------------------------------------------------------------------- noticed
+# -------------------------------------------------------------------------------------------------------------- noticed
 
 def test_every_flipped_bit_is_noticed_and_the_text_around_it_stays(whole, folder):
     draw, documents, stream = random.Random(1), Corpus(folder).train, read_all(whole)
@@ -191,7 +192,7 @@ def test_without_checksums_tokens_outside_of_the_vocabulary_are_noticed(whole, f
     np.testing.assert_array_equal(corpus.train.read(0, 2 * SHARD_TOKENS + 5000), stream[:2 * SHARD_TOKENS + 5000])
 
 
-# ------------------------------------------------------------------------------------------------------------ open files
+# ----------------------------------------------------------------------------------------------------------- open files
 
 def test_only_so_many_shards_are_open_at_a_time(whole, folder, monkeypatch):
     monkeypatch.setattr(corpus_module, "OPEN_SHARDS", 2)
@@ -241,7 +242,7 @@ def test_sent_to_another_process_it_opens_its_files_anew(whole, folder):
     assert str(pickle.loads(pickle.dumps(error.value))) == str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------------------------- skipped
+# -------------------------------------------------------------------------------------------------------------- skipped
 
 def settings_of(packing, damaged="stop"):
     return DataSettings(sequence_length=128, global_batch_size=16, packing=packing, damaged=damaged)

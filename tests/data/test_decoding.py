@@ -115,7 +115,8 @@ def test_damage_below_the_share_is_counted_and_said(tmp_path):
 
 
 def test_the_share_is_of_a_file_and_of_all(tmp_path):
-    """One file with more than 0.1 % is refused however large the others; many small ones are, too, where it is so of all."""
+    """One file with more than 0.1 % is refused however large the others; many small ones are, too, where it is so of
+    all."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "large.txt").write_bytes(b"word " * 2**18)
     rare = b"plain words and nothing else, 50 characters a line\n" * 1900 + b"caf\xe9 " * (FEW + 90)

@@ -1,4 +1,5 @@
-"""What a file is: records under any name are read by their fields, prose and code as they stand, the rest is refused."""
+"""What a file is: records under any name are read by their fields, prose and code as they stand, the rest is
+refused."""
 
 import bz2
 import codecs
@@ -79,7 +80,8 @@ def documents(path, unit_bytes=2**30, **reading):
 
 @pytest.mark.parametrize("name", READ)
 def test_records_are_read_by_their_field_under_any_name(tmp_path, name):
-    """Line 1: no brace, header or comma of these is ever text; and however they are cut into units, they are the same."""
+    """Line 1: no brace, header or comma of these is ever text; and however they are cut into units, they are the
+    same."""
     content, kind = READ[name]
     (tmp_path / name).write_bytes(content)
     for unit_bytes in (50, 2**30):
@@ -183,7 +185,7 @@ def test_long_cells_are_dropped_and_not_held_to_a_limit_of_the_library(tmp_path)
     assert documents(tmp_path / "a.csv", max_bytes=1000)[1] == [None, "b"]
 
 
-# ----------------------------------------------------------------------------------------------------------- mixed folders
+# -------------------------------------------------------------------------------------------------------- mixed folders
 
 def test_each_file_of_a_folder_by_its_own_kind_and_the_rest_counted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

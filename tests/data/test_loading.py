@@ -1,4 +1,5 @@
-"""Batches against what the streams say: a token's id is its place in the stream, so that a batch shows where it is from."""
+"""Batches against what the streams say: a token's id is its place in the stream, so that a batch shows where it is
+from."""
 
 import dataclasses
 import threading
@@ -20,7 +21,8 @@ EVERY_KIND = [("gpt", "concatenate", False), ("gpt", "documents", False), ("bert
 
 
 class InMemory:
-    """A split: documents of these lengths (their end mark included), whose tokens are FIRST, FIRST + 1, ... along the stream."""
+    """A split: documents of these lengths (their end mark included), whose tokens are FIRST, FIRST + 1, ... along
+    the stream."""
 
     def __init__(self, lengths: list[int]):
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -90,7 +92,7 @@ def test_what_a_batch_holds_is_known_without_a_corpus(family, packing, next_sent
     assert {name: (array.shape[1:], array.dtype) for name, array in batches.batch(0).items()} == batches.spec
 
 
-# ------------------------------------------------------------------------------------------------- the same batch for all
+# ----------------------------------------------------------------------------------------------- the same batch for all
 
 @pytest.mark.parametrize(("family", "packing", "next_sentence"), EVERY_KIND)
 def test_batch_is_a_pure_function(family, packing, next_sentence):
@@ -152,7 +154,7 @@ def test_examples_of_a_mixture_name_their_corpus():
     assert batches.examples(5, np.array([1])) == [batches.examples(5)[1]]
 
 
-# ------------------------------------------------------------------------------------------------------------ concatenate
+# ---------------------------------------------------------------------------------------------------------- concatenate
 
 def test_gpt_windows_are_shuffled_and_cover_the_stream_at_each_epochs_offset():
     batches = training(CORPUS, length=16)
@@ -214,14 +216,15 @@ def test_bert_validation_is_whole_and_fixed():
     assert_same(epoch, all_of(validation(CORPUS, "bert", size=6)))
 
 
-# -------------------------------------------------------------------------------------------------------------- documents
+# ------------------------------------------------------------------------------------------------------------ documents
 
 def document_of(corpus, tokens):
     return np.searchsorted(corpus.train.offsets, tokens - FIRST, side="right") - 1
 
 
 def check_segments(epoch):
-    """segment_ids count up from 1 and end in padding; positions begin anew with each. Yields (row, columns) of each segment."""
+    """segment_ids count up from 1 and end in padding; positions begin anew with each. Yields (row, columns) of each
+    segment."""
     for row, ids in enumerate(epoch["segment_ids"]):
         used = ids[ids > 0]
         assert (ids[:len(used)] > 0).all() and (epoch["positions"][row, len(used):] == 0).all()
@@ -340,7 +343,7 @@ def test_padded_rows_of_the_last_validation_batch_count_for_nothing():
     np.testing.assert_array_equal((batch["segment_ids"] > 0).any(axis=1), used)
 
 
-# --------------------------------------------------------------------------------------------------------------- mixtures
+# ------------------------------------------------------------------------------------------------------------- mixtures
 
 def test_mixture_gives_each_corpus_its_share_and_its_own_epochs():
     sizes, weights = [20, 300, 77], [5.0, 1.0, 3.3]
@@ -366,7 +369,7 @@ def test_validation_of_several_corpora_takes_one_after_the_other():
     np.testing.assert_array_equal(epoch["targets"][epoch["loss_mask"]], np.concatenate(expected))
 
 
-# ----------------------------------------------------------------------------------------------------------------- errors
+# --------------------------------------------------------------------------------------------------------------- errors
 
 WITHOUT_MASK = make_corpus(LENGTHS, special=SpecialTokens(pad=0, cls=4, sep=5))
 
@@ -390,7 +393,7 @@ def test_bad_input_is_refused_in_one_line(make, words):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-# ---------------------------------------------------------------------------------------------------------------- iterate
+# -------------------------------------------------------------------------------------------------------------- iterate
 
 def test_iterate_yields_the_batches_in_order():
     batches = training(CORPUS, packing="documents")
@@ -419,7 +422,7 @@ def test_iterate_brings_errors_to_the_consumer_and_ends_its_threads():
         next(made)
 
 
-# ------------------------------------------------------------------------------------------------------------- from disk
+# ------------------------------------------------------------------------------------------------------------ from disk
 
 def test_a_prepared_corpus(tmp_path):
     texts = [f"document {number}: " + "some words of it. " * (number % 7) for number in range(60)]

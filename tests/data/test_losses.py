@@ -1,4 +1,5 @@
-"""Issue 14, line 3: what a tokenizer has no tokens for is kept where it can be, and else counted, said, and no bits per byte."""
+"""Issue 14, line 3: what a tokenizer has no tokens for is kept where it can be, and else counted, said, and no bits
+per byte."""
 
 import json
 import random
@@ -52,7 +53,7 @@ def test_words_of_more_than_a_hundred_letters(word, vocab_size):
     assert tokenizer.decode(tokenizer.encode(longer)).replace(" ", "") == longer
 
 
-# -------------------------------------------------------------------------------------------------------- given tokenizers
+# ----------------------------------------------------------------------------------------------------- given tokenizers
 
 TEXT = [f"plain words and {number} numbers" for number in range(50)]
 DNA = ["".join(random.Random(line).choices("acgt", k=150)) for line in range(50)]
@@ -74,7 +75,8 @@ def prepared(tmp_path, lines, tokenizer, **keys):
 
 
 def test_unknown_tokens_are_counted_and_warned_of(tmp_path):
-    """Every line of random DNA is one [UNK] and an end mark: nothing is left of it, so there are no bits per byte of it."""
+    """Every line of random DNA is one [UNK] and an end mark: nothing is left of it, so there are no bits per byte of
+    it."""
     corpus = prepared(tmp_path, DNA, bert(tmp_path / "bert"))
     for documents in (corpus.train, corpus.validation):
         assert documents.entry["unknown_tokens"] == documents.num_documents == documents.num_tokens / 2

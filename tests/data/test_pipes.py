@@ -82,7 +82,8 @@ def test_the_number_of_the_shells_file_is_not_a_setting(folder):
 
 
 def test_a_killed_preparation_goes_on_with_what_it_has_read(folder, monkeypatch, capsys):
-    """Nothing more comes through the pipe of a run that is started again: its copy is used. Another text starts anew."""
+    """Nothing more comes through the pipe of a run that is started again: its copy is used. Another text starts
+    anew."""
     expected = prepare(settings("text.txt"), "expected")
     with monkeypatch.context() as patch:
         patch.setattr("jaxlm.data.stages.write_shard", lambda task, stem: 1 / 0)

@@ -1,4 +1,5 @@
-"""Preparing: nothing lost, the same bytes however it was run or interrupted, clear refusals that leave nothing behind."""
+"""Preparing: nothing lost, the same bytes however it was run or interrupted, clear refusals that leave nothing
+behind."""
 
 import gzip
 import hashlib
@@ -53,7 +54,7 @@ def contents(directory):
             for path in sorted(directory.rglob("*")) if path.is_file()}
 
 
-# ---------------------------------------------------------------------------------------------------------- nothing lost
+# --------------------------------------------------------------------------------------------------------- nothing lost
 
 @pytest.mark.parametrize("tokenizer, vocab_size", [("bytes", None), ("characters", None), ("bpe", 310), ("unigram", 305)])
 def test_every_document_comes_out_again(folder, tokenizer, vocab_size):
@@ -125,7 +126,7 @@ def test_a_text_longer_than_a_stretch_is_tokenized_whole(folder, monkeypatch):
     assert decoded(corpus.train, corpus.tokenizer) == [text]
 
 
-# ------------------------------------------------------------------------------------------------------------- the split
+# ------------------------------------------------------------------------------------------------------------ the split
 
 @pytest.mark.parametrize("fraction", [0.1, 0.05, 0.01, 0.2, 0.3, 0.5, 1e-05])
 def test_the_tail_is_exact(fraction):
@@ -201,7 +202,7 @@ def test_the_tokenizer_sample_is_bounded_and_from_training_text(folder):
     assert all(any(text.startswith(part) for text in train) for part in seen)
 
 
-# ------------------------------------------------------------------------------------------------------------ same bytes
+# ----------------------------------------------------------------------------------------------------------- same bytes
 
 def test_the_same_bytes_whatever_the_processes_and_units(folder, monkeypatch):
     write_texts(folder / "in", 60)
@@ -266,7 +267,7 @@ def test_changed_input_is_not_mixed_with_what_was_finished_before(folder, monkey
     assert decoded(corpus.train, corpus.tokenizer)[2] == "new text"
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 def test_a_finished_corpus_is_opened_and_other_settings_are_named(folder):
     write_texts(folder / "in", 10)

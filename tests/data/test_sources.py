@@ -1,4 +1,5 @@
-"""Sources: which files are read, the documents in them however they are cut into units, and refusals that name file and line."""
+"""Sources: which files are read, the documents in them however they are cut into units, and refusals that name file
+and line."""
 
 import codecs
 import gzip
@@ -154,7 +155,7 @@ def test_a_giant_document_is_never_held(tmp_path, name, document):
     assert peak < 8_000_000
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------- refusals
 
 def refusal(raw, **options):
     with pytest.raises(UserError) as error:

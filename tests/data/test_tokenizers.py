@@ -241,10 +241,11 @@ def test_wrong_files_are_refused_by_name(tmp_path, sentencepiece_tokenizer):
             Tokenizer.from_dict(damaged)
 
 
-# ------------------------------------------------------------------------------------------------------------- end tokens
+# ----------------------------------------------------------------------------------------------------------- end tokens
 
 def word_level(folder, names, plain=()):
-    """A tokenizer.json of a few words, with these special tokens, and `plain`: added tokens that are not called special."""
+    """A tokenizer.json of a few words, with these special tokens, and `plain`: added tokens that are not called
+    special."""
     tokenizer = hf.Tokenizer(hf.models.WordLevel({"some": 0, "text": 1, "end": 2, "s": 3, "[": 4, "]": 5, "?": 6}, unk_token="?"))
     tokenizer.pre_tokenizer = hf.pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens([*names])
@@ -313,7 +314,8 @@ def test_other_roles_have_other_spellings_too(tmp_path):
 
 
 def test_an_end_token_can_be_named(tmp_path):
-    """Issue 14, line 5: data.end_token; also one that the file does not call special, and never from text that spells it."""
+    """Issue 14, line 5: data.end_token; also one that the file does not call special, and never from text that
+    spells it."""
     folder = word_level(tmp_path / "given", ["</s>"], plain=["<|done|>"])
     tokenizer = given_tokenizer(DataSettings(tokenizer=str(folder), end_token="<|done|>"))
     end = tokenizer.vocabulary["<|done|>"]

@@ -1,4 +1,5 @@
-"""`prepare` shows what it made: shares, examples, what was dropped and replaced, and what nobody would expect (line 8)."""
+"""`prepare` shows what it made: shares, examples, what was dropped and replaced, and what nobody would expect (line
+8)."""
 
 import json
 
@@ -29,7 +30,7 @@ def prepared(raw, corpus="corpus", vocab_size=None, **keys):
     return prepare(DataSettings(**keys), corpus, vocab_size=vocab_size)
 
 
-# ------------------------------------------------------------------------------------------------------------- the split
+# ------------------------------------------------------------------------------------------------------------ the split
 
 def test_a_single_text_file_splits_by_its_tail_and_says_so(folder):
     text = "\n".join(LINES)
@@ -84,7 +85,7 @@ def test_own_validation_text_and_none_are_no_surprise(folder):
     assert prepared("one.txt", "other", validation=0).notes == []
 
 
-# -------------------------------------------------------------------------------------------------------- nothing is left
+# ------------------------------------------------------------------------------------------------------ nothing is left
 
 @pytest.mark.parametrize("cleaning, words", [
     ({"max_bytes": 1000}, ["1 document was longer than data.cleaning.max_bytes=1000", "the largest has {size} bytes",
@@ -131,7 +132,7 @@ def test_repeated_texts_and_empty_files_are_named_as_such(folder):
         prepared("one.txt", validation="empty.txt")
 
 
-# --------------------------------------------------------------------------------------------------------------- examples
+# ------------------------------------------------------------------------------------------------------------- examples
 
 def test_three_examples_show_the_bounds_of_tokens(folder):
     """Told apart by SentencePiece itself: the pieces between the marks are its own."""

@@ -205,8 +205,8 @@ def a_lost_permission_is_one_line(run_file: Path, folder: Path) -> str:
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 def damaged_checkpoints_are_noticed(run_dir: Path, folder: Path, draw: random.Random, count: int) -> list[str]:
-    """A bit turned, or the end cut off, in a random file of the newest checkpoint, each file at least once: each time the one
-    before is chosen, and the file is named."""
+    """A bit turned, or the end cut off, in a random file of the newest checkpoint, each file at least once: each
+    time the one before is chosen, and the file is named."""
     steps = finished_steps(run_dir)
     newest_folder = run_dir / "checkpoints" / str(steps[-1])
     files = sorted(path.relative_to(run_dir) for path in newest_folder.rglob("*") if path.is_file() and path.stat().st_size)
@@ -237,8 +237,8 @@ def damaged_checkpoints_are_noticed(run_dir: Path, folder: Path, draw: random.Ra
 # ---- elastic ---------------------------------------------------------------------------------------------------------
 
 def every_mesh_sees_the_same_examples(run_file: Path, folder: Path, parts: list[tuple[int, int]]) -> str:
-    """A run that goes on with other (processes, devices of each) after each part: every row of every step is the undisturbed
-    run's, once."""
+    """A run that goes on with other (processes, devices of each) after each part: every row of every step is the
+    undisturbed run's, once."""
     steps, seen, losses = 12, {}, {}
     for name, sequence in (("undisturbed", [(1, 8)]), ("elastic", parts)):
         run_dir, record = folder / f"{name}_{len(parts)}", folder / f"{name}_{len(parts)}_rows"
@@ -262,8 +262,8 @@ def every_mesh_sees_the_same_examples(run_file: Path, folder: Path, parts: list[
 # ---- storage ---------------------------------------------------------------------------------------------------------
 
 def a_run_in_a_bucket_is_the_run_in_a_folder(run_file: Path, folder: Path, scheme: str, seed: int) -> str:
-    """Corpus, checkpoints and metrics in a bucket, every tenth request failing; killed after its first checkpoint, and gone on
-    with. Then a byte of its last checkpoint is changed."""
+    """Corpus, checkpoints and metrics in a bucket, every tenth request failing; killed after its first checkpoint,
+    and gone on with. Then a byte of its last checkpoint is changed."""
     local, name = Started(arguments_of(run_file, folder / "local"), folder / "local.log"), f"{scheme}_{seed}"
     assert local.wait() == 0, local.text()[-3000:]
     with failing_bucket(scheme) as (url, proxy):

@@ -2,8 +2,8 @@
 
     python tests/faults/fuzz.py [--examples 10000] [--seed 0] [--only KIND ...] [--report FILE]
 
-Whatever breaks the promise (a traceback, a hang, half-written output, an answer that is wrong) is printed with the smallest
-input that does it, and the exit code is 1.
+Whatever breaks the promise (a traceback, a hang, half-written output, an answer that is wrong) is printed with the
+smallest input that does it, and the exit code is 1.
 """
 
 import argparse

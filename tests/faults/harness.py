@@ -26,7 +26,8 @@ TIMES = ("time", "tokens_per_second", "slots_per_second", "step_seconds", "data_
 INJECTED = Path(__file__).parent / "injected"
 PATIENCE = 240.0  # seconds that anything may take on a busy machine
 INTERVAL = 20  # steps between checkpoints
-# Restarts are what takes time here: what has been compiled is kept. (The tests' conftest goes first: it compiles quickly.)
+# Restarts are what takes time here: what has been compiled is kept. (The tests' conftest goes first: it compiles
+# quickly.)
 KEEP = {"JAX_COMPILATION_CACHE_DIR": os.path.expanduser("~/.cache/jaxlm/faults"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 # processes x devices of each, and the mesh over them
@@ -213,6 +214,7 @@ def copied(path: Path, to: Path) -> Path:
 
 
 def recorded(folder: Path) -> Iterator[tuple[int, int, str]]:
-    """(step, row, digest of its tokens) of every row that any process has put on its devices (fault `record`), in order."""
+    """(step, row, digest of its tokens) of every row that any process has put on its devices (fault `record`), in
+    order."""
     seen = {tuple(json.loads(line)) for path in folder.glob("*.jsonl") for line in path.read_text().splitlines()}
     return iter(sorted(seen))

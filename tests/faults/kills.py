@@ -70,8 +70,8 @@ def phase_of(worker: int, phases: Path, run_dir: Path) -> str:
 
 def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, draw: random.Random,
                     report: Callable[[str], None], at_most: int) -> list[Kill]:
-    """One run, killed again and again at random moments, at most so many times, or until it has ended; the last time it goes on
-    undisturbed. Raises AssertionError unless it ends with the bits of the reference."""
+    """One run, killed again and again at random moments, at most so many times, or until it has ended; the last time
+    it goes on undisturbed. Raises AssertionError unless it ends with the bits of the reference."""
     want, run_dir, log, phases = reference[layout], folder / name, folder / f"{name}.log", folder / f"{name}.phases"
     phases.mkdir()
     arguments, kills = arguments_of(reference.run_file, run_dir, layout, "--restart", "1000"), []
@@ -100,8 +100,8 @@ def kill_until_done(name: str, layout: str, reference: Reference, folder: Path, 
 
 
 def kill_preparations(reference: Reference, folder: Path, draw: random.Random, at_most: int) -> str:
-    """`jaxlm prepare`, killed at random moments and started again, until so many kills have hit it. Raises AssertionError unless
-    the corpus is the undisturbed one, byte for byte."""
+    """`jaxlm prepare`, killed at random moments and started again, until so many kills have hit it. Raises
+    AssertionError unless the corpus is the undisturbed one, byte for byte."""
     text = folder / "long.txt"
     text.write_text((folder / "text.txt").read_text() * 500)
     arguments, kills, seconds = ["prepare", str(reference.run_file), f"data.raw={text}"], 0, 0.0
@@ -128,7 +128,8 @@ def kill_preparations(reference: Reference, folder: Path, draw: random.Random, a
 
 
 def _moment(started: Started, phases: Path, run_dir: Path, draw: random.Random) -> bool:
-    """Waits for a process to do something that was drawn, and then a random time; False when the run has ended before."""
+    """Waits for a process to do something that was drawn, and then a random time; False when the run has ended
+    before."""
     if not started.wait_for(lambda: started.workers() != [started.process.pid]):
         return False
     wanted = draw.choice(list(DELAYS))
@@ -159,8 +160,8 @@ class Stop(NamedTuple):
 
 def stop_until_done(name: str, layout: str, reference: Reference, folder: Path, draw: random.Random,
                     report: Callable[[str], None], at_most: int) -> list[Stop]:
-    """One run, told to stop at random moments of its training and gone on with. Raises AssertionError unless each time it saves
-    what it has done, repeats nothing, and ends with the bits of the reference."""
+    """One run, told to stop at random moments of its training and gone on with. Raises AssertionError unless each
+    time it saves what it has done, repeats nothing, and ends with the bits of the reference."""
     want, run_dir, log = reference[layout], folder / name, folder / f"{name}.log"
     arguments, stops = arguments_of(reference.run_file, run_dir, layout), []
     while True:

@@ -1,4 +1,5 @@
-"""Object servers on this machine (moto speaks S3, gcp-storage-emulator GCS), and a proxy that makes them fail at random."""
+"""Object servers on this machine (moto speaks S3, gcp-storage-emulator GCS), and a proxy that makes them fail at
+random."""
 
 import http.client
 import itertools
@@ -16,7 +17,8 @@ from unittest import mock
 
 from jaxlm import remote
 
-# refused (500, 503), the connection reset before the request is done or after it is, and an answer that breaks off half-way
+# refused (500, 503), the connection reset before the request is done or after it is, and an answer that breaks off
+# half-way
 BEFORE = ("500", "503", "reset")
 AFTER = ("lost", "cut")
 NUMBERS = itertools.count()
@@ -33,7 +35,8 @@ class Request(NamedTuple):
 
 
 class FailingProxy(ThreadingHTTPServer):
-    """Passes requests on to `backend`, of which a share of `rate` fails in one of the ways `failures`, by a fixed seed."""
+    """Passes requests on to `backend`, of which a share of `rate` fails in one of the ways `failures`, by a fixed
+    seed."""
 
     daemon_threads = True
 
@@ -182,7 +185,8 @@ def gcs_server(bucket: str) -> Iterator[FailingProxy]:
 
 @contextmanager
 def failing_bucket(scheme: str) -> Iterator[tuple[str, FailingProxy]]:
-    """The URL of an empty bucket of `s3` or `gs`, for this process and those that it starts, and what makes its server fail."""
+    """The URL of an empty bucket of `s3` or `gs`, for this process and those that it starts, and what makes its
+    server fail."""
     bucket = f"bucket{next(NUMBERS)}"  # moto's servers of one process share their buckets
     with s3_server() if scheme == "s3" else gcs_server(bucket) as proxy:
         names = {"NO_PROXY": "127.0.0.1", "AWS_ENDPOINT_URL": proxy.url, "AWS_ACCESS_KEY_ID": "testing",

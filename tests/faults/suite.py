@@ -2,7 +2,8 @@
 
     python tests/faults/suite.py [--seed 0] [--kills 200] [--stops 50] [--flips 100] [--only PART ...] [--report FILE]
 
-Linux, as root for the small disks; on 2 cores some two hours. Anything that is not as promised ends it with an AssertionError.
+Linux, as root for the small disks; on 2 cores some two hours. Anything that is not as promised ends it with an
+AssertionError.
 """
 
 import argparse

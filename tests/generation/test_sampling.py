@@ -58,7 +58,8 @@ def complete(random_params) -> Callable[..., list[Sample]]:
 
 @pytest.fixture(scope="module")
 def whole_passes(random_params) -> Callable[[ModelSettings, list[int]], np.ndarray]:
-    """`whole_passes(model, tokens)`: the logits [V] of the next token, from a forward pass over all of them, without a cache."""
+    """`whole_passes(model, tokens)`: the logits [V] of the next token, from a forward pass over all of them, without
+    a cache."""
     def last_logits(run: Run, params: dict, tokens: jax.Array, last: jax.Array) -> jax.Array:
         gpt = run.trainer.model.bind(params)
         x, _ = gpt.hidden(tokens[None], Context(jnp.arange(MAX_LENGTH)[None]))
@@ -82,7 +83,7 @@ def greedy(next_logits: Callable, model: ModelSettings, prompt: str, steps: int)
     return " ".join(map(str, tokens[len(prompt.split()):]))
 
 
-# --------------------------------------------------------------------------------------------------------------- drawing
+# -------------------------------------------------------------------------------------------------------------- drawing
 
 LOGITS = np.array([1.0, 3.0, -2.0, 2.5, 0.0, 2.0, -1.0, 1.5], np.float32)
 
@@ -131,14 +132,15 @@ def test_top_p_draws_from_the_nucleus(top_p, temperature, top_k):
                  softmax(np.where(np.isin(np.arange(len(LOGITS)), order[:size]), tempered, -np.inf)))
 
 
-# -------------------------------------------------------------------------------------------------------------- decoding
+# ------------------------------------------------------------------------------------------------------------- decoding
 
 PROMPTS = ["7 3 11 42", "5", "9 9 1 30 2 8 4", ""]
 
 
 @pytest.mark.parametrize("model", [GPT2, LLAMA], ids=["gpt2", "llama"])
 def test_greedy_decoding_is_repeated_whole_passes(complete, whole_passes, model):
-    """Prompts of different lengths, together, each as if it were alone; an empty one begins with token 0, having no end mark.
+    """Prompts of different lengths, together, each as if it were alone; an empty one begins with token 0, having no
+    end mark.
 
     Issue 14, line 4: the text goes on behind the prompt, with the blank that stands between them.
     """
@@ -184,7 +186,7 @@ def test_the_models_length_is_respected(complete, whole_passes):
         complete(prompts=[f"{long} 15 16"])
 
 
-# --------------------------------------------------------------------------------------------------------- what is printed
+# ------------------------------------------------------------------------------------------------------ what is printed
 
 def test_samples_mark_where_the_prompt_ends():
     """Issue 14, line 4."""

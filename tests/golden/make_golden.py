@@ -27,7 +27,8 @@ IGNORED = -100  # label of a position that is not predicted
 
 
 def make_gpt2() -> dict[str, np.ndarray]:
-    """GPT-2: 2 layers, width 32, 4 heads, 97 tokens, 3 sequences of 24. The loss is over the next token of all but the last."""
+    """GPT-2: 2 layers, width 32, 4 heads, 97 tokens, 3 sequences of 24. The loss is over the next token of all but
+    the last."""
     config = GPT2Config(vocab_size=97, n_positions=24, n_embd=32, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
                         attn_pdrop=0.0, bos_token_id=0, eos_token_id=0, attn_implementation="eager")
     random = np.random.default_rng(0)
@@ -36,7 +37,8 @@ def make_gpt2() -> dict[str, np.ndarray]:
 
 
 def make_bert() -> dict[str, np.ndarray]:
-    """BERT: 2 layers, width 32, 4 heads, MLP 64, 101 tokens, 3 sequence pairs of up to 20 tokens, padded; MLM plus NSP loss."""
+    """BERT: 2 layers, width 32, 4 heads, MLP 64, 101 tokens, 3 sequence pairs of up to 20 tokens, padded; MLM plus
+    NSP loss."""
     config = BertConfig(vocab_size=101, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
                         max_position_embeddings=20, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                         attn_implementation="eager")

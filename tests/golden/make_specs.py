@@ -1,4 +1,5 @@
-"""Writes specs/CONFIG.txt: how each parameter of each shipped config is cut, so that a change of sharding shows in a diff.
+"""Writes specs/CONFIG.txt: how each parameter of each shipped config is cut, so that a change of sharding shows in a
+diff.
 
     python tests/golden/make_specs.py
 """

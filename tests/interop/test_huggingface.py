@@ -1,4 +1,5 @@
-"""The mapping against transformers' own results: a forward pass in plain NumPy, from the mapped parameters, gives its logits."""
+"""The mapping against transformers' own results: a forward pass in plain NumPy, from the mapped parameters, gives
+its logits."""
 
 from dataclasses import replace
 from math import erf

@@ -18,7 +18,8 @@ IGNORED = -100
 
 
 def gather_masked(labels):
-    """masked_positions, masked_targets, masked_mask [B, P] of labels [B, T] that are -100 where nothing is predicted."""
+    """masked_positions, masked_targets, masked_mask [B, P] of labels [B, T] that are -100 where nothing is
+    predicted."""
     predicted = labels != IGNORED
     order = np.argsort(~predicted, axis=1, kind="stable")[:, : predicted.sum(1).max() + 1]  # and a slot to spare
     mask = np.take_along_axis(predicted, order, axis=1)

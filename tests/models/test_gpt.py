@@ -159,7 +159,8 @@ def test_every_layer_drops_other_elements(models, random_params):
 
 
 def ranks(states):
-    """0..3 for the sums 0, 2, 20, 22, which the final norm shifts and scales for each token but leaves in their order."""
+    """0..3 for the sums 0, 2, 20, 22, which the final norm shifts and scales for each token but leaves in their
+    order."""
     ranked = np.zeros_like(states)
     for place in np.ndindex(states.shape[:2]):
         values, inverse = np.unique(states[place].round(4), return_inverse=True)

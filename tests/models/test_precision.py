@@ -54,7 +54,8 @@ def mesh_of(settings: Settings) -> jax.sharding.Mesh:
 
 
 def products(jaxpr: Any) -> Iterator[tuple[str, Any]]:
-    """(type of the operands, precision) of every matrix product, inside loops, kernels and what is differentiated, too."""
+    """(type of the operands, precision) of every matrix product, inside loops, kernels and what is differentiated,
+    too."""
     for equation in jaxpr.eqns:
         if equation.primitive.name in PRODUCTS:
             yield "/".join(variable.aval.dtype.name for variable in equation.invars[:2]), equation.params["precision"]

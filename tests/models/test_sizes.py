@@ -48,7 +48,8 @@ def test_a_chunk_of_the_loss_is_what_is_allowed_or_at_least_half_of_it():
 
 
 def test_a_chunk_of_the_loss_is_as_large_as_memory_allows():
-    """2 sequences of 4,096 positions and 1,000 rows of a table 64 wide: float32 logits of a position of both take 8,000 bytes."""
+    """2 sequences of 4,096 positions and 1,000 rows of a table 64 wide: float32 logits of a position of both take
+    8,000 bytes."""
     chunk = functools.partial(loss_chunk, 4096, rows=2, vocab_size=1000, width=64)
     assert chunk(memory=0.0) == 4096  # 64 MiB hold 8,388 positions of both
     assert loss_chunk(4096, rows=2, vocab_size=100_000, width=64, memory=0.0) == 64  # 83 fit into 64 MiB; 64 divides 4,096

@@ -1,4 +1,5 @@
-"""Line 19: what JAX says of accelerators that it does not find is a line, which names the extra that brings what is missing."""
+"""Line 19: what JAX says of accelerators that it does not find is a line, which names the extra that brings what is
+missing."""
 
 import logging
 import sys

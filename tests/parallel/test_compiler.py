@@ -39,7 +39,8 @@ def test_a_backend_that_is_not_installed_gets_no_flags(monkeypatch):
 
 @pytest.mark.usefixtures("installed")
 def test_xla_knows_every_flag(monkeypatch):
-    """An unknown one would end the process. GPU flags are known to XLA's CPU build, too; libtpu's are seen with libtpu only."""
+    """An unknown one would end the process. GPU flags are known to XLA's CPU build, too; libtpu's are seen with
+    libtpu only."""
     monkeypatch.setenv("XLA_FLAGS", "")
     set_flags("gpu")
     program = "import jax; jax.config.update('jax_platforms', 'cpu'); print(jax.jit(lambda x: x + 1)(1))"

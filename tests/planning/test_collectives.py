@@ -184,8 +184,8 @@ ENTRY %main (p: bf16[1,4,64], g: f32[8,64], s: f32[8,64]) -> f32[8,64] {{
 
 
 def test_a_sum_of_several_arrays_is_told_apart_array_by_array():
-    """Line 11: libtpu sums at once what is gathered (a piece among zeros), scattered (each device takes its piece) and summed,
-    under one name. Two devices: a gather and a scatter send half of the array, a sum all of it."""
+    """Line 11: libtpu sums at once what is gathered (a piece among zeros), scattered (each device takes its piece)
+    and summed, under one name. Two devices: a gather and a scatter send half of the array, a sum all of it."""
     found = {one.kind: one.bytes_per_device for one in collectives(parse(PADDED), make_mesh(MESH, jax.devices()))}
     assert found == {"all-gather": 8 * 64 * 2 / 2, "reduce-scatter": 8 * 64 * 4 / 2, "all-reduce": 8 * 64 * 4}
 

@@ -52,7 +52,8 @@ def test_the_complaint_is_seen_where_there_is_cause(meshes, capfd):
 @pytest.mark.usefixtures("really_compiled")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_no_kind_of_config_makes_the_compiler_complain(name, capfd):
-    """On its own mesh, and on one that also cuts heads and sequences where they can be cut. Two layers: they are all alike."""
+    """On its own mesh, and on one that also cuts heads and sequences where they can be cut. Two layers: they are all
+    alike."""
     settings = config.load(Path(__file__).parents[2] / "configs" / f"{name}.yaml")
     model = replace(settings.model, num_layers=2, vocab_size=settings.model.vocab_size or 256)
     settings = replace(settings, model=model, train=replace(settings.train, gradient_accumulation=1),

@@ -48,7 +48,8 @@ sys.stdout.write(compile_step(settings, lay(settings, find_target("v5p:4x4x4"))[
 @pytest.mark.slow
 @pytest.mark.skipif(not find_spec("libtpu"), reason="needs libtpu, the compiler of TPUs")
 def test_on_a_closed_slice_gathers_stay_gathers(tmp_path):
-    """Without rings libtpu writes them as sums of padded arrays, twice the bytes; there is then no all-gather at all."""
+    """Without rings libtpu writes them as sums of padded arrays, twice the bytes; there is then no all-gather at
+    all."""
     (tmp_path / "run.yaml").write_text("""
         model: {num_layers: 2, num_heads: 8, hidden_size: 1024, vocab_size: 512, max_length: 256}
         data: {sequence_length: 256, global_batch_size: 64}

@@ -1,4 +1,5 @@
-"""The estimate (`jaxlm plan --fast`) against programs: the kept figures of shipped configs, and small ones compiled here."""
+"""The estimate (`jaxlm plan --fast`) against programs: the kept figures of shipped configs, and small ones compiled
+here."""
 
 import json
 import subprocess

@@ -54,7 +54,8 @@ HIGHEST = ", operand_precision={highest,highest}"
     (convolution("f32", HIGHEST), "tpu", Arithmetic(bfloat16=6 * PRODUCT)),  # libtpu expects 5.9 times the cycles
 ])
 def test_what_multiplies_and_how_often(text, platform, expected):
-    """Lines 10 and 11: the precision that stands in a program decides which unit works, and how many passes it takes."""
+    """Lines 10 and 11: the precision that stands in a program decides which unit works, and how many passes it
+    takes."""
     assert executed_flops(parse(text), platform) == expected
 
 
@@ -176,7 +177,8 @@ def test_libtpus_own_kernels_say_what_they_do():
 
 
 def test_splash_attention_counts_what_its_mask_leaves():
-    """Nine products of scores: two forward, four for keys and values, three for queries; the name stands over several lines."""
+    """Nine products of scores: two forward, four for keys and values, three for queries; the name stands over
+    several lines."""
     shape, length = (2, 2048, 4, 128), 2048
     array = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 

@@ -229,8 +229,8 @@ def test_arrays_have_names_that_a_user_knows(shape, kind, scope, phase, name):
 
 
 def test_no_utilization_passes_its_peak():
-    """Line 21: at 131,072 tokens PaLM's count, of which the mask hides half of the attention, comes to 118 %; beside it stands
-    what is left without that half: 12 B L T^2 N H / 2 for forward and backward."""
+    """Line 21: at 131,072 tokens PaLM's count, of which the mask hides half of the attention, comes to 118 %; beside
+    it stands what is left without that half: 12 B L T^2 N H / 2 for forward and backward."""
     plan = estimated_plan(config.load(ROOT / "configs" / "llama_8b_128k.yaml"), find_target("v5p:4x4x4"))
     hidden = 12 * plan.settings.data.global_batch_size * 32 * 131072**2 * 32 * 128 / 2
     assert masked_flops(plan.settings) == hidden

@@ -29,7 +29,8 @@ class Terminal(io.StringIO):
 
 @contextmanager
 def terminal(monkeypatch):
-    """Stands in for stderr as a terminal of 120 columns; yields a function that returns what it shows, without colors."""
+    """Stands in for stderr as a terminal of 120 columns; yields a function that returns what it shows, without
+    colors."""
     stream = Terminal()
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)

@@ -1,4 +1,5 @@
-"""Standard streams that are closed, full, without a reader, or of another encoding (line 16): no JAX, one process each."""
+"""Standard streams that are closed, full, without a reader, or of another encoding (line 16): no JAX, one process
+each."""
 
 import os
 import subprocess

@@ -1,4 +1,5 @@
-"""What the tests of whole runs share: a little text, a run file for a tiny model, and `jaxlm`, here or in its own process."""
+"""What the tests of whole runs share: a little text, a run file for a tiny model, and `jaxlm`, here or in its own
+process."""
 
 import functools
 import random
@@ -31,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def run_file(folder: Path) -> Path:
-    """A tiny gpt on 8 heads, one sequence for each of 8 devices, over documents that are shorter than a sequence or longer."""
+    """A tiny gpt on 8 heads, one sequence for each of 8 devices, over documents that are shorter than a sequence or
+    longer."""
     draw = random.Random(0)
     words = ["banana", "bean", "cabbage", "cocoa", "date"]  # few letters, unevenly used: learnt within a few steps
     for name in ("one", "two"):

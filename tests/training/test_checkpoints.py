@@ -151,7 +151,8 @@ def test_only_the_architecture_counts_where_only_parameters_are_read(tmp_path):
 
 
 def test_a_run_from_before_start_tokens_does_not_silently_get_other_examples(tmp_path):
-    """Issue 14, line 6: its checkpoints lack data.start_token; with false it goes on as it was, and only such runs are asked."""
+    """Issue 14, line 6: its checkpoints lack data.start_token; with false it goes on as it was, and only such runs
+    are asked."""
     old = changed(data__packing="documents")
     del old["data"]["start_token"]
     with pytest.raises(UserError, match=r"^data\.start_token=True: the checkpoints in .* were made with False"):
@@ -178,7 +179,8 @@ CHANGES = {"stage2context2tensor2": {"stage_repeats": 2, "gradient_accumulation"
 
 
 def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path, models):
-    """Of a mixture of experts of 4 layers: with and without stages, interleaved ones, experts cut or not, moments on the host."""
+    """Of a mixture of experts of 4 layers: with and without stages, interleaved ones, experts cut or not, moments on
+    the host."""
     runs = {}
     for name, layout in LAYOUTS.items():
         settings = Settings(

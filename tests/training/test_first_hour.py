@@ -1,4 +1,5 @@
-"""Line 22: evaluating on other text is one key, --prompt, neutral prompts, and the last line of a verb names the next command."""
+"""Line 22: evaluating on other text is one key, --prompt, neutral prompts, and the last line of a verb names the
+next command."""
 
 import json
 import shlex
@@ -18,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def ending(jaxlm, capsys):
-    """`ending("evaluate", run)`: what a verb prints on standard output, the lines before its last on standard error, and the
-    words of the command that this last line names, which must be one."""
+    """`ending("evaluate", run)`: what a verb prints on standard output, the lines before its last on standard error,
+    and the words of the command that this last line names, which must be one."""
     def run(*arguments) -> tuple[str, list[str], list[str]]:
         capsys.readouterr()
         assert jaxlm(*arguments) == 0

@@ -47,7 +47,8 @@ def test_where_nothing_is_known_or_left_nothing_is_given(settings):
 
 @pytest.mark.parametrize(("memory", "chunk"), [(None, 64), (1.5e9, 256), (1e12, 512)])
 def test_run_and_plan_take_the_same_chunk(settings, array_shapes, monkeypatch, memory, chunk):
-    """4 sequences a device: 64 positions of each fit into 64 MiB, 312 into a sixth of 1.5 GB, all 512 of them into more."""
+    """4 sequences a device: 64 positions of each fit into 64 MiB, 312 into a sixth of 1.5 GB, all 512 of them into
+    more."""
     if memory is not None:
         monkeypatch.setitem(hardware.MEMORY, "cpu", memory)
     traced, _ = trace_step(settings, make_mesh(settings.mesh, jax.devices()))

@@ -222,7 +222,8 @@ def test_accumulated_gradients_give_the_same_losses(finished, folder, run_file, 
 
 
 def test_a_run_that_diverges_says_so_and_fails(folder, run_file, jaxlm, capsys):
-    """Line 15: exit code 3 (nothing is gained by starting again), the reason in the last line, JSON that any program reads."""
+    """Line 15: exit code 3 (nothing is gained by starting again), the reason in the last line, JSON that any program
+    reads."""
     run_dir = folder / "diverged"
     arguments = ["train", run_file, f"run_dir={run_dir}", "optimizer.learning_rate=1e30", "optimizer.clip_norm=null"]
     for _ in range(2):  # a finished run is not trained again, and is no better for it

@@ -68,7 +68,7 @@ def two_updates(name, shapes=SHAPES, axes=AXES, **changes):
             for path, value in results.items()}
 
 
-# ---- one tensor, step by step: (parameter, gradients, weight decay) -> the parameter after each step ---------------------
+# ---- one tensor, step by step: (parameter, gradients, weight decay) -> the parameter after each step -----------------
 
 def adam_direction(grads):
     """Kingma & Ba 2015, algorithm 1."""
@@ -134,7 +134,8 @@ def lamb(param, grads, decay):
 
 
 def adafactor(param, grads, decay):
-    """Shazeer & Stern 2018, algorithms 4 (matrices) and 5 (vectors), without momentum; the step's size is relative to the RMS."""
+    """Shazeer & Stern 2018, algorithms 4 (matrices) and 5 (vectors), without momentum; the step's size is relative
+    to the RMS."""
     def rms(array):
         return np.sqrt(np.mean(array**2))
 
@@ -173,7 +174,8 @@ def test_adafactor_factors_the_moments_of_large_matrices():
 
 
 def test_muon_makes_each_hidden_matrix_orthogonal():
-    """Jordan et al. 2024; five Newton-Schulz steps bring every singular value near 1. Scale: Liu et al. 2025, equation 4."""
+    """Jordan et al. 2024; five Newton-Schulz steps bring every singular value near 1. Scale: Liu et al. 2025,
+    equation 4."""
     updates = two_updates("muon", weight_decay=0.0)
     for name, matrix in (("query", lambda array: array.reshape(12, 6)), ("output", lambda array: array.reshape(6, 12))):
         param, _, results = updates.pop(f"blocks.attention.{name}.kernel")
@@ -233,7 +235,7 @@ def test_adafactor_keeps_less_than_the_parameters(models):
     assert sizes[0] < 0.3 * sizes[1]  # all but the attention's, whose heads are narrower than the 128 it asks for
 
 
-# ---- schedules -----------------------------------------------------------------------------------------------------------
+# ---- schedules -------------------------------------------------------------------------------------------------------
 
 def expected_rate(name, step, warmup, steps, decay_steps, final):
     if step < warmup:

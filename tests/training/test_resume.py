@@ -1,4 +1,5 @@
-"""Runs that end early, in any way, and go on: on the same mesh to the same bits, on any other with the same examples."""
+"""Runs that end early, in any way, and go on: on the same mesh to the same bits, on any other with the same
+examples."""
 
 import fcntl
 import json
@@ -219,7 +220,8 @@ def test_no_process_outlives_the_one_that_started_them(folder, run_file, start_j
 @pytest.mark.parametrize("name", ["adamw", *(pytest.param(name, marks=pytest.mark.slow) for name in ("lamb", "sgd", "muon"))])
 @pytest.mark.parametrize(("before", "after"), [(0.0, 0.1), (0.1, 0.0)])
 def test_weight_decay_may_come_and_go(name, before, after, meshes, tmp_path):
-    """Line 13: the optimizer's tree has one more node with weight decay than without; the arrays are the same, to the bit."""
+    """Line 13: the optimizer's tree has one more node with weight decay than without; the arrays are the same, to
+    the bit."""
     model = ModelSettings(num_layers=2, num_heads=2, hidden_size=8, vocab_size=20, max_length=8)
     settings = Settings(model=model, optimizer=OptimizerSettings(name=name, weight_decay=before), train=TrainSettings(steps=4))
     trainers = []
@@ -336,7 +338,8 @@ def test_which_schedules_rise_again(before, after, refused, tmp_path):
 # ---- where the weights come from -------------------------------------------------------------------------------------
 
 def test_a_start_says_where_its_weights_come_from(finished, devices_are_there, tmp_path, jaxlm, capsys):
-    """Line 14: a new run_dir on the same text, one that is nearly an old one's name, one whose checkpoints are all damaged."""
+    """Line 14: a new run_dir on the same text, one that is nearly an old one's name, one whose checkpoints are all
+    damaged."""
     shutil.copytree(finished / "checkpoints", tmp_path / "quickstart" / "checkpoints")
     settings = config.load(finished, ["seed=3"])
 

@@ -50,7 +50,8 @@ def test_every_mesh_shows_what_its_checkpoint_says(mesh, folder, run_file, jaxlm
 
 
 def test_a_bert_fills_masks_of_the_validation_text(folder, run_file, jaxlm, restore):
-    """The text itself, with its masks, and with what the model puts there: the likeliest token, by logits of all positions."""
+    """The text itself, with its masks, and with what the model puts there: the likeliest token, by logits of all
+    positions."""
     run_dir = folder / "sampled_bert"
     assert jaxlm("train", run_file, f"run_dir={run_dir}", *BERT, f"data.corpus={folder / 'masked'}", "train.steps=6",
                  "optimizer.learning_rate=3e-3", "logging.samples_every_steps=6") == 0

@@ -26,7 +26,8 @@ def settings_for(model, **train):
 
 
 def start(trainer, params, seed=0):
-    """A state with these parameters, laid out on the trainer's mesh. Made without `trainer.init`, which takes long to compile."""
+    """A state with these parameters, laid out on the trainer's mesh. Made without `trainer.init`, which takes long
+    to compile."""
     zeros = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), trainer.state_shapes)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     own = jax.tree.map(np.array, params)  # a copy, because the step eats its state
@@ -135,10 +136,11 @@ def test_a_small_batch_is_learned_by_heart(family, models, make_batch, meshes, r
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params)) and int(state.step) == 30
 
 
-# ---- the step's own arithmetic, on a model of three numbers ---------------------------------------------------------------
+# ---- the step's own arithmetic, on a model of three numbers ----------------------------------------------------------
 
 def line(settings):
-    """loss = sum of |w - target|^2 / 2 over the rows that count; with dropout keys, of targets shifted by a draw from them."""
+    """loss = sum of |w - target|^2 / 2 over the rows that count; with dropout keys, of targets shifted by a draw
+    from them."""
     def losses(params, batch, keys=None):
         shift = 0.0 if keys is None else jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
         error = jnp.square(params["w"]["kernel"] - batch["tokens"] - shift).sum(1) / 2

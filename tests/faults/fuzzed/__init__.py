@@ -15,7 +15,8 @@ from fuzzed.world import World
 
 
 class Kind(NamedTuple):
-    """One kind of input: how examples are drawn, and the check of one, which returns the exit code or raises what it met."""
+    """One kind of input: how examples are drawn, and the check of one, which returns the exit code or raises what it
+    met."""
 
     examples: SearchStrategy
     check: Callable[[World, Any], int]

@@ -99,7 +99,8 @@ def junk(path: Path, other: Path, where: int, value: Any) -> None:
 
 
 def change_json(path: Path, other: Path, where: int, value: Any, sign: bool = False) -> None:
-    """One value somewhere in a JSON file becomes another, or goes; `sign`: and the digest says that this was written."""
+    """One value somewhere in a JSON file becomes another, or goes; `sign`: and the digest says that this was
+    written."""
     jsons = sorted(path.parent.glob("*.json"))
     if not jsons:
         return

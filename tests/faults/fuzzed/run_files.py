@@ -127,7 +127,8 @@ RUN_FILES = st.tuples(run_texts(), OVERRIDES)
 
 
 def check_run_file(world: World, example: tuple[bytes, list[str]]) -> int:
-    """It is read as settings, or refused in one line that names the file or a key. Settings survive being written and read."""
+    """It is read as settings, or refused in one line that names the file or a key. Settings survive being written
+    and read."""
     content, overrides = example
     path = world.folder / "random.yaml"
     path.write_bytes(content)

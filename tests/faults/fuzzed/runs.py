@@ -29,7 +29,8 @@ CHECKPOINTS = st.tuples(damages(FILE_DAMAGES), st.sampled_from([None, None, None
 
 
 def check_checkpoints(world: World, example: tuple[list[Damage], int | None, str]) -> int:
-    """The newest checkpoint that is as it was written, under its own name, or one line; nothing is written by who only reads."""
+    """The newest checkpoint that is as it was written, under its own name, or one line; nothing is written by who
+    only reads."""
     damage, step, how = example
     original, signed = tree(world.run), any(one.kind == "signed json" for one in damage)
     with world.scratch(world.run) as run:
@@ -60,7 +61,8 @@ def check_checkpoints(world: World, example: tuple[list[Damage], int | None, str
 
 
 def check_training(run: Path) -> None:
-    """It goes on from the best that is left and ends with a whole checkpoint, or says why not and leaves the good ones."""
+    """It goes on from the best that is left and ends with a whole checkpoint, or says why not and leaves the good
+    ones."""
     good = {step: written(tree(run), step) for step in finished_steps(run)}
     ending = command("train", run, "train.steps=4")
     if ending.code == 0:

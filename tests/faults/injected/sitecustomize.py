@@ -9,8 +9,8 @@
     {"phases": FOLDER}              what each process began to do last stands in FOLDER/PID
     {"longest_pause": 1.0}          the supervisor waits no longer than so many seconds
 
-In any case every process keeps what it has compiled: JAX lets only the first write its cache, and the key of a CPU program
-differs between processes, so that the others would compile everything again at every start.
+In any case every process keeps what it has compiled: JAX lets only the first write its cache, and the key of a CPU
+program differs between processes, so that the others would compile everything again at every start.
 """
 
 import contextlib
