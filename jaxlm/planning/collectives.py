@@ -149,8 +149,8 @@ def _exchange(operation: Operation, mesh: Mesh) -> Iterator[Exchange]:
     if len(group) < 2:
         return
     arrays = list(array_sizes(COUNTERS.sub("", operation.type)))
-    if operation.opcode.endswith("-start") and kind != "all-reduce":
-        arrays = arrays[len(arrays) // 2 :]  # operands stand before results
+    if operation.opcode.endswith("-start") and len(arrays) > len(operation.operands):
+        arrays = arrays[len(operation.operands) :]  # operands stand before results; of a sum only in newer XLA's text
     size = sum(arrays)
     share = (len(group) - 1) / len(group)
     factor = {"all-reduce": 2 * share, "reduce-scatter": len(group) - 1, "collective-permute": 1}.get(kind, share)

@@ -38,9 +38,10 @@ def results_in_memory(operation: Operation, computation: str, flow: Dataflow) ->
     arrays = in_memory(operation.type)
     if operation.opcode == "copy-start":
         return arrays[:1]
-    if operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
+    if operation.opcode.endswith("-start"):
         operands = (flow.find(computation, name) for name in operation.operands)
-        arrays = arrays[sum(len(in_memory(one.type)) for one in operands if one) :]
+        behind = arrays[sum(len(in_memory(one.type)) for one in operands if one) :]
+        return behind or arrays  # an older XLA's sums name their results alone
     return arrays
 
 

@@ -200,8 +200,10 @@ def test_what_only_looks_like_a_gather_or_a_scatter_is_a_sum(words, instead):
     assert len(kinds) == 2 and "all-reduce" in kinds
 
 
-def test_a_started_sum_of_several_arrays_counts_them_all():
+@pytest.mark.parametrize("form", ["(f32[8,8], f32[8,8])", "((f32[8,8], f32[8,8]), (f32[8,8], f32[8,8]))"])
+def test_a_started_sum_of_several_arrays_counts_each_once(form):
+    """Older XLA writes the results, newer operands and results."""
     text = GPU_LOOP.replace("%all-reduce-start = f32[8,8] all-reduce-start(%x)",
-                            "%all-reduce-start = (f32[8,8], f32[8,8]) all-reduce-start(%x, %x)")
+                            f"%all-reduce-start = {form} all-reduce-start(%x, %x)")
     [found] = [one for one in collectives(parse(text), make_mesh(MESH, jax.devices())) if one.kind == "all-reduce"]
     assert found.bytes_per_device == 3 * 2 * 8 * 8 * 4
