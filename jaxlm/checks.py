@@ -7,7 +7,7 @@ from itertools import chain
 from jaxlm.data.decoding import encoding_problems
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, intermediate_size, kv_heads
-from jaxlm.remote import check_url, is_remote
+from jaxlm.remote import check_url
 from jaxlm.settings import (
     AXES,
     BUILT_IN_TOKENIZERS,
@@ -47,7 +47,7 @@ def check_urls(settings: Settings) -> None:
     """Refuses remote paths without a bucket. Raises UserError."""
     for key, value in flatten(to_dict(settings)).items():
         for each in value if isinstance(value, list | dict) else [value]:
-            if is_remote(each):
+            if isinstance(each, str):
                 check_url(each, key)
 
 
@@ -125,8 +125,6 @@ def text_problems(settings: Settings) -> Iterator[str]:
         yield "data.corpus is an empty mixture; name at least one folder"
     if isinstance(data.corpus, dict) and data.raw:
         yield "data.raw cannot be prepared into a mixture; give data.corpus one folder, or drop data.raw"
-    if data.tokenizer in TRAINED_TOKENIZERS and data.raw and model.vocab_size is None:
-        yield f"model.vocab_size: missing; say to how many tokens the {data.tokenizer} tokenizer is to be trained"
     if data.end_token is not None and data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
         yield (f"data.end_token={data.end_token}: data.tokenizer={data.tokenizer} has an end token of its own; the key is for a "
                "tokenizer that is given as a file or folder")

@@ -186,7 +186,6 @@ CONTRADICTIONS = {
     "data.sequence_length=1 is too short; at least 2": ["data.sequence_length=1"],
     "data.sequence_length=4 is too short; at least 5": ["model.family=bert", "data.sequence_length=4"],
     "data.global_batch_size=8 is not a multiple of train.gradient_accumulation=3": ["train.gradient_accumulation=3"],
-    "model.vocab_size: missing; say to how many tokens the unigram": ["data.tokenizer=unigram", "data.raw=x"],
     "data.tokenizer=characters has no cls, sep and mask": ["model.family=bert", "data.tokenizer=characters", "data.raw=x"],
     "data.corpus is an empty mixture": ["data.corpus={}"],
     "data.raw cannot be prepared into a mixture": ["data.corpus={a: 1}", "data.raw=x", "data.tokenizer=bytes"],

@@ -1,21 +1,31 @@
 """Processes: joining the others of this run."""
 
 import functools
+import hashlib
+import itertools
+import json
 import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
+from operator import itemgetter
+from typing import Any
 
 import jax
+from orbax.checkpoint import multihost
 
-from jaxlm.errors import UserError, reason
+import jaxlm
+from jaxlm.errors import UserError, reason, shown
 from jaxlm.parallel.accelerators import collected, how_to_install, may_be_here
 from jaxlm.parallel.compiler import prepare_compiler
 from jaxlm.parallel.launcher import COORDINATOR, LAUNCHER, NUM_PROCESSES, PROCESS_ID
 from jaxlm.settings import DevicesSettings
 
 SLURM_TASKS = "SLURM_STEP_NUM_TASKS"
+OF_A_HOST = ("devices.compiled", "data.prepare_processes")  # keys that may differ between the processes of a run
+MEETING = 7 * 24 * 3600 * 1000  # milliseconds; who watches over the run ends it before
 
 
 def initialize(settings: DevicesSettings) -> list[jax.Device]:
@@ -78,6 +88,8 @@ def is_one_of_several(settings: DevicesSettings) -> bool:
         missing = [name for name in (NUM_PROCESSES, PROCESS_ID) if not os.environ.get(name, "").isdecimal()]
         if missing:
             raise UserError(f"{COORDINATOR} is set, so {missing[0]} must be a number, found '{os.environ.get(missing[0], '')}'")
+        if not int(os.environ[NUM_PROCESSES]):
+            raise UserError(f"{NUM_PROCESSES}=0: expected 1 or more")
         if not int(os.environ[PROCESS_ID]) < int(os.environ[NUM_PROCESSES]):
             raise UserError(f"{PROCESS_ID}={os.environ[PROCESS_ID]}: expected less than {NUM_PROCESSES}="
                             f"{os.environ[NUM_PROCESSES]}; the first process has number 0")
@@ -124,6 +136,35 @@ def place() -> tuple[int, int]:
         if os.environ.get(number, "").isdecimal() and os.environ.get(count, "").isdecimal():
             return int(os.environ[number]), int(os.environ[count])
     return 0, 1
+
+
+_meetings = itertools.count()  # the same number in every process: all of them meet as often
+
+
+def refuse_differences(settings: dict[str, Any]) -> None:
+    """Compares the settings (by dotted key) and versions of all processes, which wait for each other here.
+
+    A job's hosts may read another copy of the run file, or run another checkout: they would train one model by two
+    rules, and none would know. Raises UserError, in every process.
+    """
+    if not has_joined():
+        return
+    own = {key: value for key, value in settings.items() if key not in OF_A_HOST}
+    own |= {"jaxlm": jaxlm.__version__, "jax": jax.__version__}
+    folder, text = f"jaxlm/settings/{next(_meetings)}", json.dumps(own, sort_keys=True)
+    coordinator = multihost.get_jax_distributed_client()
+    with suppress(jax.errors.JaxRuntimeError):  # said by another process already, in the same words
+        coordinator.key_value_set(f"{folder}/{hashlib.sha256(text.encode()).hexdigest()}", f"{jax.process_index()} {text}")
+    coordinator.wait_at_barrier(folder, MEETING)
+    said = [found.partition(" ") for _, found in coordinator.key_value_dir_get(folder)]
+    kinds = sorted(((int(number), json.loads(words)) for number, _, words in said), key=itemgetter(0))
+    (first, one), (second, other) = kinds[0], kinds[-1]
+    if len(kinds) > 1:
+        coordinator.wait_at_barrier(f"{folder}/read", MEETING)  # nobody leaves before all have read it
+    for key in own:
+        if one.get(key) != other.get(key):
+            raise UserError(f"{key}: process {first} has {shown(one.get(key))}, process {second} {shown(other.get(key))}; all "
+                            "processes of a run take the same run file, keys and versions")
 
 
 def has_joined() -> bool:

@@ -15,7 +15,6 @@ from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import abstract
 from jaxlm.planning.devices import devices_of
-from jaxlm.planning.plan import WHAT_HELPS
 from jaxlm.planning.targets import Target
 from jaxlm.planning.versions import told_in_a_line
 from jaxlm.settings import Settings
@@ -37,7 +36,7 @@ class DoesNotFit(UserError):
         self.temporaries = bool(found and found[1])
         beside = ", beside the state" if self.temporaries else ""
         super().__init__(f"does not fit: the step needs {need} on each device{beside}, says the compiler; "
-                         f"what helps: {WHAT_HELPS}")
+                         "what helps: more devices, more of mesh.fsdp or mesh.tensor, train.remat=full, more micro-batches")
 
 
 def lay(settings: Settings, target: Target) -> tuple[Mesh, Callable[[jax.Device], int]]:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from jaxlm.errors import UserError
 from jaxlm.planning.estimate import BOUNDS, SMALLEST
-from jaxlm.planning.plan import WHAT_HELPS, Plan
+from jaxlm.planning.plan import Plan, what_helps
 from jaxlm.reporting.hardware import FLOAT32_PASSES
 from jaxlm.reporting.plots import save
 from jaxlm.reporting.units import counted, format_count, format_duration, format_seconds, format_size
@@ -53,7 +53,7 @@ def _head(plan: Plan) -> Iterator[str]:
     verdict = f"FITS, {format_size(spare)} to spare" if plan.fits else f"DOES NOT FIT, {format_size(max(0, -spare))} too much"
     yield f"{verdict}: needs {format_size(plan.memory.total)} of {format_size(plan.capacity)} on each device"
     if not plan.fits:
-        yield f"what helps: {WHAT_HELPS}; or let --search find it"
+        yield f"what helps: {what_helps(plan.settings, plan.target.platform)}; or let --search find it"
 
 
 def _how_far_off(plan: Plan) -> str:
@@ -98,7 +98,7 @@ def _time(plan: Plan) -> RenderableType:
     """Of what a step is made, and how long each of it takes at the published speeds."""
     step = plan.roofline
     table = new_table("of a device in a step", "", "takes")
-    again = f" ({plan.executed_flops / plan.model_flops - 1:+.0%} on the model's)"
+    again = f" ({plan.executed_flops / plan.visible_flops - 1:+.0%} on the model's)"
     if plan.target.platform == "tpu" and plan.settings.train.precision == "float32":
         again = f" (of each float32 product {FLOAT32_PASSES} passes)"
     sent = sum(one.bytes_per_device for one in plan.collectives)

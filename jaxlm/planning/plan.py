@@ -10,7 +10,13 @@ from jaxlm.reporting.memory import Memory
 from jaxlm.settings import Settings
 from jaxlm.training.footprint import predictions
 
-WHAT_HELPS = "more devices, more of mesh.fsdp or mesh.tensor, train.remat=full, more train.gradient_accumulation"
+
+def what_helps(settings: Settings, platform: str) -> str:
+    """Where memory is short: what this run does not do yet."""
+    ways = ["train.precision=bfloat16"] if settings.train.precision == "float32" and platform != "cpu" else []
+    ways += ["more devices", "more of mesh.fsdp or mesh.tensor"]
+    ways += ["train.remat=full"] if settings.train.remat != "full" else []
+    return ", ".join([*ways, "more train.gradient_accumulation"])
 
 
 class Collective(NamedTuple):
@@ -81,7 +87,12 @@ class Plan(NamedTuple):
     def mfu(self) -> float | None:
         """Model FLOPs utilization at the roofline's speed; of causal attention counts what a token sees, so it stays
         below 1."""
-        return self._utilization(self.model_flops - masked_flops(self.settings) / self.target.num_devices)
+        return self._utilization(self.visible_flops)
+
+    @property
+    def visible_flops(self) -> float:
+        """Of one device: what the model asks for, without the attention that its mask hides."""
+        return self.model_flops - masked_flops(self.settings) / self.target.num_devices
 
     @property
     def mfu_palm(self) -> float | None:
@@ -114,7 +125,8 @@ class Plan(NamedTuple):
             "estimated": self.compile_seconds is None,
             "memory_per_device": memory, "fits": self.fits, "largest_at_the_peak": [one._asdict() for one in self.largest],
             "collectives": [one._asdict() | {"axis": "+".join(one.axes)} for one in self.collectives],
-            "flops_per_device": self.model_flops, "executed_flops_per_device": self.executed_flops,
+            "flops_per_device": self.model_flops, "visible_flops_per_device": self.visible_flops,
+            "executed_flops_per_device": self.executed_flops,
             "memory_traffic_per_device": self.traffic,
             "roofline": self.roofline and self.roofline._asdict() | {"bound": self.roofline.bound},
             "step_seconds": step, "mfu": self.mfu, "mfu_palm": self.mfu_palm,

@@ -20,7 +20,7 @@ from jaxlm.models.sizes import attention_dropout_rate, attention_kernel, head_di
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimate import estimated_plan
-from jaxlm.planning.plan import WHAT_HELPS, Plan
+from jaxlm.planning.plan import Plan, what_helps
 from jaxlm.planning.run_file import with_keys
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.files import as_path, exists, read_text, write_text
@@ -101,7 +101,7 @@ def _compiled(choices: list[Settings], target: Target, report: Callable[[str], N
         (found if plan.fits else refused).append(Choice(plan, "" if plan.fits else "does not fit, says the compiler"))
     if not found:
         raise UserError(f"target '{target.name}': nothing fits, says the compiler of the {counted(len(refused), 'layout')} that "
-                        f"looked best; what helps: {WHAT_HELPS}")
+                        f"looked best; what helps: {what_helps(settings, target.platform)}")
     found.sort(key=lambda choice: choice.plan.roofline.total)
     return [choice._replace(note=_reason(choice.plan, found[0].plan)) for choice in found] + refused
 

@@ -17,7 +17,7 @@ class TPU(NamedTuple):
 
     kind: str  # JAX's device_kind
     dimensions: int  # of the torus
-    counted_as: int  # what the number in the cloud's names counts of a chip: v4's and v5p's are TensorCores
+    counted_as: int  # what the number in the cloud's names counts of a chip: v4's, v5p's and tpu7x's are TensorCores
     devices: int = 1  # JAX's, of one chip
     cloud_names: tuple[str, ...] = ()  # beside its own
 
@@ -27,7 +27,7 @@ TPUS = {
     "v5e": TPU("TPU v5 lite", 2, 1, cloud_names=("v5litepod",)),
     "v5p": TPU("TPU v5", 3, 2),
     "v6e": TPU("TPU v6 lite", 2, 1),
-    "tpu7x": TPU("TPU7x", 3, 1, devices=2),
+    "tpu7x": TPU("TPU7x", 3, 2, devices=2),
 }
 
 
@@ -135,6 +135,8 @@ def _refuse_unknown(name: str, kind: str, kinds: tuple[str, ...]) -> None:
 
 def _from_the_cloud(name: str, found: re.Match) -> Target:
     aliases = {alias: kind for kind, tpu in TPUS.items() for alias in (kind, *tpu.cloud_names)}
+    if found["kind"] in ("cpu", *GPUS):
+        raise UserError(f"target '{name}': names with a dash are TPUs'; did you mean '{found['kind']}:{found['count']}'?")
     _refuse_unknown(name, found["kind"], tuple(aliases))
     kind, count, islands = aliases[found["kind"]], int(found["count"]), int(found["islands"] or 1)
     chips, rest = divmod(count, TPUS[kind].counted_as)

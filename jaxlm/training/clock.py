@@ -63,12 +63,17 @@ class Clock:
         length, devices = run.settings.data.sequence_length, run.mesh.devices.flatten()
         predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
         self.first, self.slots = first, batches.global_batch_size * length
+        self.slots_before = saved.get("slots", first * self.slots)  # of the batches that earlier starts had
         self.tokens = TokenCount(batches, self.slots, skipped_rows, first, saved)
         self.epochs = batches.global_batch_size / batches.sequences_per_epoch  # that a step takes
         self.flops = batches.global_batch_size * training_flops(run.settings.model, length, predictions)
         peak = products_peak(devices[0].device_kind, run.settings.train.precision)
         self.peak = peak and peak * len(devices)
         self.restart(first)
+
+    def total_slots(self, step: int) -> int:
+        """Places for tokens in all batches up to `step`."""
+        return self.slots_before + (step - self.first) * self.slots
 
     def restart(self, step: int) -> None:
         """A new interval, from the end of `step` on."""

@@ -260,7 +260,7 @@ def _summary(run: Run, stepping: Stepping) -> dict[str, Any]:
     times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
     seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
     steps = settings.train.steps
-    slots, tokens = steps * clock.slots, clock.tokens.total(steps)
+    slots, tokens = clock.total_slots(steps), clock.tokens.total(steps)
     rows = {"loss": stepping.last_loss, "val_loss": stepping.val_row}
     losses = plain({name: row[name] for name, row in rows.items() if name in row})
     slots_per_second = seconds and clock.slots / seconds

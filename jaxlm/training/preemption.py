@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from jaxlm.parallel.launcher import STOPS, is_follower, stops
+from jaxlm.parallel.launcher import LAUNCHER, STOPS, is_follower, stops
 from jaxlm.reporting.progress import print_line
 
 KEY = "jaxlm/preemption"  # at the coordinator
@@ -81,7 +81,8 @@ class Preemption:
                 os._exit(128 + number)
             self.signal = number
             if not is_follower():
-                print_line(f"{number.name}: saving after this step or the next; once more ends at once")
+                told = "told to stop" if LAUNCHER in os.environ else number.name  # a launcher makes SIGTERM of what it gets
+                print_line(f"{told}: saving after this step or the next; once more ends at once")
             threading.Thread(target=self._say, args=[STOP], daemon=True).start()  # the coordinator may be the one that hangs
         os.close(ear)
 

@@ -29,7 +29,7 @@ from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.reporting.files import as_path, exists
 from jaxlm.reporting.progress import print_line
-from jaxlm.settings import Settings
+from jaxlm.settings import Settings, flatten, to_dict
 from jaxlm.training.footprint import logits_memory
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
@@ -52,6 +52,7 @@ def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
     """
     runtime_log.divert(settings)
     devices = distributed.initialize(settings.devices)
+    distributed.refuse_differences(flatten(to_dict(settings)))
     if settings.mesh.elastic:
         smaller, times = shrunk(settings.mesh, len(devices))
         train = dataclasses.replace(settings.train, gradient_accumulation=times * settings.train.gradient_accumulation)

@@ -216,6 +216,7 @@ class Stepping:
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
                 about |= self.skipped_rows.column(step) | plain(self.last_loss) | {"tokens": self.clock.tokens.total(step)}
+                about |= {"slots": self.clock.total_slots(step)}
                 self.checkpoints.save(state, step, about, val_loss, first=self.output.flush)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
             self.account.write()

@@ -1,6 +1,7 @@
 """What the environment says of several processes, and what is said when one of them is gone (lines 16 and 18)."""
 
 import os
+import socket
 import subprocess
 import sys
 
@@ -34,6 +35,30 @@ def test_variables_that_make_no_sense_are_named(monkeypatch, environment, messag
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         is_one_of_several(DevicesSettings(platform="cpu"))
+
+
+TRAINS = """
+import sys
+from jaxlm.cli import main
+sys.exit(main(["train", *sys.argv[1:], "devices.platform=cpu", "guards.start_seconds=60"]))
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_were_told_different_things_do_not_train_together(tmp_path):
+    """Under Slurm each host reads the run file for itself: a copy that differs is named, in every process."""
+    (tmp_path / "run.yaml").write_text("run_dir: run\ndata: {raw: text.txt, tokenizer: bytes}\n")
+    (tmp_path / "text.txt").write_text("some text\n" * 100)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"
+    started = [subprocess.Popen(
+        [sys.executable, "-c", TRAINS, "run.yaml", f"train.steps={50 + number}"], cwd=tmp_path, text=True, stderr=subprocess.PIPE,
+        env=os.environ | HERE | {"JAX_COORDINATOR_ADDRESS": address, "JAX_PROCESS_ID": str(number)}) for number in range(2)]
+    told = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [2, 2]
+    assert all("train.steps: process 0 has 50, process 1 51; all processes of a run take the same" in lines for lines in told)
+    assert not (tmp_path / "run" / "corpus").exists()
 
 
 def test_when_another_process_has_died_one_line_is_said_and_the_stack_is_in_a_file(tmp_path):

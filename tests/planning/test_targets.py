@@ -13,6 +13,7 @@ from jaxlm.planning.targets import find_target, topology
     ("h100:8x4", (8,), 4, 32),
     ("a100:1", (1,), 1, 1),
     ("tpu7x:4x4x4", (4, 4, 4), 1, 128),  # two devices of each chip
+    ("tpu7x-128", (4, 4, 4), 1, 128),  # the cloud counts TensorCores, as of v4 and v5p
     ("v5p-128", (4, 4, 4), 1, 64),  # the cloud counts v5p's cores, two of each chip
     ("v5e-256", (16, 16), 1, 256),
     ("v5litepod-16", (4, 4), 1, 16),
@@ -47,7 +48,7 @@ def test_the_clouds_topologies(kind, sizes):
     ("v5p-7", r"no v5p slice has 7 .*; use v5p-8"),
     ("v5e-1024", r"no v5e slice has 1024 \(chips\); use v5e-256"),
     ("v5q-128", r"unknown kind 'v5q', .*did you mean 'v5p'\?"),
-    ("h100-8", r"unknown kind 'h100', expected one of v4"),
+    ("h100-8", r"did you mean 'h100:8'"),
     ("", "expected KIND:SHAPE"),
     ("v5e:3x5", "sides of a v5e slice are 1, 2 or multiples of 4, at most 16"),
     ("v5e:16x32", "at most 16; several slices are written 2xv5e:"),
