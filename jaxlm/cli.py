@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jaxlm import config, manual
 from jaxlm.command_line import ALL_VERBS, HELP, about_verb, parse
 from jaxlm.errors import LostProcess, Preempted, RunError, UserError, reason, without_secrets
-from jaxlm.parallel.launcher import is_follower, let_the_first_speak
+from jaxlm.parallel.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID, is_follower, let_the_first_speak
 from jaxlm.reporting.files import json_text
 from jaxlm.reporting.progress import optional, print_line
 from jaxlm.settings import Settings
@@ -297,7 +297,7 @@ def _failed(message: str, code: int) -> int:
     line = without_secrets(" ".join(message.split()))  # a message may quote what a file holds: a terminal must not obey it
     line = "jaxlm: " + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     if code == 2:
-        _settle_log()
+        _settle_log(refused=True)
     distributed = sys.modules.get("jaxlm.parallel.distributed")
     if distributed and distributed.has_joined():
         from jaxlm.parallel.runtime_log import leave
@@ -307,10 +307,10 @@ def _failed(message: str, code: int) -> int:
     return code
 
 
-def _settle_log() -> None:
+def _settle_log(refused: bool = False) -> None:
     """Of one of several processes, which ends well or has refused its input."""
     if log := sys.modules.get("jaxlm.parallel.runtime_log"):
-        log.settle()
+        log.settle(refused)
 
 
 def _is_nowhere() -> bool:
@@ -340,6 +340,10 @@ def _run(arguments: list[str]) -> int:
     if (processes > 1 or restarts is not None) and not getattr(parsed, "compile_only", False):
         from jaxlm.training.supervisor import supervise
 
+        given = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if name in os.environ]
+        if given and processes > 1:
+            raise UserError(f"--processes {processes} starts a run of its own on this machine, and {given[0]} is set; unset it, or "
+                            "leave --processes away")
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
         return supervise(arguments, settings, processes, restarts or 0)
     if verb != "plan":  # which needs JAX only where it compiles

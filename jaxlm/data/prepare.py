@@ -100,6 +100,9 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
                 accept(Corpus(folder / "corpus"))
                 put_in_place(folder / "corpus", directory)
             remove_exclusive(partial)
+        except OSError as error:
+            error.filename = error.filename or str(partial)  # a full disk under NumPy names no file
+            raise
         except UserError:
             if not begun:  # a slip of the pen does not cost what was done before
                 remove_exclusive(partial)

@@ -33,7 +33,7 @@ FATAL = "JAX distributed service detected fatal errors"  # XLA's words, when ano
 
 class _Log(NamedTuple):
     path: Path
-    start: int  # bytes that earlier starts have left in it
+    start: int  # bytes that earlier starts, or a run that is at work in the same folder, have left in it
     on_abort: Callable  # kept: C has no other reference to it
 
 
@@ -80,9 +80,10 @@ def where() -> str:
     return f"; what XLA, gRPC and Gloo said: {_log.path}" if _log else ""
 
 
-def settle() -> None:
-    """Removes the file: the process ends well, or refuses its input."""
-    if _log:
+def settle(refused: bool = False) -> None:
+    """Removes the file: the process ends well, or has `refused` its input. What stood in it before a refusal stays: a
+    run may be at work in the same folder."""
+    if _log and not (refused and _log.start):
         _log.path.unlink(missing_ok=True)
         if _log.path.parent.name == FOLDER:
             with suppress(OSError):  # the other processes' files are in it; or one of them was faster
