@@ -342,7 +342,7 @@ def _run(arguments: list[str]) -> int:
 
         given = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if name in os.environ]
         if given and processes > 1:
-            raise UserError(f"--processes {processes} starts a run of its own on this machine, and {given[0]} is set; unset it, or "
+            raise UserError(f"--processes {processes} starts a run of its own here, and {given[0]} is set; unset it, or "
                             "leave --processes away")
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
         return supervise(arguments, settings, processes, restarts or 0)
