@@ -160,7 +160,8 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     if made.fits is False:
         _say_next("plan", arguments.config, *arguments.overrides, "--target", arguments.target, "--search")
     else:
-        _say_next("train", arguments.config, *arguments.overrides)
+        text = [] if settings.data.raw or settings.data.corpus else ["data.raw=TEXT"]
+        _say_next("train", arguments.config, *arguments.overrides, *text)
 
 
 def _search(settings: Settings, target: "Target", arguments: argparse.Namespace, assumed: str | None) -> None:

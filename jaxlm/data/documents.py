@@ -268,7 +268,7 @@ def table_documents(file: SourceFile, reading: Reading, decoding: Decoding) -> I
             if header.count(field) != 1:
                 raise UserError(f"{file.name}: {'no' if field not in header else 'more than one'} column '{field}' "
                                 f"(data.text_field) in the first line, only {named(header)}{nearest(field, header)}; a table "
-                                "without a line of names needs one")
+                                "without a header line needs one")
             column, before = header.index(field), decoding.replaced
             for row in rows:
                 if row and len(row) != len(header):

@@ -221,7 +221,10 @@ def given_tokenizer(data: DataSettings) -> Tokenizer | None:
         return ByteTokenizer({})
     if data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
         return None
-    tokenizer = load_tokenizer(data.tokenizer)
+    try:
+        tokenizer = load_tokenizer(data.tokenizer)
+    except UserError as error:
+        raise UserError(f"data.tokenizer={data.tokenizer}: {str(error).removeprefix(f'{data.tokenizer}: ')}") from None
     return tokenizer if data.end_token is None else with_end_token(tokenizer, data.end_token)
 
 

@@ -230,7 +230,8 @@ NOT_SHOWN = ("step", "time", "tokens", "epoch", "grad_norm", "data_wait_seconds"
 
 def row_parts(row: dict[str, Any]) -> list[str]:
     """The figures of a metrics row that fit on a line; a validation row shows all it has, under its own names."""
-    parts = [write(row[key]) for key, write in SHOWN.items() if row.get(key) is not None]
+    parts = [write(row[key]) for key, write in SHOWN.items() if row.get(key) is not None and not (
+        key == "slots_per_second" and format_count(row[key]) == format_count(row.get("tokens_per_second") or 0))]
     if "loss" in row:
         return parts
     others = {key: value for key, value in row.items() if key not in SHOWN and key not in NOT_SHOWN}

@@ -58,7 +58,7 @@ def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Loc
         raise UserError(
             f"schedule: the learning rate had come down to {format_scientific(past[-1])} at step {step} ({where}), and would "
             f"rise again, to {format_scientific(highest)}, by these train.steps, schedule and optimizer.learning_rate; set them "
-            f"back, choose another run_dir, or insist with checkpoint.allow=[{SCHEDULE}]")
+            f"back, choose another run_dir, or insist with 'checkpoint.allow=[{SCHEDULE}]'")
 
 
 def _read(section: type, values: dict[str, Any]) -> Any:

@@ -402,5 +402,5 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
         # a key that is not there is younger than the checkpoint
         if key in before and before[key] != now[key] and key not in now["checkpoint.allow"]:
             ways = "set it back or choose another run_dir" if key in MODEL_KEYS else (
-                f"set it back, choose another run_dir, or insist with checkpoint.allow=[{key}]")
+                f"set it back, choose another run_dir, or insist with 'checkpoint.allow=[{key}]'")
             raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; {ways}")

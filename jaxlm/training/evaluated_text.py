@@ -34,7 +34,9 @@ def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
         return open_corpora(settings, accept=functools.partial(check_corpora, settings))
     if isinstance(data.corpus, str) and data.raw == own["raw"]:
         if not exists(as_path(data.corpus) / MANIFEST):
-            raise UserError(f"data.corpus={data.corpus}: no prepared corpus; {_how_to_prepare(settings, own, data.corpus)}")
+            inside = as_path(data.corpus) / "corpus"
+            near = f" (did you mean '{inside}'?)" if exists(inside / MANIFEST) else ""
+            raise UserError(f"data.corpus={data.corpus}: no prepared corpus{near}; {_how_to_prepare(settings, own, data.corpus)}")
         data = dataclasses.replace(data, raw=None)
     elif data.raw is not None and data.tokenizer == own["tokenizer"]:
         data = _prepared_alike(settings, data, own, saved["tokenizer_digest"])

@@ -102,8 +102,10 @@ def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, 
     summary = _finished_summary(run_dir, total) if first == total else None
     if summary:
         if main:
-            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on"
-                       + (f" (nothing is done with {', '.join(told)})" if told else ""))
+            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on (with "
+                       "'checkpoint.allow=[schedule]' where the learning rate has come down)")
+            if told:
+                print_line(f"ignored, since no step is left: {', '.join(told)}")
         _refuse_divergence(run_dir, summary)
         return summary
     if main:
@@ -193,7 +195,7 @@ def _start_or_resume(run: Run, checkpoints: Checkpoints, own: dict[str, Any]) ->
     saved = checkpoints.metadata(step)
     if saved["corpora"] != own["corpora"] and "data.corpus" not in run.settings.checkpoint.allow:
         raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
-                        "trained on; set it back, choose another run_dir, or insist with checkpoint.allow=[data.corpus]")
+                        "trained on; set it back, choose another run_dir, or insist with 'checkpoint.allow=[data.corpus]'")
     refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
     if step > run.settings.train.steps:
         raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps "
@@ -217,7 +219,7 @@ def _describe(run: Run, corpora: Corpora, padding_share: float) -> list[str]:
         + (f"; between {islands_of(device.platform)}: {slow}" if slow else ""),
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
         f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} "
-        + (f"slots, {1 - padding_share:.1%} of them tokens" if padding_share else "tokens")
+        + (f"slots, {1 - padding_share:.1%} of them tokens" if padding_share >= 0.0005 else "tokens")
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]

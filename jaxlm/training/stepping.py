@@ -54,8 +54,9 @@ class Output(NamedTuple):
         if self.metrics:
             self.metrics.write({"step": step} | row)
 
-    def samples(self, step: int, text: str) -> None:
-        self.progress.print(f"samples after step {step}:\n{text}")
+    def samples(self, step: int, text: str, shown: bool) -> None:
+        if shown:
+            self.progress.print(f"samples after step {step}:\n{text}")
         if self.metrics:
             self.metrics.write_samples(step, text)
 
@@ -210,7 +211,8 @@ class Stepping:
             val_loss = self._evaluate(step, state.params)
         if self._samples_at(step) and not self.preemption.agreed:
             with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
-                self.output.samples(step, self.sample(state.params))
+                shows_itself = step == self.settings.train.steps and self.settings.model.family == "gpt"  # when it has ended
+                self.output.samples(step, self.sample(state.params), shown=not shows_itself)
         if self._saves_at(step) or self.preemption.agreed:
             cut_short = self._evaluates_at(step) and self.preemption.agreed
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):

@@ -137,7 +137,7 @@ REFUSED = {  # name: content, words of the message
     "comma.json": (b'[{"text": "a"}\n {"text": "b"}]', "line 2", "not valid JSON (expected ',' or ']')"),
     "other.csv": (b"id,review\n1,good\n", "no column 'text' (data.text_field)", "id, review"),
     "wide.csv": (b"id,text\n1,a\n2,b,c\n", "line 3: 3 columns, but the first has 2"),
-    "headless.csv": (b"ham,Go until jurong point\nspam,Free entry\n", "no column 'text'", "only ham, Go until", "line of names"),
+    "headless.csv": (b"ham,Go until jurong point\nspam,Free entry\n", "no column 'text'", "only ham, Go until", "header line"),
     "open.csv": (b'id,text\n1,"never closed\n2,b\n', "open.csv, line 3: not a row"),
     "stray.csv": (b'id,text\n1,"so" it is\n', "stray.csv, line 2: not a row", "doubled"),
     "twice.csv": (b"text,text\na,b\n", "more than one column 'text'"),
