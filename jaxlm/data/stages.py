@@ -224,7 +224,10 @@ def given_tokenizer(data: DataSettings) -> Tokenizer | None:
     try:
         tokenizer = load_tokenizer(data.tokenizer)
     except UserError as error:
-        raise UserError(f"data.tokenizer={data.tokenizer}: {str(error).removeprefix(f'{data.tokenizer}: ')}") from None
+        said = str(error)
+        if said.startswith("data.tokenizer: "):
+            raise
+        raise UserError(f"data.tokenizer={data.tokenizer}: {said.removeprefix(f'{data.tokenizer}: ')}") from None
     return tokenizer if data.end_token is None else with_end_token(tokenizer, data.end_token)
 
 
