@@ -57,8 +57,8 @@ def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Loc
     if past[-1] < DECAYED * past.max() and highest > RISE * past[-1]:
         raise UserError(
             f"schedule: the learning rate had come down to {format_scientific(past[-1])} at step {step} ({where}), and would "
-            f"rise again, to {format_scientific(highest)}, with these train.steps, schedule and optimizer.learning_rate; set them "
-            f"back, choose another run_dir, or insist with 'checkpoint.allow=[{SCHEDULE}]'")
+            f"rise again, to {format_scientific(highest)}, with these train.steps, schedule and optimizer.learning_rate; set "
+            f"them back, choose another run_dir, or insist with 'checkpoint.allow=[{SCHEDULE}]'")
 
 
 def _read(section: type, values: dict[str, Any]) -> Any:

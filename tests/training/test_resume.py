@@ -327,7 +327,7 @@ def test_which_schedules_rise_again(before, after, refused, tmp_path):
 
     saved, own = to_dict(settings(**before)), settings(**before | after)
     if refused:
-        with pytest.raises(UserError, match=r"^schedule: the learning rate had come down to .* at step 80 .*allow=\[schedule\]'$"):
+        with pytest.raises(UserError, match=r"^schedule: the learning rate had come down .* at step 80 .*allow=\[schedule\]'$"):
             refuse_rise(saved, own, 80, tmp_path)
     else:
         refuse_rise(saved, own, 80, tmp_path)
