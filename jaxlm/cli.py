@@ -70,10 +70,11 @@ def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> 
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     """prepare: raw text to tokenizer and corpus"""
+    from jaxlm.data.description import describe
     from jaxlm.training.setup import open_corpora
 
     for corpus, _ in open_corpora(settings, notes=False):
-        for line in corpus.describe():
+        for line in describe(corpus):
             print(line)
     _say_next("train", arguments.config, *arguments.overrides)
 

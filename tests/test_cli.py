@@ -37,7 +37,7 @@ def test_prepare_says_what_became_of_the_text(folder, capsys):
         lines = {line[:12].strip(): line[12:] for line in capsys.readouterr().out.splitlines()}
         assert lines["corpus"] == str(folder / "corpus")
         assert lines["sources"] == "11 files, 250B"
-        assert lines["documents"] == "11 read, 9 kept (0 of them mended or with invalid UTF-8 replaced)"
+        assert lines["documents"] == "11 read, 9 kept (0 of them mended or with replaced characters)"
         assert lines["dropped"] == "1 empty, 1 exact duplicate"
         assert lines["train"] == "8 documents, 208 tokens, 0.96 bytes a token"  # 25 bytes and an end mark each
         assert lines["validation"] == "1 document, 26 tokens, 0.96 bytes a token"

@@ -16,7 +16,6 @@ import hashlib
 import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,13 +25,11 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.damage import DamagedData
-from jaxlm.data.examples import examples
 from jaxlm.data.manifest import MANIFEST, read_manifest, read_report
 from jaxlm.data.shards import CHECKSUM, Shard, check_array, load_array, num_blocks, open_shard
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.reporting.files import Location, absolute
-from jaxlm.reporting.units import counted, format_count
 
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "validation")
@@ -169,38 +166,6 @@ class Corpus:
             for split, entry in self.manifest["splits"].items()}}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def describe(self) -> list[str]:
-        """Lines for people: what went in, what was dropped and why, what came out, and how it looks to a model."""
-        report, sources, tokenizer = read_report(self.directory), self.manifest["sources"], self.manifest["tokenizer"]
-        dropped = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items() if count]
-        kinds = Counter(f"{source['kind']} ({source['encoding']})" for source in sources if "kind" in source)
-        lines = [
-            f"corpus      {self.directory}",
-            f"sources     {counted(len(sources), 'file')}, {format_count(sum(source['bytes'] for source in sources))}B",
-            *([f"read as     {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common())}"] if kinds else []),
-            f"documents   {report['documents_in']:,} read, {report['documents_out']:,} kept "
-            f"({report['repaired']:,} of them mended or with invalid UTF-8 replaced)",
-            f"dropped     {', '.join(dropped) or 'none'}",
-        ]
-        if "replaced_characters" in report:
-            lines.append(f"replaced    {counted(report['replaced_characters'], 'character')} that could not be decoded")
-        for documents in (self.train, self.validation):
-            each = f", {documents.num_bytes / documents.num_tokens:.2f} bytes a token" if documents.num_tokens else ""
-            lines.append(f"{documents.split:11} {counted(documents.num_documents, 'document')}, "
-                         f"{counted(documents.num_tokens, 'token')}{each}")
-        if "shares" in report:
-            shares = [f"{split} {100 * share:.3g} %" for split, share in report["shares"].items()]
-            lines.append(f"shares      {', '.join(shares)} of the text")
-        longest = max((int(np.diff(documents.offsets).max()) for documents in (self.train, self.validation)
-                       if documents.num_documents), default=0)
-        lines.append(f"longest     a document of {counted(longest, 'token')}")
-        lines.append(f"unknown     {'; '.join(filter(None, map(unknown_tokens, (self.train, self.validation))))}")
-        lines.append(f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, digest {tokenizer['digest'][:12]}, "
-                     f"{self.end_token}")
-        lines += [f"lost        {self.lost}"] if self.loses_text else []
-        lines += [f"example     {shown}" for shown in examples(self.train, self.tokenizer)]
-        return [*lines, *(f"note        {note}" for note in self.notes), *self.warnings()]
-
     @property
     def end_token(self) -> str:
         """Which token ends a document, for people."""
@@ -250,15 +215,6 @@ class Corpus:
 
     def __reduce__(self) -> tuple:
         return Corpus, (self.directory, self.whole)
-
-
-def unknown_tokens(documents: Documents) -> str:
-    """How much of a split's text has no token, for people; empty for an empty split."""
-    unknown = documents.entry.get("unknown_tokens")
-    if not documents.num_tokens:
-        return ""
-    return f"{documents.split} " + ("not counted" if unknown is None else (
-        f"{unknown:,} of {documents.num_tokens:,} tokens ({share(unknown, documents.num_tokens)})"))
 
 
 def share(part: int, whole: int) -> str:

@@ -9,6 +9,7 @@ import pytest
 from jaxlm.data import changes as changing
 from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
+from jaxlm.data.description import describe
 from jaxlm.data.prepare import prepare
 from jaxlm.settings import DataSettings, Settings
 from jaxlm.training.setup import open_corpora
@@ -109,7 +110,7 @@ def test_a_manifest_of_before_knows_sizes_only(folder):
         del report[key]
     (folder / "corpus" / "report.json").write_text(json.dumps(report))
     corpus = prepare(data(), "corpus")
-    assert corpus.notes == [] and changes(corpus, data()) == [] and corpus.describe()
+    assert corpus.notes == [] and changes(corpus, data()) == [] and describe(corpus)
     write_later(folder / "in" / "0.txt", "the text number X")
     assert changes(corpus, data()) == []
     write_later(folder / "in" / "0.txt", "longer than it was before")

@@ -8,6 +8,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.data.decoding import FEW, MOST_REPLACED, Decoding
+from jaxlm.data.description import describe
 from jaxlm.data.documents import read_documents
 from jaxlm.data.formats import Reading, look_at
 from jaxlm.data.prepare import prepare
@@ -111,7 +112,7 @@ def test_damage_below_the_share_is_counted_and_said(tmp_path):
     report = json.loads((tmp_path / "corpus" / "report.json").read_text())
     assert (report["replaced_characters"], report["repaired"]) == (3, 2)
     assert any("3 characters in 2 files, 2 of them in" in note and "a.txt" in note for note in corpus.notes)
-    assert "replaced    3 characters that could not be decoded" in corpus.describe()
+    assert "replaced    3 characters that could not be decoded" in describe(corpus)
 
 
 def test_the_share_is_of_a_file_and_of_all(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import tokenizers as hf
 
 from jaxlm.data.corpus import Corpus
+from jaxlm.data.description import describe
 from jaxlm.data.prepare import prepare
 from jaxlm.data.stages import count_lost
 from jaxlm.data.tokenizer_training import LONGEST_WORD, train_tokenizer
@@ -82,7 +83,7 @@ def test_unknown_tokens_are_counted_and_warned_of(tmp_path):
         assert documents.entry["unknown_tokens"] == documents.num_documents == documents.num_tokens / 2
         assert documents.entry["lost_characters"] == 150 * documents.num_documents
     assert corpus.loses_text
-    said = [line for line in corpus.describe() if line.startswith("WARNING")]
+    said = [line for line in describe(corpus) if line.startswith("WARNING")]
     assert len(said) == 2 and all("50 % of the" in line and "most often" in line for line in said)
     report = json.loads((tmp_path / "corpus" / "report.json").read_text())["splits"]["train"]
     assert set(report["unknown"]) <= {line[:20] for line in DNA} and len(report["unknown"]) == 20
@@ -93,7 +94,7 @@ def test_a_few_unknown_tokens_are_said_and_no_warning(tmp_path):
     corpus = prepared(tmp_path, lines, bert(tmp_path / "bert"))
     counts = [documents.entry["unknown_tokens"] for documents in (corpus.train, corpus.validation)]
     assert sum(counts) == 2
-    described = "\n".join(corpus.describe())
+    described = "\n".join(describe(corpus))
     assert f"unknown     train {counts[0]} of {corpus.train.num_tokens:,} tokens (" in described and "WARNING" not in described
 
 
@@ -132,14 +133,14 @@ def test_an_older_corpus_does_not_say_what_it_lost(tmp_path):
             del split["unknown_tokens"], split["lost_characters"]
         manifest.write_text(json.dumps(content))
         corpus = Corpus(tmp_path / name / "corpus")
-        assert corpus.loses_text == loses and "train not counted" in "\n".join(corpus.describe())
+        assert corpus.loses_text == loses and "train not counted" in "\n".join(describe(corpus))
 
 
 def test_documents_that_run_together_are_said(tmp_path):
     """Issue 14, line 5: a tokenizer without an end token."""
     tokenizer = hf.Tokenizer(hf.models.WordLevel({"plain": 0, "?": 1}, unk_token="?"))
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    described = prepared(tmp_path, ["plain"] * 10, tmp_path / "tokenizer.json").describe()
+    described = describe(prepared(tmp_path, ["plain"] * 10, tmp_path / "tokenizer.json"))
     assert any("documents run together" in line and "data.end_token" in line for line in described)
 
 

@@ -9,7 +9,7 @@ import sentencepiece
 
 from jaxlm import cli
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.examples import BOUND, WIDTH, examples, pieces
+from jaxlm.data.description import BOUND, WIDTH, describe, examples, pieces
 from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenizers import ByteTokenizer, load_tokenizer
 from jaxlm.errors import UserError
@@ -67,7 +67,7 @@ def test_a_share_far_from_what_was_asked_is_said_with_its_real_size(folder):
     assert "data.validation_split=tail" in note
     report = json.loads((folder / "corpus" / "report.json").read_text())
     assert report["shares"] == pytest.approx({"train": 1 - share, "validation": share})
-    assert f"shares      train {100 - 100 * share:.0f} %, validation {100 * share:.0f} % of the text" in corpus.describe()
+    assert f"shares      train {100 - 100 * share:.0f} %, validation {100 * share:.0f} % of the text" in describe(corpus)
     assert prepared(["a.txt", "b.txt"], "other", validation=0.01, validation_split="tail").notes == [
         "the validation split has only 202 tokens: its loss will say little; raise data.validation, or name a text for it"]
 
@@ -138,7 +138,7 @@ def test_three_examples_show_the_bounds_of_tokens(folder):
     """Told apart by SentencePiece itself: the pieces between the marks are its own."""
     corpus = prepared("one.txt", document="line", tokenizer="bpe", vocab_size=300, validation=0)
     shown = examples(corpus.train, corpus.tokenizer)
-    assert len(shown) == 3 and [line for line in corpus.describe() if line.startswith("example")] == [
+    assert len(shown) == 3 and [line for line in describe(corpus) if line.startswith("example")] == [
         f"example     {line}" for line in shown]
     model = sentencepiece.SentencePieceProcessor(str(folder / "corpus" / "tokenizer" / "tokenizer.model"))
     for line, number in zip(shown, (0, 133, 266), strict=True):
@@ -166,7 +166,7 @@ def test_a_single_document_is_shown_at_three_places(folder):
 def test_the_longest_document_and_the_kinds_are_described(folder):
     (folder / "long.txt").write_text("x" * 1234)
     (folder / "short.jsonl").write_text('{"text": "abc"}\n')
-    lines = prepared(["long.txt", "short.jsonl"], validation=0).describe()
+    lines = describe(prepared(["long.txt", "short.jsonl"], validation=0))
     assert f"longest     a document of {1234 + 1:,} tokens" in lines
     assert "read as     1 text (utf-8), 1 JSON Lines (utf-8)" in lines
     assert "replaced    0 characters that could not be decoded" in lines
