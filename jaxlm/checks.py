@@ -47,7 +47,7 @@ def check_urls(settings: Settings) -> None:
     """Refuses remote paths without a bucket. Raises UserError."""
     for key, value in flatten(to_dict(settings)).items():
         for each in value if isinstance(value, list | dict) else [value]:
-            if isinstance(each, str):
+            if isinstance(each, str) and key != "generate.prompts":
                 check_url(each, key)
 
 

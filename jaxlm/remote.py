@@ -39,7 +39,7 @@ def is_remote(path: Any) -> bool:
 
 def check_url(url: str, key: str) -> None:
     """Raises UserError, naming `key`, where a path is meant to be remote and has no bucket: gs:///x, gs:/bucket."""
-    if not is_remote(url) and (meant := re.match(r"(s3|gs|gcs):/*(.+)", url)):
+    if not is_remote(url) and (meant := re.match(r"(s3|gs|gcs):/+(.+)", url)):
         scheme = "gs" if meant[1] == "gcs" else meant[1]
         raise UserError(f"{key}={url}: expected {scheme}://BUCKET/FOLDER; did you mean '{scheme}://{meant[2]}'?")
     if is_remote(url) and not bucket_of(url):

@@ -167,6 +167,7 @@ AT_ONCE = {
     f"{NEW} generate.prompts=[]": ("generate.prompts is empty",),
     f"{NEW} generate.num_samples=0": ("generate.num_samples=0",),
     f"{NEW} model.family=bert": ("data.tokenizer=characters", "model.family=bert"),
+    "train run.yaml run_dir=gs:/bucket/run": ("run_dir=gs:/bucket/run", "did you mean 'gs://bucket/run'?"),
     f"{NEW} data.tokenizer=bpe": ("model.vocab_size: missing", "bpe"),
     # the mesh and its devices
     f"{NEW} mesh.data=3 devices.count=2 data.global_batch_size=9": ("mesh.data=3 does not make 2 device(s)", "devices.count"),
