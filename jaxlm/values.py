@@ -138,13 +138,18 @@ def from_command_line(text: str, hint: Any) -> Any:
     return text
 
 
-def _collection(text: str, kind: type) -> Any:
+def _texts_in_json(text: str) -> list[str] | None:
+    """A JSON list of texts, some of whose escapes YAML does not know; None: something else, such as YAML's [a, b]."""
     try:
         found = json.loads(text)
-        if isinstance(found, list) and all(isinstance(each, str) for each in found):
-            return found
     except (ValueError, RecursionError):
-        pass  # it is YAML: [a, b]
+        return None
+    return found if isinstance(found, list) and all(isinstance(each, str) for each in found) else None
+
+
+def _collection(text: str, kind: type) -> Any:
+    if (texts := _texts_in_json(text)) is not None:
+        return texts
     try:
         found = parse_yaml(text)[0]
     except yaml.YAMLError as error:
