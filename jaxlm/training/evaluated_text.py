@@ -52,7 +52,9 @@ def _prepared_alike(settings: Settings, data: DataSettings, own: dict[str, Any],
         raise UserError(f"data.raw: the tokenizer of {settings.run_dir} is not in {tokenizer} any more; prepare the text with "
                         "data.tokenizer=FOLDER, where it is, and name what was made with data.corpus")
     if data.validation == own["validation"] and isinstance(data.raw, str):
-        find_sources(data.raw)  # what is not there is not there as data.raw
+        for file in find_sources(data.raw):  # what is not there is not there as data.raw
+            if file.version is None:
+                raise UserError(f"data.raw: {file.name} is a pipe, and evaluate reads a text twice; write it into a file first")
         data = dataclasses.replace(data, validation=data.raw)
     name = hashlib.sha256(json.dumps([data.raw, data.validation]).encode()).hexdigest()[:12]
     corpus = data.corpus if data.corpus != own["corpus"] else str(as_path(settings.run_dir) / "evaluated" / name)

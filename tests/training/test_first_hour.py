@@ -2,6 +2,7 @@
 next command."""
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -116,3 +117,14 @@ def test_the_end_of_a_run_names_what_comes_next_and_tensorboard(run_file, folder
     assert f"curves: tensorboard --logdir '{run_dir}' (pip install tensorboard)" in said
     _, _, words = ending("report", run_dir)
     assert words == ["jaxlm", "report", str(run_dir), "OTHER_RUN"]
+
+
+def test_a_pipe_is_not_evaluated_on(finished, jaxlm, capsys):
+    """It can be read once only, and is needed twice: as the text, and as what is held out of it."""
+    ear, mouth = os.pipe()
+    try:
+        assert jaxlm("evaluate", finished, f"data.raw=/dev/fd/{ear}") == 2
+    finally:
+        os.close(ear)
+        os.close(mouth)
+    assert "is a pipe, and evaluate reads a text twice" in capsys.readouterr().err
