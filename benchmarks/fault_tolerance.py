@@ -28,10 +28,12 @@ import jax
 import jax.numpy as jnp
 
 from jaxlm import config
-from jaxlm.parallel.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID
-from jaxlm.planning.compilation import compile_step, lay
+from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.planning.lowering import compile_step, lay
 from jaxlm.planning.targets import find_target
-from jaxlm.reporting.files import sizes_below
+from jaxlm.safety.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID
+from jaxlm.safety.preemption import Preemption
+from jaxlm.safety.watch import Watch
 from jaxlm.settings import (
     CheckpointSettings,
     DataSettings,
@@ -42,11 +44,10 @@ from jaxlm.settings import (
     Settings,
     to_dict,
 )
+from jaxlm.storage.files import sizes_below
 from jaxlm.training.bench import random_batch
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.preemption import Preemption
-from jaxlm.training.setup import Run, lay_mesh, start
-from jaxlm.training.watch import Watch
+from jaxlm.training.setup import lay_mesh, start
+from jaxlm.training.step import Trainer, as_saved
 
 
 def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
@@ -56,16 +57,16 @@ def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:
                     devices=DevicesSettings(platform="cpu", count=arguments.devices), **changes)
 
 
-def prepared(settings: Settings) -> tuple[Run, Any, Any]:
+def prepared(settings: Settings) -> tuple[Trainer, Any, Any]:
     """The run, its first state and a batch."""
     settings, mesh = lay_mesh(settings)
-    run = start(settings, mesh)
+    trainer = start(settings, mesh)
     with jax.set_mesh(mesh):
-        return run, run.trainer.init(0), random_batch(settings, mesh)
+        return trainer, trainer.init(0), random_batch(settings, mesh)
 
 
-def metadata(settings: Settings, run: Run) -> dict[str, Any]:
-    return {"settings": to_dict(settings), "mesh": dict(run.mesh.shape)}
+def metadata(settings: Settings, trainer: Trainer) -> dict[str, Any]:
+    return {"settings": to_dict(settings), "mesh": dict(trainer.mesh.shape)}
 
 
 def state_bytes(state: Any) -> int:
@@ -82,9 +83,9 @@ def timed(action: Callable[[], Any]) -> float:
 
 def saves(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments, mesh=MeshSettings(fsdp=arguments.devices))
-    run, state, batch = prepared(settings)
-    with tempfile.TemporaryDirectory(dir=arguments.folder) as name, jax.set_mesh(run.mesh):
-        step = run.trainer.step.lower(state, batch).compile()
+    trainer, state, batch = prepared(settings)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name, jax.set_mesh(trainer.mesh):
+        step = trainer.step.lower(state, batch).compile()
         plain, beside, stalls, seconds, alone = [], [], [], [], []
         with Checkpoints(name, CheckpointSettings(keep_last=1)) as checkpoints:
             for number in range(1, 2 * arguments.rounds, 2):
@@ -94,7 +95,7 @@ def saves(arguments: argparse.Namespace) -> None:
                     jax.block_until_ready(metrics)
                     plain.append(time.monotonic() - began)
                 began = time.monotonic()
-                checkpoints.save(state, number, metadata(settings, run), None)
+                checkpoints.save(as_saved(state), number, metadata(settings, trainer), None)
                 stalls.append(time.monotonic() - began)
                 while not checkpoints._saving.done():
                     since = time.monotonic()
@@ -104,7 +105,7 @@ def saves(arguments: argparse.Namespace) -> None:
                 seconds.append(time.monotonic() - began)
                 checkpoints.wait()
                 began = time.monotonic()
-                checkpoints.save(state, number + 1, metadata(settings, run), None)
+                checkpoints.save(as_saved(state), number + 1, metadata(settings, trainer), None)
                 checkpoints.wait()
                 alone.append(time.monotonic() - began)
         folder = Path(name) / "checkpoints" / str(2 * arguments.rounds)
@@ -112,7 +113,7 @@ def saves(arguments: argparse.Namespace) -> None:
         copies = [timed(lambda: copied(folder, Path(name) / "copy")) for _ in range(arguments.rounds)]
         with Checkpoints(name) as checkpoints:
             checks = [timed(lambda: checkpoints.choose(None)) for _ in range(arguments.rounds)]
-            restores = [timed(lambda: checkpoints.restore(2 * arguments.rounds, run.trainer)) for _ in range(arguments.rounds)]
+            restores = [timed(lambda: checkpoints.restore(2 * arguments.rounds, trainer.saved)) for _ in range(arguments.rounds)]
     usual, size = statistics.median(plain), state_bytes(state)
     stall, whole, single, copy, check, restore = map(statistics.median, (stalls, seconds, alone, copies, checks, restores))
     print(f"state of {size / 2**20:,.0f} MiB, {on_disk / 2**20:,.0f} on disk; step {1000 * usual:,.0f} ms")
@@ -158,15 +159,15 @@ def worker(arguments: argparse.Namespace) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
     settings = settings_of(arguments, mesh=MeshSettings(fsdp=-1))
-    run, state, _ = prepared(settings)
+    trainer, state, _ = prepared(settings)
     own = sum(shard.data.nbytes for leaf in jax.tree.leaves(state) for shard in leaf.addressable_shards) / 2**20
     figures = {"whole": state_bytes(state) / 2**20, "own": own, "before": most()}
-    with jax.set_mesh(run.mesh), Checkpoints(arguments.worker, CheckpointSettings()) as checkpoints:
-        checkpoints.save(state, 1, metadata(settings, run), None)
+    with jax.set_mesh(trainer.mesh), Checkpoints(arguments.worker, CheckpointSettings()) as checkpoints:
+        checkpoints.save(as_saved(state), 1, metadata(settings, trainer), None)
         checkpoints.wait()
         figures["saving"] = most()
         jax.tree.map(lambda leaf: leaf.delete(), state)
-        jax.block_until_ready(checkpoints.restore(checkpoints.choose(None), run.trainer))
+        jax.block_until_ready(checkpoints.restore(checkpoints.choose(None), trainer.saved))
         figures["restoring"] = most()
     print(json.dumps(figures))
 
@@ -184,11 +185,11 @@ def without_guards() -> Iterator[None]:
 def guards(arguments: argparse.Namespace) -> None:
     settings = settings_of(arguments, mesh=MeshSettings(data=arguments.devices), guards=GuardSettings(spike_sigma=6.0))
     with without_guards():
-        run, state, batch = prepared(settings)
-        with jax.set_mesh(run.mesh):
-            bare = run.trainer.step.lower(state, batch).compile()
-    with jax.set_mesh(run.mesh), tempfile.TemporaryDirectory() as name, Watch(name) as watch, Preemption() as preemption:
-        guarded = start(settings, run.mesh).trainer.step.lower(state, batch).compile()
+        trainer, state, batch = prepared(settings)
+        with jax.set_mesh(trainer.mesh):
+            bare = trainer.step.lower(state, batch).compile()
+    with jax.set_mesh(trainer.mesh), tempfile.TemporaryDirectory() as name, Watch(name) as watch, Preemption() as preemption:
+        guarded = start(settings, trainer.mesh).step.lower(state, batch).compile()
 
         def plain(state: Any) -> Any:
             pending = None

@@ -12,8 +12,8 @@ from dataclasses import replace
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.planning.compilation import compile_step
 from jaxlm.planning.devices import Devices, devices_of
+from jaxlm.planning.lowering import compile_step
 from jaxlm.planning.targets import find_target
 from jaxlm.reporting.memory import Memory, memory_of
 from jaxlm.settings import DataSettings, MeshSettings, ModelSettings, OptimizerSettings, Settings, TrainSettings

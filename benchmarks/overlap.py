@@ -1,4 +1,4 @@
-"""What XLA's flags (jaxlm/parallel/compiler.py) do to the training step: how much of what it sends no matrix product
+"""What XLA's flags (jaxlm/runtime/compiler.py) do to the training step: how much of what it sends no matrix product
 hides.
 
     python benchmarks/overlap.py --target h100:8 fsdp=8
@@ -13,12 +13,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from jaxlm.parallel.compiler import BACKENDS
 from jaxlm.planning.collectives import collectives
-from jaxlm.planning.compilation import compile_step, lay
 from jaxlm.planning.hlo import parse
+from jaxlm.planning.lowering import compile_step, lay
 from jaxlm.planning.targets import GPUS, find_target
 from jaxlm.reporting.memory import memory_of
+from jaxlm.runtime.compiler import BACKENDS
 from jaxlm.settings import DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
 
 SETTINGS = Settings(

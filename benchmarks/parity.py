@@ -20,12 +20,12 @@ import numpy as np
 import optax
 
 from jaxlm import config
+from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.settings import MeshSettings
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.step import make_trainer
+from jaxlm.training.step import from_saved, make_trainer
 
 CONFIG = Path(__file__).with_name("parity.yaml")
 TEXT = Path(pydoc_data.__path__[0]) / "topics.py"
@@ -83,7 +83,7 @@ def run(model: str, layout: str, run_dir: Path, text: Path, corpus: Path) -> Run
     settings = config.load(run_dir)
     trainer = make_trainer(Model(settings.model, settings.train), settings, make_mesh(MeshSettings(), jax.devices()[:1]))
     with Checkpoints(run_dir) as checkpoints:
-        state = checkpoints.restore(checkpoints.choose(None), trainer)
+        state = from_saved(checkpoints.restore(checkpoints.choose(None), trainer.saved))
     return Run(np.array(losses), jax.device_get(jax.tree.leaves(optax.tree.get(state.optimizer, "mu"))))
 
 

@@ -4,7 +4,7 @@ it.
     python benchmarks/plans.py                  # all: an hour on 2 cores
     python benchmarks/plans.py llama_8b         # those whose line has this in it
     python benchmarks/plans.py --scaling        # weak scaling instead: the same work for each chip
-    python benchmarks/plans.py --write          # also keep the figures, for tests/planning/test_estimate.py
+    python benchmarks/plans.py --write          # also keep the figures, for tests/planning/test_estimated_plan.py
     python benchmarks/plans.py --programs DIR   # keep the compiled programs, compile none that is there
 
 Prints docs/planning.md's tables. Needs libtpu and JAX's CUDA plugin, no accelerator.
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from jaxlm import config
-from jaxlm.planning.estimate import estimated_plan
+from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.targets import Target, find_target
 from jaxlm.reporting.memory import Memory
 from jaxlm.settings import Settings
@@ -70,7 +70,7 @@ def plan(line: str, programs: Path | None) -> dict:
 
 def plan_here(line: str, programs: Path | None) -> dict:
     """The plan of a program that is kept, or else compiled now, and kept if there is a folder."""
-    from jaxlm.planning.compiled import Program, compile_program, read_program
+    from jaxlm.planning.compiled_plan import Program, compile_program, read_program
 
     settings, target = settings_of(line)
     kept = programs and programs / (re.sub(r"[^\w.=]+", "_", line)[-200:] + ".json.gz")

@@ -15,8 +15,8 @@ import jax
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.collectives import Collective, collectives
-from jaxlm.planning.compilation import compile_step
 from jaxlm.planning.hlo import parse
+from jaxlm.planning.lowering import compile_step
 from jaxlm.settings import DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
 
 ROWS, LENGTH = 64, 128

@@ -3,7 +3,7 @@
 import os
 import sys
 
-from jaxlm.reporting.streams import steady
+from jaxlm.console.streams import steady
 
 
 def main() -> int:

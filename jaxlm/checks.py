@@ -7,7 +7,6 @@ from itertools import chain
 from jaxlm.data.decoding import encoding_problems
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, intermediate_size, kv_heads
-from jaxlm.remote import check_url
 from jaxlm.settings import (
     AXES,
     BUILT_IN_TOKENIZERS,
@@ -20,6 +19,7 @@ from jaxlm.settings import (
     flatten,
     to_dict,
 )
+from jaxlm.storage.remote import check_url
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # fused attention kernels, and where they run
 MOST_DEVICES = 2**16  # along an axis, that a message proposes

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlm import config, manual
 from jaxlm.command_line import ALL_VERBS, HELP, about_verb, parse
+from jaxlm.console.progress import optional, print_line
 from jaxlm.errors import LostProcess, Preempted, RunError, UserError, reason, without_secrets
-from jaxlm.parallel.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID, is_follower, let_the_first_speak
-from jaxlm.reporting.files import json_text
-from jaxlm.reporting.progress import optional, print_line
+from jaxlm.safety.launcher import COORDINATOR, NUM_PROCESSES, PROCESS_ID, is_follower, let_the_first_speak
 from jaxlm.settings import Settings
+from jaxlm.storage.files import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -31,17 +31,17 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
     if arguments.compile_only:
         if arguments.processes > 1:
             raise UserError("--compile-only is done by one process; leave --processes away")
-        from jaxlm.planning.compilation import compile_ahead
+        from jaxlm.planning.lowering import compile_ahead
         from jaxlm.planning.targets import find_target
 
         path = compile_ahead(settings, arguments.target and find_target(arguments.target))
         print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
         return
 
-    from jaxlm.generation.samples import make_sampler
-    from jaxlm.generation.sampling import generate_from_run
-    from jaxlm.parallel.distributed import is_main
-    from jaxlm.training.loop import train
+    from jaxlm.runtime.processes import is_main
+    from jaxlm.serving.samples import make_sampler
+    from jaxlm.serving.sampling import generate_from_run
+    from jaxlm.training.run import train
 
     summary, samples = train(settings, make_sampler), []
     with optional("the run is finished, but has no samples"):
@@ -52,8 +52,8 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> None:
     """Samples, report and figures of a run that is finished and saved, whatever becomes of these."""
-    from jaxlm.reporting.files import as_path, write_text
     from jaxlm.reporting.report import write_report
+    from jaxlm.storage.files import as_path, write_text
 
     line = f"{settings.run_dir}: {_in_short(summary)}"
     if samples:
@@ -81,8 +81,8 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     """evaluate: a checkpoint over the whole validation set"""
-    from jaxlm.parallel.distributed import is_main
-    from jaxlm.training.loop import evaluate_checkpoint
+    from jaxlm.runtime.processes import is_main
+    from jaxlm.training.run import evaluate_checkpoint
 
     row = evaluate_checkpoint(settings)
     if is_main():
@@ -93,8 +93,8 @@ def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def generate(settings: Settings, arguments: argparse.Namespace) -> None:
     """generate: continue generate.prompts with a checkpoint"""
-    from jaxlm.generation.sampling import generate_from_run
-    from jaxlm.parallel.distributed import is_main
+    from jaxlm.runtime.processes import is_main
+    from jaxlm.serving.sampling import generate_from_run
 
     samples = generate_from_run(settings)
     if is_main():
@@ -107,7 +107,7 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
 
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:
     """bench: time the training step on random tokens"""
-    from jaxlm.parallel.distributed import is_main
+    from jaxlm.runtime.processes import is_main
     from jaxlm.training.bench import bench
 
     figures = bench(settings)
@@ -143,11 +143,11 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         _search(settings, target, arguments, assumed)
         return
     if arguments.fast:
-        from jaxlm.planning.estimate import estimated_plan
+        from jaxlm.planning.estimated_plan import estimated_plan
 
         made = estimated_plan(settings, target)
     else:
-        from jaxlm.planning.compiled import compiled_plan
+        from jaxlm.planning.compiled_plan import compiled_plan
 
         made = compiled_plan(settings, target)
     made = made._replace(assumed=assumed)
@@ -182,9 +182,9 @@ def _search(settings: Settings, target: "Target", arguments: argparse.Namespace,
 
 def report(run_dirs: Sequence[str]) -> None:
     """report: one page about a run, or a table that compares several"""
-    from jaxlm.reporting.files import as_path, read_text
     from jaxlm.reporting.plots import plot_comparison
     from jaxlm.reporting.report import compare, fitted, write_report
+    from jaxlm.storage.files import as_path, read_text
 
     if len(run_dirs) == 1:
         path = write_report(run_dirs[0])
@@ -227,7 +227,7 @@ def _words(*words: str) -> str:
 
 
 def _in_short(summary: dict[str, Any]) -> str:
-    from jaxlm.reporting.units import format_count, format_duration
+    from jaxlm.console.units import format_count, format_duration
 
     figures = [f"{summary['steps']:,} steps in {format_duration(summary['wall_seconds'])}"]
     if summary["tokens_per_second"]:
@@ -300,9 +300,9 @@ def _failed(message: str, code: int) -> int:
     line = "jaxlm: " + "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line)
     if code == 2:
         _settle_log(refused=True)
-    distributed = sys.modules.get("jaxlm.parallel.distributed")
-    if distributed and distributed.has_joined():
-        from jaxlm.parallel.runtime_log import leave
+    joined = sys.modules.get("jaxlm.runtime.processes")
+    if joined and joined.has_joined():
+        from jaxlm.runtime.runtime_log import leave
 
         leave(line, code)
     print_line(line)
@@ -311,7 +311,7 @@ def _failed(message: str, code: int) -> int:
 
 def _settle_log(refused: bool = False) -> None:
     """Of one of several processes, which ends well or has refused its input."""
-    if log := sys.modules.get("jaxlm.parallel.runtime_log"):
+    if log := sys.modules.get("jaxlm.runtime.runtime_log"):
         log.settle(refused)
 
 
@@ -340,14 +340,15 @@ def _run(arguments: list[str]) -> int:
     settings = config.load(parsed.config, parsed.overrides)
     processes, restarts = getattr(parsed, "processes", 1), getattr(parsed, "restart", None)
     if (processes > 1 or restarts is not None) and not getattr(parsed, "compile_only", False):
-        from jaxlm.training.supervisor import supervise
+        from jaxlm.checkpoints.manifest import newest_step
+        from jaxlm.safety.supervisor import supervise
 
         given = [name for name in (COORDINATOR, NUM_PROCESSES, PROCESS_ID) if name in os.environ]
         if given and processes > 1:
             raise UserError(f"--processes {processes} starts a run of its own here, and {given[0]} is set; unset it, or "
                             "leave --processes away")
         arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
-        return supervise(arguments, settings, processes, restarts or 0)
+        return supervise(arguments, settings, processes, restarts or 0, newest_step)
     if verb != "plan":  # which needs JAX only where it compiles
         _import_jax()
     VERBS[verb](settings, parsed)

@@ -17,9 +17,9 @@ import yaml
 from jaxlm.checks import check
 from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
 from jaxlm.near_misses import right_key, right_value
-from jaxlm.remote import check_url, is_remote
-from jaxlm.reporting.files import Location, as_path, exists, names_in, read_text
 from jaxlm.settings import NO_PLACE, Settings, flatten, sections
+from jaxlm.storage.files import Location, as_path, exists, names_in, read_text
+from jaxlm.storage.remote import check_url, is_remote
 from jaxlm.values import PYTHONS_NULLS, alternatives, from_command_line, how_to_write, parse_yaml, typed
 
 _SETTINGS = pydantic.TypeAdapter(Settings)

@@ -264,7 +264,7 @@ class DevicesSettings:
     platform: Literal["auto", "cpu", "gpu", "tpu"] = key("auto", "backend; auto: the best one JAX finds")
     count: Annotated[Positive, Le(1024)] | None = key(
         None, "devices per process; on cpu they are emulated; null: all (cpu: 1)", "devices")
-    overlap: bool = key(True, "set XLA's flags that let communication run beside computation (jaxlm/parallel/compiler.py); "
+    overlap: bool = key(True, "set XLA's flags that let communication run beside computation (jaxlm/runtime/compiler.py); "
                               "on GPUs; your own XLA_FLAGS win")
     compiled: str | None = key("~/.cache/jaxlm/compiled", "folder of compiled programs, for the next start; null: none")
 

@@ -49,7 +49,7 @@ MESHES = {
 
 
 def _batch(family: str, seed: int) -> dict[str, np.ndarray]:
-    """Random arrays of the kinds that `jaxlm.data.loading` describes; rows differ in length and in number of
+    """Random arrays of the kinds that `jaxlm.data.batches` describes; rows differ in length and in number of
     predictions."""
     random = np.random.default_rng(seed)
     ends = random.integers(LENGTH // 2, LENGTH + 1, size=(ROWS, 1))

@@ -17,7 +17,7 @@ import tokenizers
 import yaml
 
 from jaxlm import cli
-from jaxlm.parallel import distributed
+from jaxlm.runtime import processes
 
 RUN = {
     "run_dir": "run",
@@ -75,7 +75,7 @@ def house(tmp_path_factory) -> Path:
     write_inputs(folder)
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+        patch.setattr(processes, "initialize", lambda settings: jax.devices()[: settings.count or 1])
         assert cli.main(["train", "run.yaml"]) == 0
         for corpus, *overrides in (("bytes", "data.tokenizer=bytes"), ("none_held_out", "data.validation=0"), ("damaged",),
                                    ("no_manifest",)):
@@ -103,7 +103,7 @@ def refuse(house, monkeypatch, capfd):
     """`refuse("train run.yaml seed=x")`: the lines on stderr of a command that must end with code 2 and leave
     nothing."""
     monkeypatch.chdir(house)
-    monkeypatch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+    monkeypatch.setattr(processes, "initialize", lambda settings: jax.devices()[: settings.count or 1])
 
     def run(command: str) -> list[str]:
         before = tree(house)

@@ -9,16 +9,16 @@ import pytest
 import yaml
 
 from jaxlm import cli
-from jaxlm.parallel import distributed
-from jaxlm.reporting.files import write_json
 from jaxlm.reporting.metrics import MetricsWriter
+from jaxlm.runtime import processes
+from jaxlm.storage.files import write_json
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The current directory, where JAX's devices are already there."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+    monkeypatch.setattr(processes, "initialize", lambda settings: jax.devices()[: settings.count or 1])
     return tmp_path
 
 

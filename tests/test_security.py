@@ -21,18 +21,18 @@ import yaml
 from pyarrow import parquet
 
 from jaxlm import cli, config
+from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.checkpoints.manifest import commit, digest_files
 from jaxlm.data.corpus import Corpus, offsets_file
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
-from jaxlm.parallel import distributed, executables
-from jaxlm.parallel.compiler import programs_folder
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.reporting.files import sizes_below
+from jaxlm.runtime import executables, processes
+from jaxlm.runtime.compiler import programs_folder
 from jaxlm.settings import DevicesSettings, MeshSettings
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.manifest import commit, digest_files
-from jaxlm.training.step import make_trainer
+from jaxlm.storage.files import sizes_below
+from jaxlm.training.step import from_saved, make_trainer
 
 RUN = {
     "model": {"num_layers": 1, "num_heads": 2, "hidden_size": 16, "max_length": 32},
@@ -71,7 +71,7 @@ def finished(tmp_path_factory) -> Path:
     (folder / "run.yaml").write_text(yaml.safe_dump(RUN))
     os.chdir(folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+        patch.setattr(processes, "initialize", lambda settings: jax.devices()[: settings.count or 1])
         assert cli.main(["train", "run.yaml", "run_dir=run"]) == 0
     os.chdir(before)
     return folder
@@ -82,7 +82,7 @@ def here(finished, tmp_path, monkeypatch) -> Path:
     """A copy of it, to be attacked; the current directory."""
     shutil.copytree(finished, tmp_path / "here")
     monkeypatch.chdir(tmp_path / "here")
-    monkeypatch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+    monkeypatch.setattr(processes, "initialize", lambda settings: jax.devices()[: settings.count or 1])
     return tmp_path / "here"
 
 
@@ -123,7 +123,7 @@ def test_no_file_of_a_checkpoint_is_unpickled(here, bomb):
         with Checkpoints(here / "run") as checkpoints:
             assert checkpoints.choose(None) == 2
             try:
-                checkpoints.restore(2, trainer)
+                from_saved(checkpoints.restore(2, trainer.saved))
             except UserError:
                 refusals += 1
         (folder / name).write_bytes(whole)

@@ -10,8 +10,8 @@ from jaxlm.data.source_file import SourceFile
 from jaxlm.data.sources import OPEN_DESCRIPTORS, find_sources
 from jaxlm.data.stages import file_digest
 from jaxlm.errors import RunError, UserError
-from jaxlm.remote import is_remote
 from jaxlm.settings import DataSettings
+from jaxlm.storage.remote import is_remote
 
 DIGESTED = 64 * 2**20  # bytes of files of the same size and another time that are read again, to see whether they are the same
 NAMED = 3  # files of each kind in the line

@@ -29,7 +29,7 @@ from jaxlm.data.manifest import MANIFEST, read_manifest, read_report
 from jaxlm.data.shards import CHECKSUM, Shard, check_array, load_array, num_blocks, open_shard
 from jaxlm.data.tokenizers import Tokenizer, load_tokenizer
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import Location, absolute
+from jaxlm.storage.files import Location, absolute
 
 TOKENIZER = "tokenizer"
 SPLITS = ("train", "validation")

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.console.progress import print_line
 from jaxlm.errors import RunError
-from jaxlm.reporting.progress import print_line
 
 
 class DamagedData(RunError):
@@ -34,7 +34,7 @@ class Damage:
         self._samples: set[int] = set()
 
     def add(self, error: DamagedData, sample: int) -> None:
-        """Counts a sample (its number, see jaxlm.data.loading) once, and says once on stderr what is wrong with its
+        """Counts a sample (its number, see jaxlm.data.batches) once, and says once on stderr what is wrong with its
         text."""
         with self._lock:
             self._samples.add(sample)

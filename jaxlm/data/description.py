@@ -4,11 +4,11 @@ from collections import Counter
 
 import numpy as np
 
+from jaxlm.console.units import counted, format_count
 from jaxlm.data.corpus import Corpus, Documents, share
 from jaxlm.data.manifest import read_report
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import printable
-from jaxlm.reporting.units import counted, format_count
 
 EXAMPLES = 3
 TOKENS = 40  # read for an example, at most

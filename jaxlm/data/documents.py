@@ -18,7 +18,7 @@ from jaxlm.data.formats import SQUAD, Reading, is_cut
 from jaxlm.data.source_file import CHUNK, SourceFile, open_arrow, open_parquet, opened
 from jaxlm.data.sources import Part, Unit
 from jaxlm.errors import UserError, clipped, nearest
-from jaxlm.reporting.files import open_bytes
+from jaxlm.storage.files import open_bytes
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 BLANKS = re.compile(r"[ \t\r\n\ufeff]*")

@@ -18,8 +18,8 @@ from typing import Any
 from jaxlm.data.decoding import Decoding, encoding_of, refuse_foreign, wide_encoding
 from jaxlm.data.source_file import COMPRESSED, SourceFile, compression_of, opened, suffix_of
 from jaxlm.errors import UserError
-from jaxlm.remote import is_remote
-from jaxlm.reporting.files import read_range
+from jaxlm.storage.files import read_range
+from jaxlm.storage.remote import is_remote
 
 KINDS = {"text": "text", "jsonl": "JSON Lines", "json": "JSON", "csv": "CSV", "tsv": "TSV", "parquet": "Parquet",
          "arrow": "Arrow"}

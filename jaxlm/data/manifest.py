@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from jaxlm.errors import UserError, shown
-from jaxlm.reporting.files import Location, exists, read_text
+from jaxlm.storage.files import Location, exists, read_text
 
 FORMAT = 1
 MANIFEST, REPORT = "manifest.json", "report.json"

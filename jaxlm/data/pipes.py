@@ -9,9 +9,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from jaxlm.console.progress import print_line, progress_bar
 from jaxlm.data.source_file import CHUNK, SourceFile
 from jaxlm.errors import UserError
-from jaxlm.reporting.progress import print_line, progress_bar
 
 PIPE = "pipe:"  # begins the version of what came through one: the digest of its bytes
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm import remote
+from jaxlm.console.progress import progress_bar
 from jaxlm.data import cleaning, pipes, sources, stages
 from jaxlm.data.corpus import SPLITS, TOKENIZER, Corpus, checksum_file, offsets_file, shard_file, token_type
 from jaxlm.data.documents import read_documents
@@ -31,10 +31,11 @@ from jaxlm.data.report import COUNTS, commonest_unknown, refuse_many_replaced, r
 from jaxlm.data.source_file import SourceFile, suffix_of
 from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
-from jaxlm.data.work import Result, Workers, exclusive, remove_exclusive
+from jaxlm.data.workers import Result, Workers, exclusive, remove_exclusive
 from jaxlm.errors import UserError
-from jaxlm.remote import is_remote
-from jaxlm.reporting.files import (
+from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings, expand_home
+from jaxlm.storage import remote
+from jaxlm.storage.files import (
     Location,
     absolute,
     check_folder,
@@ -44,8 +45,7 @@ from jaxlm.reporting.files import (
     write_atomically,
     write_json,
 )
-from jaxlm.reporting.progress import progress_bar
-from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings, expand_home
+from jaxlm.storage.remote import is_remote
 
 CACHE = "~/.cache/jaxlm/prepare"  # of corpora that go into a bucket when they are done
 SHAPING = ("raw", "text_field", "document", "encoding", "validation", "validation_split", "tokenizer", "end_token",

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxlm.console.units import counted
 from jaxlm.data import cleaning
 from jaxlm.data.corpus import SPLITS
 from jaxlm.data.decoding import MOST_REPLACED, foreign
 from jaxlm.data.stages import EXACT_DUPLICATE, NEAR_DUPLICATE, VALIDATION, tail_share
-from jaxlm.data.work import Result
+from jaxlm.data.workers import Result
 from jaxlm.errors import printable
-from jaxlm.reporting.units import counted
 from jaxlm.settings import DataSettings
 
 COUNTS = ("documents", "tokens", "bytes", "unknown_tokens", "lost_characters")  # of a split

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data.damage import DamagedData
-from jaxlm.remote import is_remote
-from jaxlm.reporting.files import Location, file_size, read_bytes, read_range
+from jaxlm.storage.files import Location, file_size, read_bytes, read_range
+from jaxlm.storage.remote import is_remote
 
 BLOCK_TOKENS = 4096  # under one checksum
 CHECKSUM = np.dtype("<u4")

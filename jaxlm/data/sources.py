@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jaxlm import remote
+from jaxlm.console.units import counted
 from jaxlm.data.decoding import has_plain_lines
 from jaxlm.data.formats import KNOWN
 from jaxlm.data.source_file import COMPRESSIONS, SourceFile, open_parquet, suffix_of
 from jaxlm.errors import UserError, nearest
-from jaxlm.reporting.units import counted
+from jaxlm.storage import remote
 
 STDLIB = "python://stdlib"
 STDLIB_SKIPPED = frozenset(("site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"))

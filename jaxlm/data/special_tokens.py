@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import Location, exists, read_text
+from jaxlm.storage.files import Location, exists, read_text
 
 # Variants in case, brackets and separators count as the same: <|EOS_TOKEN|> is <eos_token>.
 SPELLINGS = {

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxlm.console.progress import progress_bar
 from jaxlm.data import cleaning
 from jaxlm.data.corpus import SPLITS
 from jaxlm.data.decoding import MOST_REPLACED, Decoding, likely_encodings, refuse_foreign
@@ -29,11 +30,10 @@ from jaxlm.data.source_file import SourceFile
 from jaxlm.data.sources import Unit
 from jaxlm.data.tokenizer_training import train_tokenizer
 from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer, with_end_token
-from jaxlm.data.work import Result, beside
+from jaxlm.data.workers import Result, beside
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import open_bytes, write_atomically
-from jaxlm.reporting.progress import progress_bar
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, CleaningSettings, DataSettings
+from jaxlm.storage.files import open_bytes, write_atomically
 
 TRAIN, VALIDATION, EXACT_DUPLICATE, NEAR_DUPLICATE = range(4)  # what becomes of a cleaned document
 STRETCH_CHARACTERS = 2**20  # longer documents are tokenized in stretches: tokenizers need a hundred bytes of memory a character

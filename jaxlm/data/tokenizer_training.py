@@ -14,10 +14,10 @@ from fractions import Fraction
 from itertools import accumulate
 from typing import Any
 
+from jaxlm.console.progress import print_line
 from jaxlm.data import tokenizers as ours
 from jaxlm.data.tokenizers import JsonTokenizer, SentencePieceTokenizer, SpecialTokens
 from jaxlm.errors import UserError
-from jaxlm.reporting.progress import print_line
 
 LINE_CHARACTERS = 16384  # longer lines are cut for training: the trainers drop or choke on very long ones
 THREADS = 8  # fixed: the number of threads decides the order of summation, and stands in the trained model

@@ -21,8 +21,8 @@ import numpy as np
 
 from jaxlm.data.special_tokens import Declared, SpecialTokens, declared_tokens, find_special
 from jaxlm.errors import UserError, nearest, shown
-from jaxlm.reporting.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
+from jaxlm.storage.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
 MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")

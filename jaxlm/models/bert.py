@@ -101,7 +101,7 @@ class BERT(nnx.Module):
         return logits[:, 0].astype(jnp.float32)
 
     def losses(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> dict[str, Sums]:
-        """Loss sums of a batch; its keys are described in `jaxlm.data.loading`."""
+        """Loss sums of a batch; its keys are described in `jaxlm.data.batches`."""
         x = self._states(batch, dropout_keys)
         positions, targets, mask = (_cuttable(batch[f"masked_{name}"]) for name in ("positions", "targets", "mask"))
         masked = self.transform(take_positions(x, positions))  # only these reach the vocabulary

@@ -15,7 +15,7 @@ ENOUGH = 16384
 
 
 class Shape(NamedTuple):
-    """Of a parameter: its dimensions, and the names of their axes (`jaxlm.parallel.layout.RULES`)."""
+    """Of a parameter: its dimensions, and the names of their axes (`jaxlm.parallel.rules.RULES`)."""
 
     sizes: tuple[int, ...]
     axes: tuple[str | None, ...]

@@ -8,7 +8,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
-from jaxlm.parallel.layout import across, mesh_shape
+from jaxlm.parallel.rules import across, mesh_shape
 from jaxlm.settings import AXES, MeshSettings
 
 

@@ -1,4 +1,4 @@
-"""Arrays laid out on the mesh by the names of their axes (the table: `jaxlm.parallel.layout.RULES`).
+"""Arrays laid out on the mesh by the names of their axes (the table: `jaxlm.parallel.rules.RULES`).
 
 Axes of size 1 cost nothing, so the same program serves one device and a pod.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.parallel.layout import RULES, cutting
+from jaxlm.parallel.rules import RULES, cutting
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,12 +6,12 @@ from pathlib import Path
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from jaxlm.console.units import counted, format_count, format_duration, format_seconds, format_size
 from jaxlm.errors import UserError
-from jaxlm.planning.estimate import BOUNDS, SMALLEST
+from jaxlm.planning.estimated_plan import BOUNDS, SMALLEST
 from jaxlm.planning.plan import Plan, what_helps
 from jaxlm.reporting.hardware import FLOAT32_PASSES
 from jaxlm.reporting.plots import save
-from jaxlm.reporting.units import counted, format_count, format_duration, format_seconds, format_size
 
 GIB = 2**30
 PICTURES = (".png", ".svg", ".pdf")

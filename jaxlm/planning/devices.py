@@ -13,11 +13,11 @@ import jax
 from jax.experimental import topologies
 
 from jaxlm.errors import RunError, UserError
-from jaxlm.parallel.compiler import set_flags
 from jaxlm.parallel.mesh import island
 from jaxlm.planning.chips import CHIPS, rings
 from jaxlm.planning.targets import GPU, GPUS, TPUS, Target
 from jaxlm.planning.versions import how_to_install, told_in_a_line, warn_of_mismatch
+from jaxlm.runtime.compiler import set_flags
 
 # What libtpu asks its host, and complains of where there is no TPU.
 NO_HOST = {"TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}

@@ -8,11 +8,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from jaxlm.checks import check_layout, require_vocabulary
+from jaxlm.console.units import format_size
 from jaxlm.models.sizes import Shape, head_dim, intermediate_size, kv_heads, parameters
-from jaxlm.parallel.layout import cutting, mesh_shape, parts
+from jaxlm.parallel.rules import cutting, mesh_shape, parts
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.units import format_size
 from jaxlm.settings import Settings
 
 

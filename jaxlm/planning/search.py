@@ -15,18 +15,18 @@ from rich.table import Table
 
 from jaxlm import config
 from jaxlm.checks import require_vocabulary
+from jaxlm.console.units import counted, format_seconds, format_size
 from jaxlm.errors import RunError, UserError
 from jaxlm.models.sizes import attention_dropout_rate, attention_kernel, head_dim
 from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.describe import new_table
-from jaxlm.planning.estimate import estimated_plan
+from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.plan import Plan, what_helps
 from jaxlm.planning.run_file import with_keys
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.files import as_path, exists, read_text, write_text
 from jaxlm.reporting.hardware import products_peak
-from jaxlm.reporting.units import counted, format_seconds, format_size
 from jaxlm.settings import AXES, MeshSettings, Settings, flatten, to_dict
+from jaxlm.storage.files import as_path, exists, read_text, write_text
 
 REMATS: tuple[Any, ...] = ("none", "dots", {"query_key_value": "keep", "attention": "keep"}, {"mlp_hidden": "keep"}, "full")
 SHORTEST = 4096  # tokens: shorter pieces of a sequence are not worth a context axis
@@ -82,7 +82,7 @@ def _as_it_is(settings: Settings, target: Target, report: Callable[[str], None])
 
 
 def _compiled(choices: list[Settings], target: Target, report: Callable[[str], None]) -> list[Choice]:
-    from jaxlm.planning.compiled import compiled_plan
+    from jaxlm.planning.compiled_plan import compiled_plan
     from jaxlm.planning.devices import devices_of
 
     devices_of(target)  # without its compiler nothing is begun

@@ -5,8 +5,8 @@ from importlib import metadata
 
 from packaging.requirements import Requirement
 
+from jaxlm.console.progress import print_line
 from jaxlm.errors import clipped
-from jaxlm.reporting.progress import print_line
 
 # What has to be installed for a platform: distributions, JAX's extra that asks for the first, and ours.
 COMPILERS = {"tpu": (("libtpu",), "tpu", "tpu"), "gpu": (("jax-cuda13-plugin", "jax-cuda13-pjrt"), "cuda13", "cuda")}

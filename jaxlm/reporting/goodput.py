@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jaxlm.reporting.files import as_path, read_bytes
 from jaxlm.reporting.metrics import is_number
-from jaxlm.reporting.mirror import Mirror
+from jaxlm.storage.files import as_path, read_bytes
+from jaxlm.storage.mirror import Mirror
 
 FILE_NAME = "goodput.jsonl"
 INTERVAL = 10.0  # seconds between lines, at least, but at checkpoints and ends; less in the first minutes of a start:

@@ -5,9 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-from jaxlm.reporting.files import as_path, json_text, read_bytes, write_text
-from jaxlm.reporting.mirror import Mirror
-from jaxlm.reporting.progress import optional
+from jaxlm.console.progress import optional
+from jaxlm.storage.files import as_path, json_text, read_bytes, write_text
+from jaxlm.storage.mirror import Mirror
 
 FILE_NAME, SAMPLES = "metrics.jsonl", "samples"
 
@@ -44,7 +44,7 @@ class MetricsWriter:
 
     A run that goes on from `resume_step` loses the rows after it, because it writes them again, and what an earlier
     start said to have changed there (`changed`: {key: [before, after]}). Only process 0 has a writer.
-    In a bucket, rows can be seen half a minute late, and earlier only after `flush` (see jaxlm.reporting.mirror).
+    In a bucket, rows can be seen half a minute late, and earlier only after `flush` (see jaxlm.storage.mirror).
     """
 
     def __init__(self, run_dir: str | Path, *, tensorboard: bool, resume_step: int):

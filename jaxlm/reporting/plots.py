@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxlm.reporting.files import Location, as_path, name_of, write_atomically
 from jaxlm.reporting.metrics import is_number, read_metrics
+from jaxlm.storage.files import Location, as_path, name_of, write_atomically
 
 TRAIN_COLOR, VALIDATION_COLOR, CHANGE_COLOR = "tab:blue", "tab:orange", "tab:red"
 MARKED = 4  # steps that a label names

@@ -5,11 +5,11 @@ import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxlm.reporting.files import Location, exists, read_text, write_text
+from jaxlm.console.units import counted, format_count, format_duration, format_milliseconds
 from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.metrics import is_number
 from jaxlm.reporting.runs import Run, read_run, yaml_scalar
-from jaxlm.reporting.units import counted, format_count, format_duration, format_milliseconds
+from jaxlm.storage.files import Location, exists, read_text, write_text
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from jaxlm.errors import UserError, nearest, shown
-from jaxlm.reporting.files import Location, as_path, exists, name_of, names_in, read_text
 from jaxlm.reporting.metrics import is_number, read_metrics
+from jaxlm.storage.files import Location, as_path, exists, name_of, names_in, read_text
 from jaxlm.values import parse_yaml, typed
 
 # Of summary.json; what else it holds is shown as it is.

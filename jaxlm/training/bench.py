@@ -22,12 +22,12 @@ def bench(settings: Settings) -> dict[str, Any]:
     if settings.model.vocab_size is None:
         raise UserError("model.vocab_size: missing; bench makes up its tokens and has to know how many there are")
     settings, mesh = lay_mesh(settings)
-    run = start(settings, mesh)
-    with jax.set_mesh(run.mesh):
-        state = run.trainer.init(settings.seed)
-        batch = random_batch(settings, run.mesh)
+    trainer = start(settings, mesh)
+    with jax.set_mesh(trainer.mesh):
+        state = trainer.init(settings.seed)
+        batch = random_batch(settings, trainer.mesh)
         started = time.monotonic()
-        step = run.trainer.step.lower(state, batch).compile()
+        step = trainer.step.lower(state, batch).compile()
         compile_seconds = time.monotonic() - started
         times = []
         for _ in range(settings.bench.warmup_steps + settings.bench.steps):
@@ -37,14 +37,14 @@ def bench(settings: Settings) -> dict[str, Any]:
             times.append(time.monotonic() - started)
     seconds = statistics.median(times[settings.bench.warmup_steps :])
     length, rows = settings.data.sequence_length, settings.data.global_batch_size
-    peak = products_peak(run.mesh.devices.flatten()[0].device_kind, settings.train.precision)
+    peak = products_peak(trainer.mesh.devices.flatten()[0].device_kind, settings.train.precision)
     flops = rows * training_flops(settings.model, length, batch.get("masked_positions", batch["tokens"]).shape[1])
     return {
         "median_step_ms": 1e3 * seconds, "tokens_per_second": rows * length / seconds,
-        "mfu": flops / seconds / (peak * run.mesh.size) if peak else None,
+        "mfu": flops / seconds / (peak * trainer.mesh.size) if peak else None,
         "peak_memory_bytes": memory_of(step).total,
         "state_bytes": sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state)),  # of one device
-        "compile_seconds": compile_seconds, "devices": run.mesh.size, "mesh": dict(run.mesh.shape),
+        "compile_seconds": compile_seconds, "devices": trainer.mesh.size, "mesh": dict(trainer.mesh.shape),
     }
 
 

@@ -1,21 +1,35 @@
-"""What a resume changes: found, told in one line each, kept in metrics.jsonl; refused where it would undo a decay."""
+"""What a resume changes: found, told in one line each, kept in metrics.jsonl; refused where it would make another run
+of it, or undo a decay."""
 
 import dataclasses
 from typing import Any
 
 import numpy as np
 
-from jaxlm.errors import UserError, clipped
-from jaxlm.reporting.files import Location
+from jaxlm.console.units import format_scientific
+from jaxlm.errors import UserError, clipped, nearest
 from jaxlm.reporting.runs import Changed, yaml_scalar
-from jaxlm.reporting.units import format_scientific
-from jaxlm.settings import OptimizerSettings, ScheduleSettings, Settings, TrainSettings, flatten
+from jaxlm.settings import ModelSettings, OptimizerSettings, ScheduleSettings, Settings, TrainSettings, flatten
+from jaxlm.storage.files import Location
 from jaxlm.training.optimizers import make_schedule
 
 SCHEDULE = "schedule"  # the word in checkpoint.allow
 DECAYED = 0.9  # of its peak: whoever is below has come down
 RISE = 1.25  # times: what is less is no surprise
 LOOKS = 1000  # at a schedule, at most
+
+
+# What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
+FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention", "capacity_factor", "balance_loss",
+                 "router_z_loss")
+MODEL_KEYS = {f"model.{field.name}": "the parameters were trained in that architecture"
+              for field in dataclasses.fields(ModelSettings) if field.name not in FREE_IN_MODEL}
+START_KEY = {"data.start_token": "the model knows documents that begin so"}
+FIXED_KEYS = MODEL_KEYS | START_KEY | {
+    "optimizer.name": "the optimizer's state is of that update rule",
+    "optimizer.b1": "the optimizer's state holds a mean that decays by it",
+} | dict.fromkeys(("seed", "data.global_batch_size", "data.sequence_length", "data.packing", "data.masking.probability",
+                   "data.masking.whole_word", "data.masking.max_predictions"), "the examples of every step depend on it")
 
 
 def find_changes(saved: dict[str, Any], own: dict[str, Any]) -> Changed:
@@ -59,6 +73,28 @@ def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Loc
             f"schedule: the learning rate had come down to {format_scientific(past[-1])} at step {step} ({where}), and would "
             f"rise again, to {format_scientific(highest)}, with these train.steps, schedule and optimizer.learning_rate; set "
             f"them back, choose another run_dir, or insist with 'checkpoint.allow=[{SCHEDULE}]'")
+
+
+def check_allowed(keys: list[str]) -> None:
+    """Refuses names in checkpoint.allow that allow nothing. Raises UserError."""
+    known = [*FIXED_KEYS, "data.corpus", SCHEDULE]
+    for key in keys:
+        if key not in known:
+            raise UserError(f"checkpoint.allow: {key} is no key that a run may not change{nearest(key, known)}")
+
+
+def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Location) -> None:
+    """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for
+    those in checkpoint.allow. Raises UserError."""
+    before, now = flatten(saved), flatten(wanted)
+    if (before.get("model.family"), before.get("data.packing")) == ("gpt", "documents"):
+        before.setdefault("data.start_token", False)  # what older runs did, without the key
+    for key, reason in keys.items():
+        # a key that is not there is younger than the checkpoint
+        if key in before and before[key] != now[key] and key not in now["checkpoint.allow"]:
+            ways = "set it back or choose another run_dir" if key in MODEL_KEYS else (
+                f"set it back, choose another run_dir, or insist with 'checkpoint.allow=[{key}]'")
+            raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; {ways}")
 
 
 def _read(section: type, values: dict[str, Any]) -> Any:

@@ -7,14 +7,14 @@ import hashlib
 import json
 from typing import Any
 
+from jaxlm.console.units import counted
 from jaxlm.data.corpus import TOKENIZER
 from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.sources import find_sources
 from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import Location, as_path, exists
-from jaxlm.reporting.units import counted
 from jaxlm.settings import DataSettings, Settings
+from jaxlm.storage.files import Location, as_path, exists
 from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches, open_corpora, resolve
 
 

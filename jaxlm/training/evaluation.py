@@ -6,25 +6,25 @@ from collections.abc import Callable, Iterable
 import jax
 import numpy as np
 
-from jaxlm.data.loading import Batches
+from jaxlm.data.batches import Batches
 from jaxlm.errors import RunError
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Params
-from jaxlm.training.setup import Corpora, Run, SkippedRows, on_devices
+from jaxlm.training.setup import Corpora, SkippedRows, on_devices
 from jaxlm.training.step import Batch, Trainer
 
 
-def evaluate_run(run: Run, params: Params, validation: Batches, corpora: Corpora, whole: bool,
+def evaluate_run(trainer: Trainer, params: Params, validation: Batches, corpora: Corpora, whole: bool,
                  through: Callable[[Iterable[Batch]], Iterable[Batch]] = iter) -> dict[str, float | None]:
     """Metrics over the whole validation set, or over eval.steps batches of it, which come `through` what watches
     over them."""
-    steps = len(validation) if whole else min(len(validation), run.settings.eval.steps or len(validation))
+    steps = len(validation) if whole else min(len(validation), trainer.settings.eval.steps or len(validation))
     bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
     if any(corpus.loses_text for corpus, _ in corpora):
         bytes_per_token = None
-    with on_devices(validation, 0, steps, run.mesh, run.settings.data.prefetch) as source:
-        row = evaluate(run.trainer, params, through(source), bytes_per_token)
-    return row | SkippedRows(validation, run.mesh).column(steps, "val_skipped_rows")
+    with on_devices(validation, 0, steps, trainer.mesh, trainer.settings.data.prefetch) as source:
+        row = evaluate(trainer, params, through(source), bytes_per_token)
+    return row | SkippedRows(validation, trainer.mesh).column(steps, "val_skipped_rows")
 
 
 def evaluate(trainer: Trainer, params: dict, batches: Iterable[Batch], bytes_per_token: float | None) -> dict[str, float | None]:

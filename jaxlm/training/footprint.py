@@ -22,7 +22,7 @@ from jaxlm.models.sizes import (
     kv_heads,
     parameters,
 )
-from jaxlm.parallel.layout import parts
+from jaxlm.parallel.rules import parts
 from jaxlm.reporting.hardware import MEMORY
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
 

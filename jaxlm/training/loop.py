@@ -1,298 +1,285 @@
-"""`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
+"""The loop over steps: batch, step, log, evaluate, save; and what watches over them.
 
-import dataclasses
-import functools
-import math
-import os
-import statistics
+The host runs one step ahead of the devices: it reads a step's numbers while the next one is under way.
+"""
+
+import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from orbax.checkpoint import multihost
 
-from jaxlm.data.sequences import start_token
-from jaxlm.errors import LostProcess, RunError, UserError, reason
-from jaxlm.models.sizes import num_parameters
-from jaxlm.parallel import distributed, runtime_log
-from jaxlm.parallel.mesh import crossings, islands_of
-from jaxlm.remote import is_remote
-from jaxlm.reporting.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
-from jaxlm.reporting.goodput import Account, goodput
-from jaxlm.reporting.metrics import MetricsWriter, read_metrics
-from jaxlm.reporting.plots import plot_loss
-from jaxlm.reporting.progress import TrainingProgress, optional, print_line
-from jaxlm.reporting.report import write_report
-from jaxlm.reporting.runs import read_summary
-from jaxlm.reporting.units import counted, format_count
-from jaxlm.settings import Settings, dump, to_dict
-from jaxlm.training.changes import describe_change, find_changes, refuse_rise
-from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, START_KEY, Checkpoints, check_allowed, refuse_changes, versions
-from jaxlm.training.evaluated_text import describe, open_evaluated
+from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.console.progress import TrainingProgress, optional
+from jaxlm.errors import Preempted, RunError
+from jaxlm.models.model import Params
+from jaxlm.parallel.sharding import abstract
+from jaxlm.reporting.goodput import Account
+from jaxlm.reporting.metrics import MetricsWriter
+from jaxlm.runtime import executables
+from jaxlm.runtime.compiler import find_programs
+from jaxlm.safety.copies import find_differences, has_copies, make_digests
+from jaxlm.safety.preemption import WEEK, Preemption
+from jaxlm.safety.watch import Watch
+from jaxlm.storage.files import as_path, plain, write_text
+from jaxlm.training.clock import Clock
 from jaxlm.training.evaluation import evaluate_run
-from jaxlm.training.origin import origin_of, say_which
 from jaxlm.training.setup import (
     Corpora,
-    Run,
-    check_corpora,
-    lay_mesh,
+    SkippedRows,
+    batch_shapes,
+    make_training_batches,
     make_validation_batches,
-    micro_batch_size,
-    open_corpora,
-    resolve,
-    start,
+    on_devices,
 )
-from jaxlm.training.step import TrainState
-from jaxlm.training.stepping import Output, Sampler, Stepping
-from jaxlm.training.watch import Watch
+from jaxlm.training.step import Batch, Trainer, TrainState, as_saved, batch_sharding
 
-SamplerMaker = Callable[[Run, Corpora], Sampler | None]
-
-
-def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[str, Any]:
-    """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see
-    summary.json).
-
-    Args:
-      settings: of the run.
-      make_sampler: what logging.samples_every_steps is to show; for example jaxlm.generation.samples.make_sampler.
-
-    Raises:
-      UserError: the input is wrong; nothing has been written then.
-      RunError: it cannot go on, for a reason outside the input.
-      Preempted: it was told to stop, and has saved.
-    """
-    account = Account(_process_start())
-    check_folder(settings.run_dir, "run_dir")
-    check_allowed(settings.checkpoint.allow)
-    if settings.checkpoint.step is not None:
-        raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
-                        "is for `evaluate` and `generate`")
-    guards = settings.guards
-    if distributed.is_one_of_several(settings.devices):
-        make_folder(settings.run_dir)
-        runtime_log.divert(settings)
-    with Watch(settings.run_dir, (guards.start_seconds, guards.step_seconds, guards.save_seconds)) as watch:
-        watch.one_of(*distributed.place())
-        with watch.phase("joining the other processes", guards.start_seconds):
-            laid, mesh = lay_mesh(settings)
-        watch.one_of(jax.process_index(), jax.process_count())
-        with watch.phase("opening the corpus"):
-            corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
-        run = start(resolve(laid, corpora[0][0].tokenizer), mesh)
-        given = dataclasses.replace(run.settings, mesh=settings.mesh, train=settings.train)  # as before it followed the devices
-        saving = functools.partial(watch.phase, seconds=guards.save_seconds)
-        with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
-              Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
-            sample = make_sampler(run, corpora) if make_sampler and settings.logging.samples_every_steps else None
-            return _run(run, given, corpora, checkpoints, watch, account, sample)
+SHOWN_EXAMPLES = 4
+Sampler = Callable[[Params], str]  # what the parameters make of some text, on the training mesh; all processes call it
 
 
-def _run(run: Run, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account,
-         sample: Sampler | None) -> dict[str, Any]:
-    run_dir, total, main = as_path(run.settings.run_dir), run.settings.train.steps, distributed.is_main()
-    metadata = _metadata(run, corpora)
-    with watch.phase("reading the checkpoint", run.settings.guards.restore_seconds):
-        state, first, saved = _start_or_resume(run, checkpoints, metadata)
-    account.earlier = saved.get("wall_seconds", 0.0)
-    changed = find_changes(saved, metadata) if saved else {}
-    told = [describe_change(key, values) for key, values in changed.items()]
-    summary = _finished_summary(run_dir, total) if first == total else None
-    if summary:
-        if main:
-            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on (with "
-                       "'checkpoint.allow=[schedule]' where the learning rate has come down)")
-            if told:
-                print_line(f"ignored, since no step is left: {', '.join(told)}")
-        _refuse_divergence(run_dir, summary)
-        return summary
-    if main:
-        origin = [origin_of(run.settings, first, checkpoints.set_aside), *(f"changed at step {first}: {line}" for line in told)]
-        write_text(run_dir / "config.yaml", dump(given))
-        account.begin(run_dir, first)
-    writer = MetricsWriter(run_dir, tensorboard=run.settings.logging.tensorboard, resume_step=first) if main else None
-    try:
-        if changed and writer:
-            writer.write({"step": first, "time": time.time(), "changed": changed})
-        with TrainingProgress(total, first, enabled=main) as progress:
-            stepping = Stepping(run, corpora, checkpoints, Output(progress, writer, account), watch, sample)
-            for line in [*_describe(run, corpora, stepping.batches.padding_share), *origin] if main else ():
-                progress.print(line)
-            stepping.go(state, first, metadata, _last_evaluation(run_dir, first), saved)
-    finally:
-        if writer:
-            writer.close()
-        account.close()
-    summary = _summary(run, stepping)
-    if main:
-        write_json(run_dir / "summary.json", summary)
-        with optional("the run is finished, but loss.png is not drawn"):
-            plot_loss(run_dir)
-        if summary["diverged"]:
-            write_report(run_dir)
-    _refuse_divergence(run_dir, summary)
-    return summary
+class Output(NamedTuple):
+    """Where a run's figures go; on process 0 only, elsewhere all of it does nothing."""
+
+    progress: TrainingProgress
+    metrics: MetricsWriter | None
+    account: Account
+
+    def row(self, step: int, row: dict[str, Any]) -> None:
+        self.progress.update(step, row)
+        if self.metrics:
+            self.metrics.write({"step": step} | row)
+
+    def samples(self, step: int, text: str, shown: bool) -> None:
+        if shown:
+            self.progress.print(f"samples after step {step}:\n{text}")
+        if self.metrics:
+            self.metrics.write_samples(step, text)
+
+    def flush(self) -> None:
+        """Until everything so far lies where the run directory is."""
+        if self.metrics:
+            self.metrics.flush()
+            self.account.flush()
 
 
-def _refuse_divergence(run_dir: Location, summary: dict[str, Any]) -> None:
-    """Raises RunError for a run that has ended without a loss: nobody may take its weights for trained ones."""
-    if summary.get("diverged"):
-        raise RunError(f"{run_dir}: ended after {summary['steps']} steps with a loss that is not a number: what it has learned "
-                       "is lost; lower optimizer.learning_rate, or raise schedule.warmup_steps, and begin again in another "
-                       f"run_dir (see {run_dir / 'report.md'})", exit_code=3)
+class Pending(NamedTuple):
+    """A step that is under way."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    batch: Batch
 
 
-def _process_start() -> float:
-    """When this process began, by `time.time()`: imports count. Where the system does not say, now."""
-    try:
-        since_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, man 5 proc
-        age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot / os.sysconf("SC_CLK_TCK")
-    except (OSError, ValueError, IndexError, AttributeError):  # no Linux, or one that keeps it to itself
-        age = 0.0
-    return time.time() - max(age, 0.0)
+class Loop:
+    """One start of a run, from the state it begins with to its last step."""
 
+    def __init__(self, trainer: Trainer, corpora: Corpora, checkpoints: Checkpoints, output: Output, watch: Watch,
+                 sample: Sampler | None = None):
+        self.sample = sample
+        self.trainer, self.corpora, self.checkpoints, self.output, self.watch = trainer, corpora, checkpoints, output, watch
+        self.settings, self.guards, self.account = trainer.settings, trainer.settings.guards, output.account
+        self.batches = make_training_batches(trainer.settings, corpora)
+        self.validation = make_validation_batches(trainer.settings, corpora)
+        self.preemption = Preemption()
+        if trainer.settings.logging.samples_every_steps and sample is None:
+            output.progress.print("WARNING: logging.samples_every_steps: there is nothing to show samples of, so none are made")
+        self.compare = None
+        if self.guards.compare_every_steps:
+            if has_copies(trainer.params.shardings, trainer.params.shapes):
+                self.compare = make_digests(trainer.mesh, trainer.params.shardings)
+            else:
+                output.progress.print("WARNING: guards.compare_every_steps: no parameter is on two devices; nothing is compared")
 
-@contextmanager
-def _in_one_line(run_dir: str) -> Iterator[None]:
-    """What is raised when a disk is full or gone, or another process, as a RunError."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"{error.filename or run_dir}: {error.strerror or error}; what has been saved stays") from error
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        raise LostProcess(f"process {jax.process_index()}: an exchange with another process failed, which has most likely ended "
-                          f"({reason(error)[:160]}); start all of them again to go on{runtime_log.where()}") from error
+    def run(self, state: TrainState, first: int, metadata: dict[str, Any], last_evaluation: dict[str, Any], saved: dict[str, Any]
+           ) -> None:
+        """Steps `first` + 1 to the last. `metadata`: of every checkpoint; `last_evaluation`: the row of the one
+        before; `saved`: what the checkpoint that it begins with says of itself.
 
+        Raises:
+          Preempted: it was told to stop, and has saved.
+          RunError: it cannot go on.
+        """
+        total, self.metadata, self.val_row = self.settings.train.steps, metadata, last_evaluation
+        self.already_skipped = int(state.recent.skipped)
+        self.skipped_rows = SkippedRows(self.batches, self.trainer.mesh, saved.get("skipped_rows", 0))
+        self.clock = Clock(self.trainer, self.batches, self.skipped_rows, first, saved)
+        self.last_loss = {"loss": saved["loss"]} if "loss" in saved else {}
+        with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
+            step_function = self._compile(state)
+            # Through the coordinator, which waits: the devices' first exchange gives up (Gloo's after 30 s) where one
+            # process still compiles what another has found in its cache.
+            multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=WEEK)  # the watch ends it before
+        self.clock.restart(first)
+        with self.preemption, on_devices(self.batches, first, total, self.trainer.mesh, self.settings.data.prefetch) as source:
+            source, pending = iter(source), None
+            if saved.get("evaluation_due"):
+                self._evaluate(first, state.params)
+                self._end_if_told(first)
+            for step in range(first + 1, total + 1):
+                with self.watch.phase(f"step {step}", self._deadline(step, first)):
+                    batch = self._next(source, step)
+                    with self.account.spending("steps"):
+                        state, metrics = step_function(state, batch)
+                        before, pending = pending, Pending(step, metrics, batch)
+                        self._finish(before)
+                        self.preemption.may_go_on()
+                if self._skipped_too_many(before):
+                    self._diagnose(step_function, state, pending)
+                if self._pauses_after(step):
+                    with self.watch.phase(f"step {step}", self.guards.step_seconds), self.account.spending("steps"):
+                        self._finish(pending)
+                    pending = None
+                    self._pause(step, state)
+                    self.clock.restart(step)
+                self._end_if_told(step)
+        self._wait_for_save()
 
-@contextmanager
-def _alone_in(run_dir: Location) -> Iterator[None]:
-    """Holds run_dir for this run; the end of its process, in any way, frees it. Raises UserError while another run
-    holds it.
+    def _deadline(self, step: int, first: int) -> float | None:
+        """Seconds; the first two steps may wait for processes that are still compiling."""
+        limits = [self.guards.step_seconds, *([self.guards.compile_seconds] if step <= first + 2 else [])]
+        return None if None in limits else sum(limits)
 
-    A bucket knows no lock that ends with its holder: nothing is held there.
-    """
-    if not distributed.is_main() or is_remote(run_dir):
-        yield
-        return
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / ".lock", "w") as file:
-        if not lock(file):
-            raise UserError(f"run_dir={run_dir}: another `jaxlm train` is at work in it; wait for its end, "
-                            "or choose another run_dir")
-        yield
+    def _compile(self, state: TrainState) -> jax.stages.Compiled:
+        """The step, from a program that `jaxlm train --compile-only` has left, if there is one."""
+        shapes = batch_shapes(self.settings)
+        batch = abstract(shapes, dict.fromkeys(shapes, batch_sharding(self.trainer.mesh)))
+        lowered, folder, ready = self.trainer.step.lower(state, batch), find_programs(self.settings.devices), None
+        with optional("the program that was compiled before is not taken"):
+            ready = folder and executables.load(lowered, self.trainer.mesh, folder)
+        if ready:
+            self.output.progress.print(f"step: compiled before, taken from {folder}")
+        return ready or lowered.compile()
 
+    def _next(self, source: Iterator[Batch], step: int) -> Batch:
+        asked = time.monotonic()
+        with self.account.spending("data_wait"), self.watch.phase(f"waiting for batch {step}"):
+            batch = next(source)
+        self.clock.data_wait += time.monotonic() - asked
+        return batch
 
-def _start_or_resume(run: Run, checkpoints: Checkpoints, own: dict[str, Any]) -> tuple[TrainState, int, dict[str, Any]]:
-    """The newest good checkpoint's state, or a fresh one; the steps already done; what the checkpoint says of
-    itself."""
-    if not checkpoints.steps:
-        return run.trainer.init(run.settings.seed), 0, {}
-    step = checkpoints.choose(None)
-    saved = checkpoints.metadata(step)
-    if saved["corpora"] != own["corpora"] and "data.corpus" not in run.settings.checkpoint.allow:
-        raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
-                        "trained on; set it back, choose another run_dir, or insist with 'checkpoint.allow=[data.corpus]'")
-    refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
-    if step > run.settings.train.steps:
-        raise UserError(f"train.steps={run.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} steps "
-                        "already; expected at least as many, or choose another run_dir")
-    refuse_rise(saved["settings"], run.settings, step, checkpoints.directory)
-    return checkpoints.restore(step, run.trainer), step, saved
+    def _finish(self, pending: Pending | None) -> None:
+        """Waits for a step; writes its row when one is due. The loss is that step's own, times are means since the
+        last row."""
+        if pending is None:
+            return
+        with self.watch.phase(f"waiting for step {pending.step}"):
+            jax.block_until_ready(pending.metrics)
+        self.checkpoints.check()
+        step = pending.step
+        self.clock.tokens.add(pending.metrics)
+        if step % self.settings.logging.every_steps == 0 or step in (1, self.settings.train.steps):
+            values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+            skipped = int(values.pop("skipped_steps"))
+            values = {name: value for name, value in values.items() if name not in ("tokens", "skipped_in_a_row")}
+            values |= ({"skipped_steps": skipped} if skipped else {}) | self.skipped_rows.column(step)
+            self.last_loss = {"loss": values["loss"]}
+            self.output.row(step, self.clock.way(step) | values | self.clock.speed(step))
+            self.account.reached(step, skipped - self.already_skipped)
 
+    # ---- between steps -----------------------------------------------------------------------------------------------
 
-def _describe(run: Run, corpora: Corpora, padding_share: float) -> list[str]:
-    """What a user wants to see before the first step."""
-    settings = run.settings
-    ways = math.prod(run.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))  # a pipeline has one micro-batch in every stage
-    device = run.mesh.devices.flatten()[0]
-    axes = "".join(f", {axis}={size}" for axis, size in run.mesh.shape.items() if size > 1)
-    slow = " and ".join(f"{axis} ({parts})" for axis, parts in crossings(run.mesh).items())
-    batch, length = settings.data.global_batch_size, settings.data.sequence_length
-    accumulation = settings.train.gradient_accumulation
-    lines = [
-        f"{settings.model.family} of {format_count(num_parameters(settings.model))} parameters, {settings.train.precision} "
-        f"compute; {counted(run.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
-        + (f"; between {islands_of(device.platform)}: {slow}" if slow else ""),
-        f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
-        f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} "
-        + (f"slots, {1 - padding_share:.1%} of them tokens" if padding_share >= 0.0005 else "tokens")
-        + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
-        + f", {micro_batch_size(settings) // ways} on each device at a time",
-    ]
-    for corpus, _ in corpora:
-        lines += [f"{corpus.directory}: {corpus.lost}"] if settings.model.family == "gpt" and corpus.loses_text else []
-        lines += corpus.warnings()
-    if settings.model.family == "gpt" and settings.data.packing == "documents" and (
-            start_token(corpora[0][0].tokenizer.special, "documents") is None or not settings.data.start_token):
-        why = "the tokenizer has none" if settings.data.start_token else "data.start_token=false"
-        lines.append(f"documents begin without a start token ({why}): their first token is not learnt, so an empty prompt "
-                     "begins with anything")
-    schedule, rest = settings.schedule, settings.train.steps - (settings.schedule.decay_steps or settings.train.steps)
-    if schedule.name in ("linear", "cosine") and rest and schedule.final_ratio == 0:
-        lines.append(f"WARNING: schedule.decay_steps={schedule.decay_steps}: the last {rest} steps have a learning rate of 0; "
-                     "set schedule.final_ratio, or schedule.decay_steps=null")
-    return lines
+    def _due(self, step: int, interval: int | None) -> bool:
+        return bool(interval) and step % interval == 0
 
+    def _saves_at(self, step: int) -> bool:
+        keep = self.settings.checkpoint
+        return self._due(step, keep.every_steps) or self._due(step, keep.keep_every_steps) or step == self.settings.train.steps
 
-def _metadata(run: Run, corpora: Corpora) -> dict[str, Any]:
-    tokenizer = corpora[0][0].tokenizer
-    return {"settings": to_dict(run.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(run.mesh.shape),
-            "versions": versions()}
+    def _evaluates_at(self, step: int) -> bool:
+        return self.validation is not None and (self._due(step, self.settings.eval.every_steps) or
+                                                step == self.settings.train.steps)
 
+    def _samples_at(self, step: int) -> bool:
+        return self.sample is not None and self._due(step, self.settings.logging.samples_every_steps)
 
-def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:
-    """The evaluation row that a finished run ended with, so that resuming it changes nothing."""
-    rows = [row for row in read_metrics(run_dir) if "val_loss" in row and row["step"] <= step]
-    return rows[-1] if rows else {}
+    def _pauses_after(self, step: int) -> bool:
+        return (self._saves_at(step) or self._evaluates_at(step) or self._due(step, self.guards.compare_every_steps)
+                or self._samples_at(step) or self.preemption.agreed)
 
+    def _pause(self, step: int, state: TrainState) -> None:
+        """Compares, evaluates, shows samples and saves, as far as each is due. A run that was told to stop saves at
+        once."""
+        if self.compare and self._due(step, self.guards.compare_every_steps):
+            self._compare_copies(step, state.params)
+        val_loss = None
+        if self._evaluates_at(step) and not self.preemption.agreed:
+            val_loss = self._evaluate(step, state.params)
+        if self._samples_at(step) and not self.preemption.agreed:
+            with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
+                shows_itself = step == self.settings.train.steps and self.settings.model.family == "gpt"  # when it has ended
+                self.output.samples(step, self.sample(state.params), shown=not shows_itself)
+        if self._saves_at(step) or self.preemption.agreed:
+            cut_short = self._evaluates_at(step) and self.preemption.agreed
+            with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
+                about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
+                about |= self.skipped_rows.column(step) | plain(self.last_loss) | {"tokens": self.clock.tokens.total(step)}
+                about |= {"slots": self.clock.total_slots(step)}
+                self.checkpoints.save(as_saved(state), step, about, val_loss, first=self.output.flush)
+            self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
+            self.account.write()
 
-def _finished_summary(run_dir: Location, steps: int) -> dict[str, Any] | None:
-    """The summary of a run that had ended at `steps` before, with the times it took; None where it had not."""
-    summary = read_summary(run_dir / "summary.json")
-    return summary if summary and summary.get("steps") == steps else None
+    def _evaluate(self, step: int, params: Params) -> float | None:
+        """Writes a row and returns its validation loss; None when it was told to stop meanwhile."""
+        with self.account.spending("evaluation"):
+            row = evaluate_run(
+                self.trainer, params, self.validation, self.corpora, whole=step == self.settings.train.steps,
+                through=lambda source: self.watch.each(
+                    self.preemption.until_agreed(source), f"evaluation after step {step}: batch", self.guards.step_seconds))
+        if self.preemption.agreed:
+            return None
+        self.val_row = row
+        self.output.row(step, self.clock.way(step) | row)
+        return row["val_loss"]
 
+    def _end_if_told(self, step: int) -> None:
+        if self.preemption.agreed:
+            self._wait_for_save()
+            message = f"preempted after step {step}, which is saved; resume with `jaxlm train {self.settings.run_dir}`"
+            raise Preempted(message if self.output.metrics else "", self.preemption.exit_code)
 
-def _summary(run: Run, stepping: Stepping) -> dict[str, Any]:
-    settings, clock = run.settings, stepping.clock
-    times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
-    seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
-    steps = settings.train.steps
-    slots, tokens = clock.total_slots(steps), clock.tokens.total(steps)
-    rows = {"loss": stepping.last_loss, "val_loss": stepping.val_row}
-    losses = plain({name: row[name] for name, row in rows.items() if name in row})
-    slots_per_second = seconds and clock.slots / seconds
-    return plain({
-        "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
-        "diverged": None in losses.values(),
-        "skipped_rows": stepping.skipped_rows.count(steps),
-        "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
-        "mfu": seconds and clock.mfu(seconds),
-        "devices": run.mesh.size, "device_kind": run.mesh.devices.flatten()[0].device_kind, "mesh": dict(run.mesh.shape),
-        "parameters": num_parameters(run.settings.model), "wall_seconds": stepping.account.wall_seconds,
-        "compile_seconds": stepping.account.parts["compile"], "goodput": goodput(settings.run_dir),
-    })
+    def _wait_for_save(self) -> None:
+        with self.account.spending("checkpoint"):
+            self.checkpoints.wait()
 
+    # ---- what went wrong ---------------------------------------------------------------------------------------------
 
-def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
-    """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
-    settings, mesh = lay_mesh(settings)
-    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
-        step = checkpoints.choose(settings.checkpoint.step)
-        saved = checkpoints.metadata(step)
-        corpora = open_evaluated(settings, saved)
-        run = start(resolve(settings, corpora[0][0].tokenizer), mesh)
-        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(run.settings), checkpoints.directory)
-        if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
-            raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
-        validation = make_validation_batches(run.settings, corpora)
-        if validation is None:
-            raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
-        say_which(checkpoints.directory, step)
-        if distributed.is_main():
-            print_line(describe(corpora))
-        return {"step": step} | evaluate_run(run, checkpoints.restore_params(step, run.trainer), validation, corpora, whole=True)
+    def _compare_copies(self, step: int, params: Params) -> None:
+        with self.watch.phase(f"comparing copies after step {step}", self.guards.step_seconds):
+            digests = np.asarray(self.compare(params))
+        params = self.trainer.params
+        different = find_differences(digests, self.trainer.mesh, params.shardings, params.shapes)
+        if different:
+            raise RunError(f"step {step}: copies of the parameters differ, so a device computes or stores wrongly: "
+                           f"{'; '.join(different)}; take it out, and go on from a checkpoint before the fault")
+
+    def _skipped_too_many(self, finished: Pending | None) -> bool:
+        return finished is not None and int(finished.metrics["skipped_in_a_row"]) > self.guards.most_skipped
+
+    def _diagnose(self, step_function: jax.stages.Compiled, state: TrainState, last: Pending) -> None:
+        """Runs the newest step once more, if it was skipped too: nothing has changed since, so it must come to the
+        same numbers.
+
+        Raises:
+          RunError: what it is, and which examples the step had.
+        """
+        in_a_row = int(last.metrics["skipped_in_a_row"])
+        if in_a_row == 0:
+            return
+        loss, norm = float(last.metrics["loss"]), float(last.metrics["grad_norm"])
+        _, again = step_function(state._replace(step=state.step - 1), last.batch)
+        found = (f"step {last.step}: {in_a_row} steps in a row were skipped, the last for its loss of {loss:.4g} and gradient "
+                 f"norm of {norm:.4g}")
+        if int(again["skipped_in_a_row"]) == 0:
+            raise RunError(f"{found}; run once more it came to {float(again['loss']):.4g} and {float(again['grad_norm']):.4g}: a "
+                           "transient fault, most likely of the hardware")
+        examples = self.batches.examples(last.step - 1)
+        path = as_path(self.settings.run_dir) / f"diagnosis-{last.step}.json"
+        if self.output.metrics:
+            write_text(path, "".join(json.dumps(example._asdict()) + "\n" for example in examples))
+        shown = ", ".join(map(str, examples[:SHOWN_EXAMPLES]))
+        raise RunError(f"{found}; the same when run once more: bad data, or a model that has diverged; its {len(examples)} "
+                       f"examples are in {path}, the first: {shown}", exit_code=3)

@@ -3,13 +3,13 @@
 import difflib
 from pathlib import Path
 
-from jaxlm.parallel.distributed import is_main
-from jaxlm.remote import is_remote
-from jaxlm.reporting.files import Location, as_path, names_in
+from jaxlm.checkpoints.manifest import CHECKPOINTS, finished_steps
+from jaxlm.console.progress import print_line
 from jaxlm.reporting.metrics import read_metrics
-from jaxlm.reporting.progress import print_line
+from jaxlm.runtime.processes import is_main
 from jaxlm.settings import Settings
-from jaxlm.training.manifest import CHECKPOINTS, finished_steps
+from jaxlm.storage.files import Location, as_path, names_in
+from jaxlm.storage.remote import is_remote
 
 ALIKE = 0.88  # of two names, by difflib: one letter of eight and more
 

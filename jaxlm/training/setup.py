@@ -13,9 +13,10 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout
+from jaxlm.console.progress import print_line
+from jaxlm.data.batches import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.loading import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
 from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.prepare import prepare
 from jaxlm.data.sequences import start_token
@@ -23,25 +24,16 @@ from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError, printable
 from jaxlm.models.model import Model
-from jaxlm.parallel import distributed, runtime_log
-from jaxlm.parallel.layout import cutting, shrunk
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
-from jaxlm.reporting.files import as_path, exists
-from jaxlm.reporting.progress import print_line
+from jaxlm.parallel.rules import cutting, shrunk
+from jaxlm.runtime import processes, runtime_log
 from jaxlm.settings import Settings, flatten, to_dict
+from jaxlm.storage.files import as_path, exists
 from jaxlm.training.footprint import logits_memory
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
 Corpora = list[tuple[Corpus, float]]
-
-
-class Run(NamedTuple):
-    """A run ready to go: its settings (everything derived filled in), and its functions on the mesh."""
-
-    settings: Settings
-    mesh: Mesh
-    trainer: Trainer
 
 
 def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
@@ -51,8 +43,8 @@ def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
     does not fit.
     """
     runtime_log.divert(settings)
-    devices = distributed.initialize(settings.devices)
-    distributed.refuse_differences(flatten(to_dict(settings)))
+    devices = processes.initialize(settings.devices)
+    processes.refuse_differences(flatten(to_dict(settings)))
     if settings.mesh.elastic:
         smaller, times = shrunk(settings.mesh, len(devices))
         train = dataclasses.replace(settings.train, gradient_accumulation=times * settings.train.gradient_accumulation)
@@ -63,11 +55,11 @@ def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
     return settings, mesh
 
 
-def start(settings: Settings, mesh: Mesh) -> Run:
+def start(settings: Settings, mesh: Mesh) -> Trainer:
     """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`)."""
     device = mesh.devices.flat[0]
     memory = logits_memory(settings, mesh.shape, device.platform, device.device_kind)
-    return Run(settings, mesh, make_trainer(Model(settings.model, settings.train, memory), settings, mesh))
+    return make_trainer(Model(settings.model, settings.train, memory), settings, mesh)
 
 
 def dropless(settings: Settings) -> Settings:
@@ -102,7 +94,7 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
     if is_new:
         check_given_tokenizer(settings)
     corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
-    if distributed.place()[0] == 0:
+    if processes.place()[0] == 0:
         for line in (corpus.notes if notes else []) if is_new else changes(corpus, settings.data):
             print_line(printable(f"note: {line}"))
     return [(corpus, 1.0)]

@@ -7,16 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model, Params
 from jaxlm.models.sizes import attention_dropout_rate
+from jaxlm.parallel.layout import Layout, on_host, reorder_layers
 from jaxlm.parallel.pipeline import layer_order
 from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
-from jaxlm.training.guards import Recent, is_good, nothing_yet, remembered
+from jaxlm.safety.guards import Recent, is_good, nothing_yet, remembered
+from jaxlm.settings import Settings
 from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
 
 Batch = dict[str, jax.Array]
@@ -33,21 +34,32 @@ class TrainState(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The compiled run's functions and the layout of its state on a mesh."""
+    """A run ready to go: its settings, everything derived filled in, and its functions on the mesh."""
 
+    settings: Settings
     model: Model
-    mesh: Mesh
+    layout: Layout  # of the whole state, a TrainState
     init: Callable[[int], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # jitted; donates the state
     evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted; experts drop nothing
-    state_shardings: TrainState
-    state_shapes: TrainState
-    state_axes: TrainState
-    layer_order: np.ndarray  # which layer stands in each slot of the stack
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.layout.mesh
+
+    @property
+    def params(self) -> Layout:
+        """The layout of the parameters alone."""
+        return self.layout.part(lambda state: state.params)
+
+    @property
+    def saved(self) -> Layout:
+        """The layout of the state as checkpoints have it."""
+        return self.layout.part(as_saved)
 
 
-def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
-    """Builds the state's layout, its initializer and the two steps for `settings` (jaxlm.settings.Settings) on `mesh`.
+def make_trainer(model: Model, settings: Settings, mesh: Mesh) -> Trainer:
+    """Builds the state's layout, its initializer and the two steps for `settings` on `mesh`.
 
     Call the results under `jax.set_mesh(mesh)`.
     """
@@ -65,29 +77,28 @@ def make_trainer(model: Model, settings: Any, mesh: Mesh) -> Trainer:
     dropless = model
     if settings.model.capacity_factor is not None:  # a token's loss must not depend on the batch that it is measured in
         dropless = Model(dataclasses.replace(settings.model, capacity_factor=None), settings.train, model.logits_memory)
-    layout = on_device = shardings(mesh, axes)
-    shapes = jax.eval_shape(init, 0)
+    layout = Layout(mesh, axes, jax.eval_shape(init, 0), shardings(mesh, axes), order)
+    step = _train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1, layout.shardings.optimizer)
     if settings.optimizer.offload:
-        layout = layout._replace(optimizer=jax.tree.map(_on_host, layout.optimizer, shapes.optimizer))
-    step = _train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1, on_device.optimizer)
+        moved = jax.tree.map(on_host, layout.shardings.optimizer, layout.shapes.optimizer)
+        layout = layout._replace(shardings=layout.shardings._replace(optimizer=moved))
     return Trainer(
-        model, mesh,
-        init=jax.jit(init, out_shardings=layout),
-        step=jax.jit(model.traced(step), donate_argnums=0, out_shardings=(layout, None)),
-        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_sums, dropless), 1))),
-        state_shardings=layout, state_shapes=shapes, state_axes=axes, layer_order=order)
+        settings, model, layout,
+        init=jax.jit(init, out_shardings=layout.shardings),
+        step=jax.jit(model.traced(step), donate_argnums=0, out_shardings=(layout.shardings, None)),
+        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_sums, dropless), 1))))
 
 
-def _on_host(sharding: NamedSharding, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-    """The same in the host's memory; counters stay where they are."""
-    return sharding.with_memory_kind("pinned_host") if leaf.ndim else sharding
+def as_saved(state: TrainState) -> dict[str, Any]:
+    """A state, or a tree that mirrors one, as checkpoints have it."""
+    return {"params": state.params, "optimizer": state.optimizer,
+            "clock": {"step": state.step, "key": state.key, "recent": state.recent._asdict()}}
 
 
-def reorder_layers(tree: Any, axes: Any, order: np.ndarray) -> Any:
-    """Slot i of every stacked array gets what was in slot `order[i]`. `axes` mirrors `tree`."""
-    if (order == np.arange(len(order))).all():
-        return tree
-    return jax.tree.map(lambda leaf, axes: leaf[order] if axes.names[:1] == ("layers",) else leaf, tree, axes)
+def from_saved(tree: dict[str, Any]) -> TrainState:
+    """The inverse of `as_saved`."""
+    clock = tree["clock"]
+    return TrainState(clock["step"], clock["key"], tree["params"], tree["optimizer"], Recent(**clock["recent"]))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -95,8 +106,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec("batch"))
 
 
-def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Any, pipelined: bool,
-                on_device: Any) -> Callable:
+def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule: optax.Schedule, settings: Settings,
+                pipelined: bool, on_device: Any) -> Callable:
     """The step. `on_device`: where the optimizer's state lies while it is used."""
     clip_norm = settings.optimizer.clip_norm
     has_dropout = bool(settings.model.dropout or attention_dropout_rate(settings.model))

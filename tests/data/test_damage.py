@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from jaxlm.data import corpus as corpus_module
+from jaxlm.data.batches import iterate, training_batches, validation_batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.damage import DamagedData
-from jaxlm.data.loading import iterate, training_batches, validation_batches
 from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.prepare import prepare
 from jaxlm.data.shards import BLOCK_TOKENS

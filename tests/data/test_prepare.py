@@ -22,7 +22,7 @@ import pytest
 from jaxlm.data import sources, stages
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.prepare import prepare
-from jaxlm.data.work import exclusive, remove_exclusive
+from jaxlm.data.workers import exclusive, remove_exclusive
 from jaxlm.errors import UserError
 from jaxlm.settings import CleaningSettings, DataSettings
 

@@ -27,11 +27,11 @@ from harness import (
 )
 from object_servers import failing_bucket
 
+from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.checkpoints.manifest import finished_steps
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import read_bytes, sizes_below, write_bytes
 from jaxlm.reporting.metrics import read_metrics
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.manifest import finished_steps
+from jaxlm.storage.files import read_bytes, sizes_below, write_bytes
 
 NO_TRACEBACK = "Traceback (most recent call last)"
 

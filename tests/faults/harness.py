@@ -18,9 +18,9 @@ import numpy as np
 import yaml
 from orbax.checkpoint import v1 as ocp
 
+from jaxlm.checkpoints.manifest import finished_steps
 from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.metrics import read_metrics
-from jaxlm.training.manifest import finished_steps
 
 TIMES = ("time", "tokens_per_second", "slots_per_second", "step_seconds", "data_wait_seconds", "mfu")
 INJECTED = Path(__file__).parent / "injected"

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 from unittest import mock
 
-from jaxlm import remote
+from jaxlm.storage import remote
 
 # refused (500, 503), the connection reset before the request is done or after it is, and an answer that breaks off
 # half-way

@@ -10,10 +10,10 @@ from breaking import a_run_in_a_bucket_is_the_run_in_a_folder
 from harness import write_workload
 from object_servers import FailingProxy, failing_bucket
 
-from jaxlm import remote
 from jaxlm.data.sources import find_sources
 from jaxlm.errors import RunError, UserError
-from jaxlm.reporting.files import (
+from jaxlm.storage import remote
+from jaxlm.storage.files import (
     as_path,
     delete,
     exists,
@@ -73,8 +73,8 @@ def test_a_bucket_that_is_not_there_is_bad_input(bucket):
 @pytest.mark.parametrize("bucket", ["gs"], indirect=True)
 def test_what_is_repeated_shows_no_traceback(bucket):
     client = "logging.getLogger('gcsfs').error('out of retries', exc_info=OSError('reset'))"
-    done = subprocess.run([sys.executable, "-c", f"import logging; from jaxlm import remote; remote.file_system('gs'); {client}"],
-                          capture_output=True, text=True)
+    code = f"import logging; from jaxlm.storage import remote; remote.file_system('gs'); {client}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxlm.generation import sampling
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.planning.compilation import trace_step
+from jaxlm.planning.lowering import trace_step
+from jaxlm.serving import sampling
 from jaxlm.settings import GenerateSettings, MeshSettings, ModelSettings, Settings
 from jaxlm.training.setup import start
 
@@ -99,10 +99,10 @@ def test_evaluation_is_float32():
     settings = settings_of(RUNS["gpt"])
     mesh = mesh_of(settings)
     with jax.set_mesh(mesh):
-        run = start(settings, mesh)
+        trainer = start(settings, mesh)
         rows = {"tokens": jnp.int32, "targets": jnp.int32, "loss_mask": bool, "segment_ids": jnp.int32, "positions": jnp.int32}
         batch = {name: jax.ShapeDtypeStruct((8, LENGTH), kind) for name, kind in rows.items()}
-        found = list(products(run.trainer.evaluate.trace(run.trainer.state_shapes.params, batch).jaxpr))
+        found = list(products(trainer.evaluate.trace(trainer.layout.shapes.params, batch).jaxpr))
     assert len(found) > 5 and coarse(found) == []
 
 
@@ -141,7 +141,7 @@ def test_it_stands_in_what_their_compilers_are_given(platform):
 PROGRAM = """
 import sys
 from jaxlm import config
-from jaxlm.planning.compilation import compile_step, lay
+from jaxlm.planning.lowering import compile_step, lay
 from jaxlm.planning.targets import find_target
 settings, target = config.load(sys.argv[2], sys.argv[3:]), find_target(sys.argv[1])
 sys.stdout.write(compile_step(settings, lay(settings, target)[0]).as_text())

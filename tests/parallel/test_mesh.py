@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from jaxlm.errors import UserError
-from jaxlm.parallel.layout import across, shrunk
 from jaxlm.parallel.mesh import crossings, islands_of, make_mesh
+from jaxlm.parallel.rules import across, shrunk
 from jaxlm.settings import AXES, MeshSettings
 
 

@@ -38,7 +38,7 @@ def test_the_topology_says_which_sides_close(name, monkeypatch):
 PROGRAM = """
 import sys
 from jaxlm import config
-from jaxlm.planning.compilation import compile_step, lay
+from jaxlm.planning.lowering import compile_step, lay
 from jaxlm.planning.targets import find_target
 settings = config.load(sys.argv[1], sys.argv[2:])
 sys.stdout.write(compile_step(settings, lay(settings, find_target("v5p:4x4x4"))[0]).as_text())

@@ -13,10 +13,10 @@ import pytest
 from jaxlm import cli, config
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.chips import CHIPS
-from jaxlm.planning.compilation import compile_step
-from jaxlm.planning.estimate import estimated_plan
+from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.flops import executed_flops
 from jaxlm.planning.hlo import parse
+from jaxlm.planning.lowering import compile_step
 from jaxlm.planning.names import Names, names_of
 from jaxlm.planning.plan import Collective, masked_flops, model_flops
 from jaxlm.planning.roofline import network_of_mesh, network_of_sizes, roofline

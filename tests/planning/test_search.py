@@ -8,8 +8,8 @@ import pytest
 
 from jaxlm import cli, config
 from jaxlm.errors import UserError
-from jaxlm.planning import compiled, devices, search
-from jaxlm.planning.estimate import estimated_plan
+from jaxlm.planning import compiled_plan, devices, search
+from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.targets import find_target
 from jaxlm.settings import AXES, DataSettings, MeshSettings, ModelSettings, Settings, TrainSettings
 
@@ -28,7 +28,7 @@ def by_arithmetic(monkeypatch):
         asked.append(settings)
         return estimated_plan(settings, target)._replace(compile_seconds=1.0)
 
-    monkeypatch.setattr(compiled, "compiled_plan", plan)
+    monkeypatch.setattr(compiled_plan, "compiled_plan", plan)
     monkeypatch.setattr(devices, "devices_of", lambda target: None)
     return asked
 
@@ -68,7 +68,7 @@ def test_a_mesh_that_the_target_cannot_hold_is_left_out(by_arithmetic):
 
 
 def test_what_the_compiler_refuses_comes_last(monkeypatch, by_arithmetic):
-    plan = compiled.compiled_plan
+    plan = compiled_plan.compiled_plan
 
     def refuse_the_first(settings, target):
         made = plan(settings, target)
@@ -76,7 +76,7 @@ def test_what_the_compiler_refuses_comes_last(monkeypatch, by_arithmetic):
             raise UserError("does not fit: too much")
         return made
 
-    monkeypatch.setattr(compiled, "compiled_plan", refuse_the_first)
+    monkeypatch.setattr(compiled_plan, "compiled_plan", refuse_the_first)
     choices = search.search(SETTINGS, NODE, report=lambda line: None)
     assert choices[-1].note == "does not fit: too much" and choices[0].note.startswith("fastest")
 

@@ -8,9 +8,9 @@ import pytest
 
 from jaxlm import cli
 from jaxlm.errors import RunError
-from jaxlm.planning import compiled, devices, versions
-from jaxlm.planning.compilation import DoesNotFit
-from jaxlm.planning.compilation import compiled as compile_lowered
+from jaxlm.planning import compiled_plan, devices, versions
+from jaxlm.planning.lowering import DoesNotFit
+from jaxlm.planning.lowering import compiled as compile_lowered
 
 RET_CHECK = "INTERNAL: RET_CHECK failure (platforms/xla/service/jellyfish/x.cc:1) async-update\n*** begin stack ***\nmore"
 ASKED = ['libtpu==0.0.42.*; extra == "tpu"', 'jax-cuda13-plugin[with-cuda]<=0.10.2,>=0.10.2; extra == "cuda13"', "numpy>=2"]
@@ -86,13 +86,13 @@ def test_what_the_compiler_refuses_shows_the_whole_table(monkeypatch, tmp_path, 
     def refuse(settings, target):
         raise DoesNotFit(OOM)
 
-    monkeypatch.setattr(compiled, "compile_program", refuse)
+    monkeypatch.setattr(compiled_plan, "compile_program", refuse)
     (tmp_path / "run.yaml").write_text("model: {vocab_size: 1000, hidden_size: 128, num_heads: 2}")
     assert cli.main(["plan", str(tmp_path / "run.yaml"), "--target", "v5e:2x2", "data.global_batch_size=8"]) == 0
     out = capsys.readouterr().out
     for words in ("the compiler refuses", "DOES NOT FIT, 14.2", "what helps", "memory of a device", "sent by a device", "MFU"):
         assert words in out
-    plan = compiled.compiled_plan(*settings_and_target(tmp_path))
+    plan = compiled_plan.compiled_plan(*settings_and_target(tmp_path))
     assert plan.fits is False and plan.memory.total == plan.memory.arguments + 30 * 2**30
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxlm.reporting.files import write_json
 from jaxlm.reporting.metrics import MetricsWriter, read_metrics
+from jaxlm.storage.files import write_json
 
 
 def fill(run_dir, steps, resume_step=0, **options):

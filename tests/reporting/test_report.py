@@ -5,10 +5,10 @@ import yaml
 from rich.console import Console
 
 from jaxlm.errors import UserError
-from jaxlm.reporting.files import write_json
 from jaxlm.reporting.metrics import MetricsWriter
 from jaxlm.reporting.report import compare, fitted, write_report
 from jaxlm.reporting.runs import read_run
+from jaxlm.storage.files import write_json
 
 SUMMARY = {"steps": 40, "tokens": 40 * 8 * 16, "val_loss": 2.25, "tokens_per_second": 1234.5, "mfu": None, "devices": 8,
            "device_kind": "cpu",

@@ -14,12 +14,12 @@ import pytest
 import yaml
 
 from jaxlm import cli, config
+from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.models.model import Model
-from jaxlm.parallel import distributed
 from jaxlm.parallel.mesh import make_mesh
+from jaxlm.runtime import processes
 from jaxlm.settings import MeshSettings
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.step import Trainer, TrainState, make_trainer
+from jaxlm.training.step import Trainer, TrainState, from_saved, make_trainer
 
 NUM_DOCUMENTS, ROWS, LENGTH = 300, 8, 32
 
@@ -55,7 +55,7 @@ def run_file(folder: Path) -> Path:
 @pytest.fixture
 def devices_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """devices.count of this process's eight devices are used; a backend starts only once."""
-    monkeypatch.setattr(distributed, "initialize", lambda settings: jax.devices()[: settings.count or 1])
+    monkeypatch.setattr(processes, "initialize", lambda settings: jax.devices()[: settings.count or 1])
 
 
 @pytest.fixture
@@ -97,6 +97,6 @@ def restore() -> Callable[..., tuple[Trainer, TrainState]]:
         settings = config.load(run_dir)
         trainer = make_trainer(Model(settings.model, settings.train), settings, make_mesh(MeshSettings(), jax.devices()[:1]))
         with Checkpoints(run_dir) as checkpoints:
-            return trainer, checkpoints.restore(checkpoints.choose(None), trainer)
+            return trainer, from_saved(checkpoints.restore(checkpoints.choose(None), trainer.saved))
 
     return restore_one

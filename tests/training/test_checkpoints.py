@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from jaxlm import config
+from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
+from jaxlm.parallel.layout import reorder_layers
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.reporting.files import sizes_below
+from jaxlm.safety.guards import nothing_yet
 from jaxlm.settings import CheckpointSettings, MeshSettings, OptimizerSettings, Settings, TrainSettings, to_dict
-from jaxlm.training.checkpoints import FIXED_KEYS, MODEL_KEYS, Checkpoints, refuse_changes
-from jaxlm.training.guards import nothing_yet
-from jaxlm.training.step import TrainState, make_trainer, reorder_layers
+from jaxlm.storage.files import sizes_below
+from jaxlm.training.changes import FIXED_KEYS, MODEL_KEYS, refuse_changes
+from jaxlm.training.step import TrainState, as_saved, from_saved, make_trainer
 
 VAL_LOSSES = {2: 5.0, 4: 1.0, 6: None, 8: 3.0, 10: float("nan"), 12: 4.0, 14: 2.0, 16: 9.0}
 
@@ -36,7 +38,7 @@ def test_the_newest_the_regular_and_the_best_are_kept(tmp_path, keep, kept):
     for some in ([2, 4, 6, 8], [10, 12, 14, 16]):  # the second time as a run that goes on
         with Checkpoints(tmp_path, keep) as checkpoints:
             for step in some:
-                checkpoints.save(small_state(step), step, {"tokenizer": {"é": [1, None]}}, VAL_LOSSES[step])
+                checkpoints.save(as_saved(small_state(step)), step, {"tokenizer": {"é": [1, None]}}, VAL_LOSSES[step])
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == kept
         assert checkpoints.choose(None) == 16
@@ -49,7 +51,7 @@ def test_what_was_made_to_stay_stays_whatever_a_later_start_keeps(tmp_path):
     for keep, some in ((CheckpointSettings(keep_every_steps=6), [4, 6]), (CheckpointSettings(keep_last=1, keep_best=0), [8, 10])):
         with Checkpoints(tmp_path, keep) as checkpoints:
             for step in some:
-                checkpoints.save(small_state(step), step, {"settings": to_dict(Settings(checkpoint=keep))}, None)
+                checkpoints.save(as_saved(small_state(step)), step, {"settings": to_dict(Settings(checkpoint=keep))}, None)
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == [6, 10]
 
@@ -70,7 +72,7 @@ def test_reading_needs_a_folder_and_a_checkpoint(tmp_path):
 def save_two(run_dir: Path) -> None:
     with Checkpoints(run_dir, CheckpointSettings()) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(small_state(step), step, {}, None)
+            checkpoints.save(as_saved(small_state(step)), step, {}, None)
 
 
 def test_a_turned_bit_in_any_file_is_noticed_and_the_one_before_taken(tmp_path, capsys):
@@ -104,7 +106,7 @@ def test_where_none_is_good_each_is_named(tmp_path):
 def test_saving_does_not_wait_for_the_state_to_stay(tmp_path):
     state = small_state(1)
     with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
-        checkpoints.save(state, 1, {}, None)
+        checkpoints.save(as_saved(state), 1, {}, None)
         state.params["kernel"].delete()  # as the step does, which donates its state
     with Checkpoints(tmp_path) as checkpoints:
         loaded = checkpoints._load(1, {"params": None})["params"]
@@ -190,16 +192,16 @@ def test_a_checkpoint_of_any_mesh_restores_on_any_other(tmp_path, models):
         trainer = make_trainer(Model(settings.model, settings.train), settings, mesh)
         runs[name] = trainer, {"settings": to_dict(settings), "mesh": dict(mesh.shape)}
     random = np.random.default_rng(0)
-    shapes, axes = runs["one"][0].state_shapes, runs["one"][0].state_axes
+    shapes, axes = runs["one"][0].layout.shapes, runs["one"][0].layout.axes
     numbers = jax.tree.map(lambda leaf: random.integers(0, 1000, leaf.shape).astype(leaf.dtype), shapes)
     for name, (trainer, metadata) in runs.items():
-        state = jax.device_put(reorder_layers(numbers, axes, trainer.layer_order), trainer.state_shardings)
+        state = jax.device_put(reorder_layers(numbers, axes, trainer.layout.layer_order), trainer.layout.shardings)
         with Checkpoints(tmp_path / name, CheckpointSettings()) as checkpoints:
-            checkpoints.save(state, 1, metadata, None)
+            checkpoints.save(as_saved(state), 1, metadata, None)
         with Checkpoints(tmp_path / name) as checkpoints:
             for other, _ in runs.values():
-                restored = checkpoints.restore(1, other)
-                want = reorder_layers(numbers, axes, other.layer_order)
-                for got, leaf, sharding in zip(*map(jax.tree.leaves, (restored, want, other.state_shardings)), strict=True):
+                restored = from_saved(checkpoints.restore(1, other.saved))
+                want = reorder_layers(numbers, axes, other.layout.layer_order)
+                for got, leaf, sharding in zip(*map(jax.tree.leaves, (restored, want, other.layout.shardings)), strict=True):
                     assert got.sharding == sharding
                     np.testing.assert_array_equal(got, leaf)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from jaxlm import config
+from jaxlm.data.batches import training_batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.loading import training_batches
 from jaxlm.reporting.metrics import read_metrics
 
 SHARD_TOKENS, STEPS, ROWS = 1000, 12, 8

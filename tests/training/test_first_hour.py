@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from test_loop import evaluations, surprise, windows
+from test_run import evaluations, surprise, windows
 
 from jaxlm import config
 from jaxlm.command_line import parse

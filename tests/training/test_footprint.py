@@ -7,8 +7,8 @@ import jax.extend
 import pytest
 
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.planning.compilation import trace_step
-from jaxlm.planning.estimate import head_of, share_of
+from jaxlm.planning.estimated_plan import head_of, share_of
+from jaxlm.planning.lowering import trace_step
 from jaxlm.planning.targets import find_target
 from jaxlm.reporting import hardware
 from jaxlm.settings import AXES, MeshSettings, ModelSettings, Settings

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from test_step import TARGETS, line, line_settings
 
+from jaxlm.safety.guards import LEAST, WINDOW, is_good, nothing_yet, remembered
 from jaxlm.settings import GuardSettings
-from jaxlm.training.guards import LEAST, WINDOW, is_good, nothing_yet, remembered
 
 BAD = {"nan": np.nan, "infinite": np.inf, "overflowing": 1e30}  # the square of the last is no float32
 

@@ -18,13 +18,14 @@ import pytest
 from matplotlib import image
 
 from jaxlm import config
+from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.console.units import format_scientific
+from jaxlm.data.batches import training_batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.loading import training_batches
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.reporting.report import write_report
-from jaxlm.reporting.units import format_scientific
 from jaxlm.settings import (
     CheckpointSettings,
     ModelSettings,
@@ -35,11 +36,10 @@ from jaxlm.settings import (
     to_dict,
 )
 from jaxlm.training.changes import refuse_rise
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.loop import train
 from jaxlm.training.origin import origin_of
+from jaxlm.training.run import train
 from jaxlm.training.setup import on_devices
-from jaxlm.training.step import make_trainer
+from jaxlm.training.step import as_saved, from_saved, make_trainer
 
 TIMES = ("time", "tokens_per_second", "slots_per_second", "step_seconds", "data_wait_seconds")
 STEPS = 60
@@ -229,13 +229,13 @@ def test_weight_decay_may_come_and_go(name, before, after, meshes, tmp_path):
         own = replace(settings, optimizer=replace(settings.optimizer, weight_decay=decay))
         trainers.append(make_trainer(Model(model, own.train), own, meshes["one"]))
     draw = np.random.default_rng(0)
-    state = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(leaf.dtype), trainers[0].state_shapes)
-    state = jax.device_put(state, trainers[0].state_shardings)
+    state = jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(leaf.dtype), trainers[0].layout.shapes)
+    state = jax.device_put(state, trainers[0].layout.shardings)
     with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
-        checkpoints.save(state, 2, {"settings": to_dict(settings), "mesh": {}}, None)
+        checkpoints.save(as_saved(state), 2, {"settings": to_dict(settings), "mesh": {}}, None)
     with Checkpoints(tmp_path) as checkpoints:
-        restored = checkpoints.restore(2, trainers[1])
-    assert jax.tree.structure(restored) == jax.tree.structure(trainers[1].state_shapes)
+        restored = from_saved(checkpoints.restore(2, trainers[1].saved))
+    assert jax.tree.structure(restored) == jax.tree.structure(trainers[1].layout.shapes)
     for got, want in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
         np.testing.assert_array_equal(got, want)
 
@@ -246,12 +246,12 @@ def test_another_rules_state_is_refused_by_its_arrays(meshes, tmp_path):
     settings = Settings(model=model, optimizer=OptimizerSettings(name="sgd"), train=TrainSettings(steps=4))
     sgd = make_trainer(Model(model, settings.train), settings, meshes["one"])
     adam = replace(settings, optimizer=replace(settings.optimizer, name="adamw"))
-    state = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), sgd.state_shapes), sgd.state_shardings)
+    state = jax.device_put(jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), sgd.layout.shapes), sgd.layout.shardings)
     with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
-        checkpoints.save(state, 2, {"settings": to_dict(settings), "mesh": {}}, None)
+        checkpoints.save(as_saved(state), 2, {"settings": to_dict(settings), "mesh": {}}, None)
     message = r"2: not a checkpoint of this model \(its optimizer has"
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(UserError, match=message):
-        checkpoints.restore(2, make_trainer(Model(model, adam.train), adam, meshes["one"]))
+        checkpoints.restore(2, make_trainer(Model(model, adam.train), adam, meshes["one"]).saved)
 
 
 def continued(folder: Path, run_file: Path, name: str, before: list[str], after: list[str]) -> Path:

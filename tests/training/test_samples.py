@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from jaxlm import config
+from jaxlm.data.batches import validation_batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.loading import validation_batches
-from jaxlm.generation.sampling import generate_from_run
 from jaxlm.models.layers import Context
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.serving.sampling import generate_from_run
 
 BERT = ("model.family=bert", "model.vocab_size=40", "data.tokenizer=wordpiece")
 GREEDY = ("generate.temperature=0", "generate.prompts=[ba, cab]")

@@ -28,10 +28,10 @@ def settings_for(model, **train):
 def start(trainer, params, seed=0):
     """A state with these parameters, laid out on the trainer's mesh. Made without `trainer.init`, which takes long
     to compile."""
-    zeros = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), trainer.state_shapes)
+    zeros = jax.tree.map(lambda shape: np.zeros(shape.shape, shape.dtype), trainer.layout.shapes)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     own = jax.tree.map(np.array, params)  # a copy, because the step eats its state
-    return jax.device_put(zeros._replace(key=key, params=own), trainer.state_shardings)
+    return jax.device_put(zeros._replace(key=key, params=own), trainer.layout.shardings)
 
 
 def run(settings, mesh, params, batches):

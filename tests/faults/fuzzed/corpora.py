@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from fuzzed.damage import FILE_DAMAGES, SCALARS, VALUES, Damage, apply, damages
 from fuzzed.world import World, call, command, tree
+from jaxlm.data.batches import training_batches, validation_batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.data.loading import training_batches, validation_batches
 from jaxlm.settings import DataSettings
 
 # ------------------------------------------------------------------------------------------------------------- raw text

@@ -121,7 +121,7 @@ def change_json(path: Path, other: Path, where: int, value: Any, sign: bool = Fa
 
 
 def encoded(value: Any) -> bytes:
-    """As jaxlm.training.manifest writes it."""
+    """As jaxlm.checkpoints.manifest writes it."""
     return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 

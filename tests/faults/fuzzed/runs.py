@@ -13,9 +13,9 @@ from fuzzed.damage import FILE_DAMAGES, HOW, VALUES, Damage, apply, damages
 from fuzzed.run_files import KEYS, SECTIONS
 from fuzzed.world import World, call, command, tree
 from jaxlm import config
+from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.checkpoints.manifest import finished_steps
 from jaxlm.reporting.goodput import goodput
-from jaxlm.training.checkpoints import Checkpoints
-from jaxlm.training.manifest import finished_steps
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 

@@ -16,7 +16,7 @@ import yaml
 
 from jaxlm import cli
 from jaxlm.errors import RunError, UserError
-from jaxlm.parallel import distributed
+from jaxlm.runtime import processes
 
 PATIENCE = 60  # seconds: what takes longer hangs
 LONGEST = 2000  # characters of a line that a person would read
@@ -64,7 +64,7 @@ def command(*arguments: Any) -> Ending:
     traceback. Its streams are as strict with text that cannot be encoded as those of a real process."""
     out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors) for errors in ("strict", "backslashreplace"))
     # A backend starts only once in a process: every command takes the first of its devices.
-    here = mock.patch.object(distributed, "initialize", lambda settings: jax.devices()[:1])
+    here = mock.patch.object(processes, "initialize", lambda settings: jax.devices()[:1])
     with in_time(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), here:
         code = cli.main([str(argument) for argument in arguments])
         out.flush()

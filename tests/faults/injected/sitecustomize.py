@@ -76,14 +76,14 @@ def hurry(supervisor):
     supervisor.LONGEST_PAUSE = FAULTS["longest_pause"]
 
 
-def break_it(stepping):
+def break_it(loop):
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from jaxlm.models.model import Model
 
-    plain_next, plain_shapes, plain_bind = stepping.Stepping._next, stepping.batch_shapes, Model.bind
+    plain_next, plain_shapes, plain_bind = loop.Loop._next, loop.batch_shapes, Model.bind
     steps = set(FAULTS.get("steps", ()))
 
     def factor(batch, value, only_one_row=False):
@@ -146,7 +146,7 @@ def break_it(stepping):
         batch = last.batch | {"factor": factor(last.batch, 1.0)} if FAULTS.get("transient") else last.batch
         return plain_diagnose(self, step_function, state, last._replace(batch=batch))
 
-    plain_diagnose, plain_pause = stepping.Stepping._diagnose, stepping.Stepping._pause
+    plain_diagnose, plain_pause = loop.Loop._diagnose, loop.Loop._pause
 
     def pause(self, step, state):
         if "corrupt" in FAULTS and step in steps:
@@ -164,17 +164,17 @@ def break_it(stepping):
             pieces.append(jax.device_put(data, shard.device))
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
 
-    stepping.Stepping._next, stepping.batch_shapes = next_batch, shapes
-    stepping.Stepping._diagnose, stepping.Stepping._pause = diagnose, pause
+    loop.Loop._next, loop.batch_shapes = next_batch, shapes
+    loop.Loop._diagnose, loop.Loop._pause = diagnose, pause
     if "nan" in FAULTS or "spike" in FAULTS:
         Model.bind = lambda self, params: Broken(plain_bind(self, params))
 
 
 CHANGES = {"jax._src.compiler": keep_all_programs}
 if "phases" in FAULTS:
-    CHANGES["jaxlm.training.watch"] = tell_phases
+    CHANGES["jaxlm.safety.watch"] = tell_phases
 if "longest_pause" in FAULTS:
-    CHANGES["jaxlm.training.supervisor"] = hurry
+    CHANGES["jaxlm.safety.supervisor"] = hurry
 if FAULTS.keys() - {"phases", "longest_pause"}:
-    CHANGES["jaxlm.training.stepping"] = break_it
+    CHANGES["jaxlm.training.loop"] = break_it
 sys.meta_path[:0] = [Patched(name, change) for name, change in CHANGES.items()]

@@ -1,0 +1,318 @@
+"""`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.console.progress import TrainingProgress, optional, print_line
+from jaxlm.console.units import counted, format_count
+from jaxlm.data.sequences import start_token
+from jaxlm.errors import LostProcess, RunError, UserError, reason
+from jaxlm.models.sizes import num_parameters
+from jaxlm.parallel.mesh import crossings, islands_of
+from jaxlm.reporting.goodput import Account, goodput
+from jaxlm.reporting.metrics import MetricsWriter, read_metrics
+from jaxlm.reporting.plots import plot_loss
+from jaxlm.reporting.report import write_report
+from jaxlm.reporting.runs import read_summary
+from jaxlm.runtime import processes, runtime_log
+from jaxlm.safety.watch import Watch
+from jaxlm.settings import Settings, dump, to_dict
+from jaxlm.storage.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
+from jaxlm.storage.remote import is_remote
+from jaxlm.training.changes import (
+    FIXED_KEYS,
+    MODEL_KEYS,
+    START_KEY,
+    check_allowed,
+    describe_change,
+    find_changes,
+    refuse_changes,
+    refuse_rise,
+)
+from jaxlm.training.evaluated_text import describe, open_evaluated
+from jaxlm.training.evaluation import evaluate_run
+from jaxlm.training.loop import Loop, Output, Sampler
+from jaxlm.training.origin import origin_of, say_which
+from jaxlm.training.setup import (
+    Corpora,
+    check_corpora,
+    lay_mesh,
+    make_validation_batches,
+    micro_batch_size,
+    open_corpora,
+    resolve,
+    start,
+)
+from jaxlm.training.step import Trainer, TrainState, from_saved
+
+SamplerMaker = Callable[[Trainer, Corpora], Sampler | None]
+
+
+def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[str, Any]:
+    """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see
+    summary.json).
+
+    Args:
+      settings: of the run.
+      make_sampler: what logging.samples_every_steps is to show; for example jaxlm.serving.samples.make_sampler.
+
+    Raises:
+      UserError: the input is wrong; nothing has been written then.
+      RunError: it cannot go on, for a reason outside the input.
+      Preempted: it was told to stop, and has saved.
+    """
+    account = Account(_process_start())
+    check_folder(settings.run_dir, "run_dir")
+    check_allowed(settings.checkpoint.allow)
+    if settings.checkpoint.step is not None:
+        raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
+                        "is for `evaluate` and `generate`")
+    guards = settings.guards
+    if processes.is_one_of_several(settings.devices):
+        make_folder(settings.run_dir)
+        runtime_log.divert(settings)
+    with Watch(settings.run_dir, (guards.start_seconds, guards.step_seconds, guards.save_seconds)) as watch:
+        watch.one_of(*processes.place())
+        with watch.phase("joining the other processes", guards.start_seconds):
+            laid, mesh = lay_mesh(settings)
+        watch.one_of(jax.process_index(), jax.process_count())
+        with watch.phase("opening the corpus"):
+            corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
+        trainer = start(resolve(laid, corpora[0][0].tokenizer), mesh)
+        # as they were before they followed the devices
+        given = dataclasses.replace(trainer.settings, mesh=settings.mesh, train=settings.train)
+        saving = functools.partial(watch.phase, seconds=guards.save_seconds)
+        with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
+              Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
+            sample = make_sampler(trainer, corpora) if make_sampler and settings.logging.samples_every_steps else None
+            return _run(trainer, given, corpora, checkpoints, watch, account, sample)
+
+
+def _run(trainer: Trainer, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account,
+         sample: Sampler | None) -> dict[str, Any]:
+    run_dir, total, main = as_path(trainer.settings.run_dir), trainer.settings.train.steps, processes.is_main()
+    metadata = _metadata(trainer, corpora)
+    with watch.phase("reading the checkpoint", trainer.settings.guards.restore_seconds):
+        state, first, saved = _start_or_resume(trainer, checkpoints, metadata)
+    account.earlier = saved.get("wall_seconds", 0.0)
+    changed = find_changes(saved, metadata) if saved else {}
+    told = [describe_change(key, values) for key, values in changed.items()]
+    summary = _finished_summary(run_dir, total) if first == total else None
+    if summary:
+        if main:
+            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on (with "
+                       "'checkpoint.allow=[schedule]' where the learning rate has come down)")
+            if told:
+                print_line(f"ignored, since no step is left: {', '.join(told)}")
+        _refuse_divergence(run_dir, summary)
+        return summary
+    if main:
+        origin = [origin_of(trainer.settings, first, checkpoints.set_aside),
+                  *(f"changed at step {first}: {line}" for line in told)]
+        write_text(run_dir / "config.yaml", dump(given))
+        account.begin(run_dir, first)
+    writer = MetricsWriter(run_dir, tensorboard=trainer.settings.logging.tensorboard, resume_step=first) if main else None
+    try:
+        if changed and writer:
+            writer.write({"step": first, "time": time.time(), "changed": changed})
+        with TrainingProgress(total, first, enabled=main) as progress:
+            loop = Loop(trainer, corpora, checkpoints, Output(progress, writer, account), watch, sample)
+            for line in [*_describe(trainer, corpora, loop.batches.padding_share), *origin] if main else ():
+                progress.print(line)
+            loop.run(state, first, metadata, _last_evaluation(run_dir, first), saved)
+    finally:
+        if writer:
+            writer.close()
+        account.close()
+    summary = _summary(trainer, loop)
+    if main:
+        write_json(run_dir / "summary.json", summary)
+        with optional("the run is finished, but loss.png is not drawn"):
+            plot_loss(run_dir)
+        if summary["diverged"]:
+            write_report(run_dir)
+    _refuse_divergence(run_dir, summary)
+    return summary
+
+
+def _refuse_divergence(run_dir: Location, summary: dict[str, Any]) -> None:
+    """Raises RunError for a run that has ended without a loss: nobody may take its weights for trained ones."""
+    if summary.get("diverged"):
+        raise RunError(f"{run_dir}: ended after {summary['steps']} steps with a loss that is not a number: what it has learned "
+                       "is lost; lower optimizer.learning_rate, or raise schedule.warmup_steps, and begin again in another "
+                       f"run_dir (see {run_dir / 'report.md'})", exit_code=3)
+
+
+def _process_start() -> float:
+    """When this process began, by `time.time()`: imports count. Where the system does not say, now."""
+    try:
+        since_boot = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])  # starttime, man 5 proc
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):  # no Linux, or one that keeps it to itself
+        age = 0.0
+    return time.time() - max(age, 0.0)
+
+
+@contextmanager
+def _in_one_line(run_dir: str) -> Iterator[None]:
+    """What is raised when a disk is full or gone, or another process, as a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"{error.filename or run_dir}: {error.strerror or error}; what has been saved stays") from error
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise LostProcess(f"process {jax.process_index()}: an exchange with another process failed, which has most likely ended "
+                          f"({reason(error)[:160]}); start all of them again to go on{runtime_log.where()}") from error
+
+
+@contextmanager
+def _alone_in(run_dir: Location) -> Iterator[None]:
+    """Holds run_dir for this run; the end of its process, in any way, frees it. Raises UserError while another run
+    holds it.
+
+    A bucket knows no lock that ends with its holder: nothing is held there.
+    """
+    if not processes.is_main() or is_remote(run_dir):
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with open(run_dir / ".lock", "w") as file:
+        if not lock(file):
+            raise UserError(f"run_dir={run_dir}: another `jaxlm train` is at work in it; wait for its end, "
+                            "or choose another run_dir")
+        yield
+
+
+def _start_or_resume(trainer: Trainer, checkpoints: Checkpoints, own: dict[str, Any]) -> tuple[TrainState, int, dict[str, Any]]:
+    """The newest good checkpoint's state, or a fresh one; the steps already done; what the checkpoint says of
+    itself."""
+    if not checkpoints.steps:
+        return trainer.init(trainer.settings.seed), 0, {}
+    step = checkpoints.choose(None)
+    saved = checkpoints.metadata(step)
+    if saved["corpora"] != own["corpora"] and "data.corpus" not in trainer.settings.checkpoint.allow:
+        raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
+                        "trained on; set it back, choose another run_dir, or insist with 'checkpoint.allow=[data.corpus]'")
+    refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
+    if step > trainer.settings.train.steps:
+        raise UserError(f"train.steps={trainer.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} "
+                        "steps already; expected at least as many, or choose another run_dir")
+    refuse_rise(saved["settings"], trainer.settings, step, checkpoints.directory)
+    return from_saved(checkpoints.restore(step, trainer.saved)), step, saved
+
+
+def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[str]:
+    """What a user wants to see before the first step."""
+    settings = trainer.settings
+    # a pipeline has one micro-batch in every stage
+    ways = math.prod(trainer.mesh.shape[axis] for axis in ("data", "fsdp", "expert"))
+    device = trainer.mesh.devices.flatten()[0]
+    axes = "".join(f", {axis}={size}" for axis, size in trainer.mesh.shape.items() if size > 1)
+    slow = " and ".join(f"{axis} ({parts})" for axis, parts in crossings(trainer.mesh).items())
+    batch, length = settings.data.global_batch_size, settings.data.sequence_length
+    accumulation = settings.train.gradient_accumulation
+    lines = [
+        f"{settings.model.family} of {format_count(num_parameters(settings.model))} parameters, {settings.train.precision} "
+        f"compute; {counted(trainer.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
+        + (f"; between {islands_of(device.platform)}: {slow}" if slow else ""),
+        f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
+        f"a step takes {counted(batch, 'sequence')} of {length} = {format_count(batch * length)} "
+        + (f"slots, {1 - padding_share:.1%} of them tokens" if padding_share >= 0.0005 else "tokens")
+        + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
+        + f", {micro_batch_size(settings) // ways} on each device at a time",
+    ]
+    for corpus, _ in corpora:
+        lines += [f"{corpus.directory}: {corpus.lost}"] if settings.model.family == "gpt" and corpus.loses_text else []
+        lines += corpus.warnings()
+    if settings.model.family == "gpt" and settings.data.packing == "documents" and (
+            start_token(corpora[0][0].tokenizer.special, "documents") is None or not settings.data.start_token):
+        why = "the tokenizer has none" if settings.data.start_token else "data.start_token=false"
+        lines.append(f"documents begin without a start token ({why}): their first token is not learnt, so an empty prompt "
+                     "begins with anything")
+    schedule, rest = settings.schedule, settings.train.steps - (settings.schedule.decay_steps or settings.train.steps)
+    if schedule.name in ("linear", "cosine") and rest and schedule.final_ratio == 0:
+        lines.append(f"WARNING: schedule.decay_steps={schedule.decay_steps}: the last {rest} steps have a learning rate of 0; "
+                     "set schedule.final_ratio, or schedule.decay_steps=null")
+    return lines
+
+
+def _metadata(trainer: Trainer, corpora: Corpora) -> dict[str, Any]:
+    tokenizer = corpora[0][0].tokenizer
+    return {"settings": to_dict(trainer.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
+            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(trainer.mesh.shape),
+            "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages whose numbers end up in a checkpoint."""
+    packages = ("jaxlm", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+def _last_evaluation(run_dir: str, step: int) -> dict[str, Any]:
+    """The evaluation row that a finished run ended with, so that resuming it changes nothing."""
+    rows = [row for row in read_metrics(run_dir) if "val_loss" in row and row["step"] <= step]
+    return rows[-1] if rows else {}
+
+
+def _finished_summary(run_dir: Location, steps: int) -> dict[str, Any] | None:
+    """The summary of a run that had ended at `steps` before, with the times it took; None where it had not."""
+    summary = read_summary(run_dir / "summary.json")
+    return summary if summary and summary.get("steps") == steps else None
+
+
+def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
+    settings, clock = trainer.settings, loop.clock
+    times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
+    seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
+    steps = settings.train.steps
+    slots, tokens = clock.total_slots(steps), clock.tokens.total(steps)
+    rows = {"loss": loop.last_loss, "val_loss": loop.val_row}
+    losses = plain({name: row[name] for name, row in rows.items() if name in row})
+    slots_per_second = seconds and clock.slots / seconds
+    return plain({
+        "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
+        "diverged": None in losses.values(),
+        "skipped_rows": loop.skipped_rows.count(steps),
+        "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
+        "mfu": seconds and clock.mfu(seconds),
+        "devices": trainer.mesh.size, "device_kind": trainer.mesh.devices.flatten()[0].device_kind,
+        "mesh": dict(trainer.mesh.shape),
+        "parameters": num_parameters(trainer.settings.model), "wall_seconds": loop.account.wall_seconds,
+        "compile_seconds": loop.account.parts["compile"], "goodput": goodput(settings.run_dir),
+    })
+
+
+def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
+    """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
+    settings, mesh = lay_mesh(settings)
+    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
+        step = checkpoints.choose(settings.checkpoint.step)
+        saved = checkpoints.metadata(step)
+        corpora = open_evaluated(settings, saved)
+        trainer = start(resolve(settings, corpora[0][0].tokenizer), mesh)
+        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
+        if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
+            raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
+        validation = make_validation_batches(trainer.settings, corpora)
+        if validation is None:
+            raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
+        say_which(checkpoints.directory, step)
+        if processes.is_main():
+            print_line(describe(corpora))
+        params = checkpoints.restore_params(step, trainer.params)
+        return {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True)
