@@ -18,6 +18,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from jaxlm.errors import UserError
+from jaxlm.presets import FOLLOWING, PRESETS
 
 
 def _number(value: Any) -> Any:
@@ -83,10 +84,10 @@ def key(default: Any, help: str, unit: str = "") -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Architecture. The defaults are GPT-2 small; Llama and GPT-3 shapes are reached by keys."""
+    """Architecture. A family sets every key that is null here (`jaxlm.presets`); sizes are GPT-2 small's."""
 
-    family: Literal["gpt", "bert"] = key("gpt", "gpt: causal decoder; bert: bidirectional encoder")
-    num_layers: Positive = key(12, "transformer blocks")
+    family: Literal[tuple(PRESETS)] = key("gpt", "what the keys are that are null: gpt (GPT-2, GPT-3), bert, llama, ...")
+    num_layers: Positive = key(12, "blocks")
     num_heads: Positive = key(12, "query heads")
     num_kv_heads: Positive | None = key(None, "key/value heads (grouped-query attention); null: num_heads")
     head_dim: Positive | None = key(None, "width of one head; null: hidden_size / num_heads")
@@ -96,30 +97,65 @@ class ModelSettings:
     max_length: Positive = key(1024, "longest sequence the model can take", "tokens")
     dropout: Fraction = key(0.0, "dropout on embeddings and residual branches")
     attention_dropout: Fraction | None = key(None, "dropout on attention probabilities; null: the same as dropout")
-    positions: Literal["learned", "rope"] = key("learned", "position information")
-    rope_theta: PositiveFloat = key(10000.0, "base of the rotary frequencies")
-    normalization: Literal["layernorm", "rmsnorm"] = key("layernorm", "kind of normalization")
-    norm_epsilon: PositiveFloat | None = key(None, "added to the variance; null: 1e-5 for gpt, 1e-12 for bert")
+    causal: bool | None = key(None, "a token sees those before it (true), or all of its sequence; null: the family's")
+    norm_position: Literal["pre", "post"] | None = key(
+        None, "pre: x + f(norm(x)), as in GPT-2; post: norm(x + f(x)), as in BERT; null: the family's")
+    embedding_norm: bool | None = key(None, "norm over the sum of the embeddings; null: the family's")
+    final_norm: bool | None = key(None, "norm after the last block; null: the family's")
+    first_norm: bool | None = key(
+        None, "norm before the first block's attention; false where embedding_norm stands there; null: the family's")
+    positions: Literal["learned", "rope"] | None = key(None, "position information; null: the family's")
+    rope_theta: PositiveFloat | None = key(None, "base of the rotary frequencies; null: the family's")
+    local_rope_theta: PositiveFloat | None = key(None, "the same in local layers; null: the family's, or rope_theta")
+    rope_scaling: dict[str, str | PositiveFloat] | None = key(
+        None, "longer contexts: {type: linear, factor: 4}, or {type: llama3, factor: 8, low_freq_factor: 1, high_freq_factor: 4, "
+              "original_max_length: 8192}; null: none")
+    attention_window: Positive | None = key(
+        None, "what a token sees in a local layer: causal: the last so many tokens with its own; else those at most half as many "
+              "away; null: the family's, or everything", "tokens")
+    global_every: Positive | None = key(
+        None, "with attention_window: the first of every so many layers sees everything; null: the family's, or none does", "layers")
+    normalization: Literal["layernorm", "rmsnorm"] | None = key(None, "kind of normalization; null: the family's")
+    norm_epsilon: PositiveFloat | None = key(None, "added to the variance; null: the family's: 1e-5 for gpt, 1e-12 for bert")
+    norm_bias: bool | None = key(None, "offsets in layernorms; null: the family's, or bias")
     activation: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] | None = key(
-        None, "MLP activation; null: gelu_tanh for gpt, gelu (erf) for bert")
-    num_experts: Positive | None = key(None, "gpt: experts in place of each MLP; null: one MLP for all tokens")
+        None, "MLP activation; null: the family's: gelu_tanh for gpt, gelu (erf) for bert")
+    num_experts: Positive | None = key(None, "causal models: experts in place of each MLP; null: one MLP for all tokens")
     experts_per_token: Positive = key(2, "experts that each token goes to")
     capacity_factor: PositiveFloat | None = key(
         None, "most tokens of an expert while training, as a multiple of its even share on each device; null: dropless, as "
               "evaluation and generation always are")
     balance_loss: NotNegativeFloat = key(0.01, "weight of the loss that spreads tokens over experts")
     router_z_loss: NotNegativeFloat = key(0.001, "weight of the squared log-partition penalty on the router's logits")
-    bias: bool = key(True, "biases in linear layers and layernorms")
-    tied_embeddings: bool = key(True, "output head shares the embedding table")
-    qk_norm: bool = key(False, "RMS-normalize queries and keys per head")
+    bias: bool | None = key(None, "biases in linear layers; null: the family's")
+    query_key_value_bias: bool | None = key(None, "biases of queries, keys and values; null: the family's, or bias")
+    tied_embeddings: bool | None = key(None, "output head shares the embedding table; null: the family's")
+    qk_norm: bool | None = key(None, "RMS-normalize queries and keys per head; null: the family's")
     logit_soft_cap: PositiveFloat | None = key(None, "cap * tanh(logits / cap) on the output logits; null: off")
     z_loss: NotNegativeFloat = key(0.0, "weight of the squared log-partition penalty on the output logits")
-    type_vocab_size: Positive = key(2, "token types (bert)")
-    next_sentence: bool = key(False, "bert: train the next-sentence head on sentence pairs (false: RoBERTa)")
+    type_vocab_size: NotNegative | None = key(None, "token types; null: the family's (always 0 in families without)")
+    next_sentence: bool = key(False, "train the next-sentence head on sentence pairs, as BERT (false: RoBERTa)")
+    pooler: Literal["tanh", "relu", "gelu"] | None = key(
+        None, "what is between a sequence's state and a classifier: a dense layer with this activation (gelu: and a norm); null: "
+              "the family's, or nothing")
     initializer_range: PositiveFloat = key(0.02, "standard deviation of the initial weights")
+    scaled_initialization: bool | None = key(
+        None, "layers that write into the residual stream begin smaller by the root of their number; null: the family's")
     attention: Literal["auto", "xla", "cudnn", "splash"] = key(
         "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve, and a ring "
         "where mesh.context splits sequences (any other value then exchanges heads for whole sequences: all-to-all)")
+
+    def __post_init__(self) -> None:
+        """Nulls become what the family says, so that nobody else has to ask for the family."""
+        family = PRESETS[self.family]
+        filled = {name: value for name, value in family.items() if getattr(self, name) is None}
+        if family["type_vocab_size"] == 0:  # run files of older versions name one also for those
+            filled["type_vocab_size"] = 0
+        for name, value in filled.items():
+            object.__setattr__(self, name, value)
+        for name, followed in FOLLOWING.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, getattr(self, followed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -343,12 +379,24 @@ class BenchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What is learned from what."""
+
+    name: Literal["causal_lm", "masked_lm", "bert"] | None = key(
+        None, "causal_lm: the next token; masked_lm: hidden tokens; bert: hidden tokens and whether one text follows the other; "
+              "null: causal_lm for causal models, bert with model.next_sentence, else masked_lm")
+    fields: dict[str, str] = key({}, "columns of the file that hold what the task reads, e.g. {text: sentence, label: label}; "
+                                     "{}: found by their names")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings:
     """One run."""
 
     run_dir: Place = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
+    task: TaskSettings = key(TaskSettings(), "")
     data: DataSettings = key(DataSettings(), "")
     train: TrainSettings = key(TrainSettings(), "")
     optimizer: OptimizerSettings = key(OptimizerSettings(), "")
@@ -390,13 +438,14 @@ def dump(settings: Settings) -> str:
 
 
 def changed(settings: Any, default: Any = None) -> dict[str, Any]:
-    """Nested plain values of those keys that are not their defaults."""
+    """Nested plain values of those keys that are not their defaults; of a model's, those of its family."""
     default, found = default or type(settings)(), {}
+    usual_of = ModelSettings(family=settings.family) if isinstance(settings, ModelSettings) else default
     for field_ in dataclasses.fields(settings):
-        value, usual = getattr(settings, field_.name), getattr(default, field_.name)
+        value, usual = getattr(settings, field_.name), getattr(usual_of, field_.name)
         if dataclasses.is_dataclass(value):
             value, usual = changed(value, usual), {}
-        if value != usual:
+        if value != usual or (field_.name == "family" and value != default.family):
             found[field_.name] = value
     return found
 
