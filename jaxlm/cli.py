@@ -105,6 +105,24 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
         _say_next("evaluate", settings.run_dir)
 
 
+def import_(settings: Settings, arguments: argparse.Namespace) -> None:
+    """import: a Hugging Face folder to a run directory"""
+    from jaxlm.interop.importing import import_folder
+    from jaxlm.runtime.processes import is_main
+
+    import_folder(arguments.config, settings)
+    if is_main():
+        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if settings.task.name == "causal_lm" else
+                    ["evaluate", settings.run_dir, "data.raw=TEXT"]))
+
+
+def export(settings: Settings, arguments: argparse.Namespace) -> None:
+    """export: a run directory to a Hugging Face folder"""
+    from jaxlm.interop.exporting import export_run
+
+    export_run(settings)
+
+
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:
     """bench: time the training step on random tokens"""
     from jaxlm.runtime.processes import is_main
@@ -246,13 +264,15 @@ def _console() -> "Console":
 
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
-    "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
-    "plan": plan}
+    "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "import": import_,
+    "export": export, "bench": bench, "plan": plan}
 SUMMARIES = {
     "train": "prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints",
     "prepare": "raw text to tokenizer and corpus",
     "evaluate": "a checkpoint over the whole validation set",
     "generate": "continue generate.prompts with a checkpoint",
+    "import": "a Hugging Face folder to a run directory",
+    "export": "a run directory to a Hugging Face folder, compared with the run before it is done",
     "bench": "time the training step on random tokens",
     "plan": "memory, traffic and speed on devices that are not here, from their own compiler",
     "report": "one page about a run, or a table that compares several",
@@ -337,7 +357,7 @@ def _run(arguments: list[str]) -> int:
     if verb == "report":
         report(parsed.runs)
         return 0
-    settings = config.load(parsed.config, parsed.overrides)
+    settings = _settings_of(verb, parsed)
     processes, restarts = getattr(parsed, "processes", 1), getattr(parsed, "restart", None)
     if (processes > 1 or restarts is not None) and not getattr(parsed, "compile_only", False):
         from jaxlm.checkpoints.manifest import newest_step
@@ -353,6 +373,15 @@ def _run(arguments: list[str]) -> int:
         _import_jax()
     VERBS[verb](settings, parsed)
     return 0
+
+
+def _settings_of(verb: str, parsed: argparse.Namespace) -> Settings:
+    """Of a run file or a run directory; for `import`, of the model's own config.json."""
+    if verb != "import":
+        return config.load(parsed.config, parsed.overrides)
+    from jaxlm.interop.source import import_settings
+
+    return import_settings(parsed.config, parsed.overrides)
 
 
 def _import_jax() -> None:

@@ -155,16 +155,19 @@ _VERBS = {
     "prepare": "preprocess tokenize tokenise prep data build prepare_data",
     "evaluate": "eval test validate val score perplexity",
     "generate": "sample infer inference complete gen prompt chat",
+    "import": "import_hf from_hf from_pretrained hf_import import_model load download pull convert_from_hf",
+    "export": "export_hf to_hf save_pretrained hf_export export_model push push_to_hub save publish upload convert_to_hf",
     "bench": "benchmark profile speed",
     "plan": "estimate memory simulate dry_run search",
     "report": "compare summary summarize plot tensorboard show",
 }
 VERBS = {name: verb for verb, names in _VERBS.items() for name in names.split()}
+TWO_VERBS = _each("convert convert_checkpoint convert_weights huggingface hf transformers",
+                  "; 'import' reads a Hugging Face folder, 'export' writes one")
 
 _NOT_YET = {
     "fine-tunes": "finetune fine_tune finetuning fine_tuning sft dpo rlhf tune lora", "predicts labels": "predict classify embed",
-    "serves a model": "serve server deploy api", "reads Hugging Face weights": "import import_hf from_hf load",
-    "writes Hugging Face weights": "export export_hf to_hf push save", "converts weights": "convert",
+    "serves a model": "serve server deploy api",
     "makes a model smaller": "compress quantize prune distill", "tries many runs": "sweep",
 }
 NOT_YET = {name: what for what, names in _NOT_YET.items() for name in names.split()}

@@ -379,6 +379,14 @@ class BenchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportSettings:
+    """`jaxlm export`; there, `out=` and `max_shard=` are enough."""
+
+    out: Place | None = key(None, "folder to make, for transformers")
+    max_shard: Positive = key(5 * 10**9, "weights in one safetensors file, at most (a larger tensor has one of its own)", "bytes")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TaskSettings:
     """What is learned from what."""
 
@@ -409,6 +417,7 @@ class Settings:
     logging: LoggingSettings = key(LoggingSettings(), "")
     generate: GenerateSettings = key(GenerateSettings(), "")
     bench: BenchSettings = key(BenchSettings(), "")
+    export: ExportSettings = key(ExportSettings(), "")
 
 
 def remat_choices(remat: str | dict[str, str]) -> dict[str, str] | None:

@@ -86,7 +86,10 @@ def parse(content: dict[str, Any]) -> Foreign:
     heads = _heads(content, family)
     model = ModelSettings(family=family.preset, **values, next_sentence="next_sentence" in (heads or ()))
     labels = _labels(content) if heads is None or "classification" in heads else ()
-    return Foreign(family, model, heads, _problem(content, labels), labels, pad_token, tuple(_notes(content, family, values)))
+    problem = _problem(content, labels) if labels else None
+    if heads == ("classification",) and problem == "regression":
+        heads = ("regression",)
+    return Foreign(family, model, heads, problem, labels, pad_token, tuple(_notes(content, family, values)))
 
 
 def _family(content: dict[str, Any]) -> Family:
@@ -128,7 +131,7 @@ def _plain_fields(content: dict[str, Any], family: Family) -> Iterator[tuple[str
     for name, field in family.fields.items():
         value = content.get(name, field.default)
         if field.values is not None:
-            if value not in field.values:
+            if not isinstance(value, str) or value not in field.values:
                 raise _Refused(f"{name}={shown(value)}: not supported for {family.model_type}; expected one of "
                                f"{', '.join(field.values)}{nearest(str(value), field.values)}")
             value = field.values[value]
@@ -198,8 +201,8 @@ def _scaling(given: dict[str, Any], field: str) -> dict[str, Any] | None:
     kind = given.get(name, "default")
     if kind == "default":
         return None
-    if kind not in SCALINGS:
-        raise _Refused(f"{field}.{name}={kind}: not supported; expected one of default, {', '.join(SCALINGS)}")
+    if not isinstance(kind, str) or kind not in SCALINGS:
+        raise _Refused(f"{field}.{name}={shown(kind)}: not supported; expected one of default, {', '.join(SCALINGS)}")
     if given.get("partial_rotary_factor", 1.0) != 1.0:
         raise _Refused(f"{field}.partial_rotary_factor={shown(given['partial_rotary_factor'])}: not supported; expected 1.0")
     return {"type": kind} | {ours: _number(given, theirs, None, f"{field}.") for theirs, ours in SCALINGS[kind].items()}
@@ -222,7 +225,7 @@ def _window(content: dict[str, Any], family: Family, layers: int) -> dict[str, A
         kinds = [SLIDING if size is not None and layer >= first else FULL for layer in range(layers)]
     given = content.get("layer_types")
     if given is not None:
-        if not isinstance(given, list) or len(given) != layers or not set(given) <= {FULL, SLIDING}:
+        if not isinstance(given, list) or len(given) != layers or any(kind not in (FULL, SLIDING) for kind in given):
             raise _Refused(f"layer_types={shown(given)}: expected {layers} times {FULL} or {SLIDING}")
         kinds = given
     every = _every(kinds)
@@ -258,7 +261,7 @@ def _problem(content: dict[str, Any], labels: Sequence[str]) -> str | None:
     kind = content.get("problem_type")
     if kind is None:
         return "regression" if len(labels) == 1 else None
-    if kind not in PROBLEMS:
+    if not isinstance(kind, str) or kind not in PROBLEMS:
         raise _Refused(f"problem_type={shown(kind)}: expected one of {', '.join(PROBLEMS)}{nearest(str(kind), PROBLEMS)}")
     return PROBLEMS[kind]
 
@@ -278,7 +281,7 @@ def find_family(model: ModelSettings, heads: Sequence[str]) -> Family:
     own = [family for family in FAMILIES.values() if family.preset == model.family]
     problems = []
     for family in [*own, *(family for family in FAMILIES.values() if family not in own)]:
-        if not any(set(heads) == set(each) for each in family.heads.values()):
+        if class_of(family, heads) is None:
             problems.append((100, f"heads.{', heads.'.join(heads) or 'none'}: {family.model_type} has no such class"))
             continue
         wanted = decisive(model)
@@ -288,7 +291,14 @@ def find_family(model: ModelSettings, heads: Sequence[str]) -> Family:
             return family
         key = different[0]
         problems.append((len(different), f"model.{key}={shown(wanted[key])}: {family.model_type} has {shown(found[key])}"))
-    raise UserError(f"{min(problems, key=lambda problem: problem[0])[1]}; no family of transformers that is known here holds this model")
+    nearest_one = min(problems, key=lambda problem: problem[0])[1]
+    raise UserError(f"{nearest_one}; no family of transformers that is known here holds this model")
+
+
+def class_of(family: Family, heads: Sequence[str]) -> str | None:
+    """The class of transformers that has exactly these heads; scores are a classifier's, there."""
+    wanted = {"classification" if head == "regression" else head for head in heads}
+    return next((name for name, each in family.heads.items() if set(each) == wanted), None)
 
 
 def decisive(model: ModelSettings) -> dict[str, Any]:
@@ -345,22 +355,22 @@ def _written_window(family: Family, model: ModelSettings) -> dict[str, Any]:
         return {"sliding_window": size}
     if family.window == "qwen":
         mixed = {"layer_types": _kinds(model)} if size and every else {}
-        return {"use_sliding_window": size is not None, "sliding_window": size,
-                "max_window_layers": 0 if size else model.num_layers, **mixed}
+        return {"use_sliding_window": size is not None, "sliding_window": size, **mixed,
+                "max_window_layers": 0 if size else model.num_layers}
     return {}
 
 
 def _kinds(model: ModelSettings) -> list[str]:
     every = model.global_every
-    return [SLIDING if model.attention_window and (every is None or layer % every) else FULL for layer in range(model.num_layers)]
+    return [SLIDING if model.attention_window and (every is None or layer % every) else FULL
+            for layer in range(model.num_layers)]
 
 
 def written(family: Family, model: ModelSettings, heads: Sequence[str], problem: str | None, labels: Sequence[str],
             special_ids: dict[str, int]) -> dict[str, Any]:
     """The whole config.json of an export. `special_ids`: pad_token_id and such, those that the tokenizer has."""
-    named = next(name for name, each in family.heads.items() if set(each) == set(heads))
-    content = {"architectures": [named], **write_fields(family, model, special_ids.get("pad_token_id", 1)), **special_ids,
-               "torch_dtype": "float32"}
+    fields = write_fields(family, model, special_ids.get("pad_token_id", 1))
+    content = {"architectures": [class_of(family, heads)], **fields, **special_ids, "torch_dtype": "float32"}
     if labels:
         content |= {"id2label": {str(number): name for number, name in enumerate(labels)},
                     "label2id": {name: number for number, name in enumerate(labels)}}

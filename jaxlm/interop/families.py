@@ -180,8 +180,8 @@ DISTILBERT = Family(
             activation=Field("activation", "gelu", ACTIVATIONS), dropout=Field("dropout", 0.1),
             attention_dropout=Field("attention_dropout", 0.1)),
     {"sinusoidal_pos_embds": (False,)},
-    {"token_embedding": "distilbert.embeddings.word_embeddings", "position_embedding": "distilbert.embeddings.position_embeddings",
-     "embedding_norm": "distilbert.embeddings.LayerNorm",
+    {"token_embedding": "distilbert.embeddings.word_embeddings",
+     "position_embedding": "distilbert.embeddings.position_embeddings", "embedding_norm": "distilbert.embeddings.LayerNorm",
      **{f"blocks.attention.{module}": f"distilbert.transformer.layer.{{}}.attention.{name}" for module, name in (
          ("query", "q_lin"), ("key", "k_lin"), ("value", "v_lin"), ("output", "out_lin"))},
      "blocks.attention_norm": "distilbert.transformer.layer.{}.sa_layer_norm",

@@ -2,7 +2,6 @@
 block at a time."""
 
 import functools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,15 +11,16 @@ import numpy as np
 from jaxlm.errors import UserError, nearest
 from jaxlm.interop.configuration import Foreign
 from jaxlm.interop.families import Family
-from jaxlm.interop.safetensors import BLOCK, Shards, Tensor
+from jaxlm.interop.names import head_names, plain_names, shown_names
+from jaxlm.interop.safetensors import BLOCK, Range, Shards, Tensor
 from jaxlm.interop.weights import Index, Weight
 from jaxlm.parallel.layout import Layout
 from jaxlm.settings import ModelSettings
 
-# Causal masks, position numbers and frequencies, which old files keep among the weights.
-BUFFERS = re.compile(r"(^|\.)(attn\.(bias|masked_bias)|embeddings\.(position_ids|token_type_ids)|rotary_emb\.inv_freq)$")
-WRAPPERS = re.compile(r"^(module\.|_orig_mod\.)+")  # of torch's parallel and compiled modules
 ALIGNED = 64  # bytes: what JAX takes over without a copy on the CPU
+
+
+Piece = tuple[str, np.ndarray, Range, Range]
 
 
 class Parameter(NamedTuple):
@@ -48,10 +48,12 @@ class Parameter(NamedTuple):
         """The tensor of each slot of the stack; one where it is not stacked."""
         if self.weight is None:
             return []
-        layers = layer_order if self.stacked else [0]
-        return [self.weight.name.format(layer) for layer in layers if layer >= self.weight.first_layer or not self.stacked]
+        if not self.stacked:
+            return [self.weight.name]
+        first, name = self.weight.first_layer, self.weight.name
+        return [name.format(layer) for layer in layer_order if layer >= first]
 
-    def pieces(self, array: np.ndarray, index: Index, layer_order: Sequence[int]) -> Iterator[tuple[str, np.ndarray, tuple, tuple]]:
+    def pieces(self, array: np.ndarray, index: Index, layer_order: Sequence[int]) -> Iterator[Piece]:
         """(tensor, view, rows, columns) of every tensor that a shard takes part in: the view is the shard's own memory,
         in the tensor's order. Rows that only pad the vocabulary are in none."""
         slots = range(*index[0].indices(self.shape[0])) if self.stacked else [0]
@@ -125,7 +127,7 @@ def load_parameters(foreign: Foreign, tensors: Mapping[str, Tensor], layout: Lay
     wanted = parameters(foreign.family, model, layout, foreign.pad_token)
     expected = {name for parameter in wanted.values() for name in parameter.names(order)}
     tensors, buffers = plain_names(foreign.family, tensors, expected)
-    notes = [f"{counted_weights(buffers)} not taken over: masks and numbers that are computed"] if buffers else []
+    notes = [f"{shown_names(buffers)} not taken over: masks and numbers that are computed"] if buffers else []
     notes += resolve_copies(foreign, tensors, wanted)
     missing = [path for path, parameter in wanted.items() if _may_be_fresh(path, needed)
                and any(name not in tensors for name in parameter.names(order))]
@@ -135,8 +137,8 @@ def load_parameters(foreign: Foreign, tensors: Mapping[str, Tensor], layout: Lay
         for name in [] if path in missing else parameter.names(order):
             shape = parameter.weight.file_shape(parameter.sizes)
             if tensors[name].shape != shape:
-                raise UserError(f"{tensors[name].file}: weight '{name}' has shape {list(tensors[name].shape)}; expected {list(shape)} "
-                                "by config.json")
+                raise UserError(f"{tensors[name].file}: weight '{name}' has shape {list(tensors[name].shape)}; expected "
+                                f"{list(shape)} by config.json")
     narrow = sorted({tensors[name].dtype for name in expected} - {"F32"})
     notes += [f"{', '.join(narrow)}: held as float32 from here on"] if narrow else []
     arrays = {path: _load(parameter, tensors, order) for path, parameter in wanted.items() if path not in missing}
@@ -145,38 +147,6 @@ def load_parameters(foreign: Foreign, tensors: Mapping[str, Tensor], layout: Lay
 
 def _may_be_fresh(path: str, needed: Sequence[str]) -> bool:
     return path.startswith("heads.") and path.split(".")[1] not in needed
-
-
-def counted_weights(names: Sequence[str]) -> str:
-    return f"weight '{names[0]}'" + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
-
-
-def plain_names(family: Family, tensors: Mapping[str, Tensor], expected: set[str]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by the names that transformers gives them today, and the names of buffers, which are left out."""
-    found: dict[str, Tensor] = {}
-    buffers = []
-    known = expected | {family.prefix + name for name in family.ignored} | _head_names(family)
-    for given, tensor in tensors.items():
-        name = re.sub(r"LayerNorm\.(gamma|beta)$", lambda found: f"LayerNorm.{'weight' if found[1] == 'gamma' else 'bias'}",
-                      WRAPPERS.sub("", given))
-        if name not in known and family.prefix + name in known:
-            name = family.prefix + name
-        if BUFFERS.search(name) and name not in expected:
-            buffers.append(given)
-            continue
-        if name in found:
-            raise UserError(f"{tensor.file}: weight '{given}' is also there as '{found[name].name}'")
-        found[name] = tensor
-    return found, buffers
-
-
-def _head_names(family: Family) -> set[str]:
-    """Every tensor of every head that the family's classes have."""
-    modules = [(path, family.names[path]) for path in family.names if path.startswith("heads.") and family.names[path]]
-    whole = {name for path, name in modules if path.endswith((".bias", ".embedding"))}
-    parts = {f"{name}.{leaf}" for path, name in modules if name not in whole for leaf in ("weight", "bias")}
-    ignored = {f"{name}.{leaf}" for name in family.ignored for leaf in ("weight", "bias")}
-    return whole | parts | ignored | set(family.twins.values())
 
 
 def resolve_copies(foreign: Foreign, tensors: dict[str, Tensor], wanted: Mapping[str, Parameter]) -> list[str]:
@@ -225,14 +195,13 @@ def _check_names(family: Family, tensors: Mapping[str, Tensor], expected: set[st
     missing, others = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
     if missing:
         where = next(iter(tensors.values())).file.parent if tensors else "the folder"
-        raise UserError(f"{where}: weight '{missing[0]}' is missing" + (f" (and {len(missing) - 1} more)" if len(missing) > 1 else "")
-                        + nearest(missing[0], others))
-    heads = [name for name in others if name in _head_names(family)]
+        raise UserError(f"{where}: weight {shown_names(missing)}: missing{nearest(missing[0], others)}")
+    heads = [name for name in others if name in head_names(family)]
     strange = [name for name in others if name not in heads]
     if strange:
-        raise UserError(f"{tensors[strange[0]].file}: weight '{tensors[strange[0]].name}' has no place in a {family.model_type} of "
-                        f"{layers} layers" + (f" (and {len(strange) - 1} more)" if len(strange) > 1 else ""))
-    return [f"{counted_weights(heads)} left out: of a head that this model does not have"] if heads else []
+        given, file = shown_names([tensors[name].name for name in strange]), tensors[strange[0]].file
+        raise UserError(f"{file}: weight {given}: no place for it in a {family.model_type} of {layers} layers")
+    return [f"{shown_names(heads)} left out: of a head that this model does not have"] if heads else []
 
 
 def _load(parameter: Parameter, tensors: Mapping[str, Tensor], order: Sequence[int]) -> jax.Array:

@@ -1,8 +1,8 @@
 """Weights in safetensors files: read a piece at a time, whatever their size, and written by all processes of a run.
 
-    8 bytes            length N of the header, little-endian
-    N bytes            JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [start, stop]}, "__metadata__": {...}}
-    the rest           the numbers, row by row
+    8 bytes     length N of the header, little-endian
+    N bytes     JSON: {name: {"dtype": "F32", "shape": [2, 3], "data_offsets": [start, stop]}, "__metadata__": ...}
+    the rest    the numbers, row by row
 
 A folder has one file, model.safetensors, or several and model.safetensors.index.json, which says what is in which.
 The `safetensors` package is not used: it maps a file into memory, where every page that was read counts as the
@@ -173,8 +173,9 @@ def read_header(path: Location) -> dict[str, Tensor]:
     end = 8 + length
     for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.start, stops[tensor.name])):
         if tensor.start != end:
-            problem = "overlaps another" if tensor.start < end else f"begins {tensor.start - end:,} bytes behind the one before it"
-            raise UserError(f"{path}: weight '{tensor.name}' {problem}")
+            gap = tensor.start - end
+            raise UserError(f"{path}: weight '{tensor.name}' "
+                            + (f"begins {gap:,} bytes behind the one before it" if gap > 0 else "overlaps another"))
         end = stops[tensor.name]
         if end > size:
             raise UserError(f"{path}: weight '{tensor.name}' ends at byte {end:,}, and the file has {size:,}; it is cut short")
@@ -189,15 +190,16 @@ def _tensor(path: Location, name: str, about: Any, begin: int) -> tuple[Tensor, 
     if not isinstance(about, dict) or about.keys() != fields:
         raise UserError(f"{path}: weight '{name}': expected {', '.join(sorted(fields))}, found {shown(about)}")
     dtype, shape, offsets = about["dtype"], about["shape"], about["data_offsets"]
-    if dtype not in SIZES:
+    if not isinstance(dtype, str) or dtype not in SIZES:
         raise UserError(f"{path}: weight '{name}': dtype={shown(dtype)}; expected one of {', '.join(SIZES)}"
                         f"{nearest(str(dtype), SIZES)}")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         what = f"data_offsets={shown(offsets)}" if _are_sizes(shape) else f"shape={shown(shape)}"
         raise UserError(f"{path}: weight '{name}': {what}; expected numbers that are not negative")
     if offsets[1] - offsets[0] != math.prod(shape) * SIZES[dtype]:
-        raise UserError(f"{path}: weight '{name}': {dtype} {shape} takes {math.prod(shape) * SIZES[dtype]:,} bytes, and its offsets "
-                        f"{offsets} hold {offsets[1] - offsets[0]:,}")
+        needed = shown(math.prod(shape) * SIZES[dtype])
+        raise UserError(f"{path}: weight '{name}': {dtype} {shown(shape)} takes {needed} bytes, and its offsets {shown(offsets)} "
+                        f"hold {shown(offsets[1] - offsets[0])}")
     return Tensor(path, name, dtype, tuple(shape), begin + offsets[0]), begin + offsets[1]
 
 
@@ -218,8 +220,9 @@ def _no_weights(folder: Location) -> str:
         if name:
             command = (f"python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{folder}'"
                        f"{argument.format(name=name)}).save_pretrained('{folder}-safetensors')\"")
-            return (f"{folder}: its weights are in {name}, which may hold code or is of another program; only safetensors are read. "
-                    f"Convert it where you trust it: {command} (AutoModelForCausalLM, ... for its head), and copy the tokenizer")
+            return (f"{folder}: its weights are in {name}, which may hold code or is of another program; only safetensors are "
+                    f"read. Convert it where you trust it: {command} (AutoModelForCausalLM, ... with its head), and copy the "
+                    "tokenizer's files")
     if "adapter_model.safetensors" in names:
         return f"{folder}: an adapter (PEFT), no model; merge it first: model.merge_and_unload().save_pretrained(...)"
     other = next((name for name in names if name.endswith(".safetensors")), None)
