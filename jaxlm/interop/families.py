@@ -150,7 +150,7 @@ BERT = Family(
      "blocks.mlp_norm": "bert.encoder.layer.{}.output.LayerNorm",
      "heads.masked_token.transform": "cls.predictions.transform.dense",
      "heads.masked_token.norm": "cls.predictions.transform.LayerNorm",
-     "heads.masked_token.bias": "cls.predictions.bias", "heads.masked_token.embedding": "cls.predictions.decoder.weight",
+     "heads.masked_token.bias": "cls.predictions.bias", "heads.masked_token.table.embedding": "cls.predictions.decoder.weight",
      "heads.next_sentence.pooler": "bert.pooler.dense", "heads.next_sentence.classifier": "cls.seq_relationship",
      **{f"heads.{head}.{module}": name for head in ("classification", "regression")
         for module, name in (("pooler", "bert.pooler.dense"), ("classifier", "classifier"))}},
@@ -164,7 +164,7 @@ ROBERTA = BERT._replace(
     fixed=BERT.fixed | {"hidden_act": ("gelu",)},  # its head for masked tokens always has gelu
     names={path: name.replace("bert.", "roberta.", 1) for path, name in BERT.names.items() if not path.startswith("heads.")} | {
         "heads.masked_token.transform": "lm_head.dense", "heads.masked_token.norm": "lm_head.layer_norm",
-        "heads.masked_token.bias": "lm_head.bias", "heads.masked_token.embedding": "lm_head.decoder.weight",
+        "heads.masked_token.bias": "lm_head.bias", "heads.masked_token.table.embedding": "lm_head.decoder.weight",
         **{f"heads.{head}.{module}": name for head in ("classification", "regression")
            for module, name in (("pooler", "classifier.dense"), ("classifier", "classifier.out_proj"))}},
     heads={"RobertaForMaskedLM": ("masked_token",), "RobertaForSequenceClassification": ("classification",), "RobertaModel": ()},
@@ -188,7 +188,7 @@ DISTILBERT = Family(
      "blocks.mlp.up": "distilbert.transformer.layer.{}.ffn.lin1", "blocks.mlp.down": "distilbert.transformer.layer.{}.ffn.lin2",
      "blocks.mlp_norm": "distilbert.transformer.layer.{}.output_layer_norm",
      "heads.masked_token.transform": "vocab_transform", "heads.masked_token.norm": "vocab_layer_norm",
-     "heads.masked_token.bias": "vocab_projector.bias", "heads.masked_token.embedding": "vocab_projector.weight",
+     "heads.masked_token.bias": "vocab_projector.bias", "heads.masked_token.table.embedding": "vocab_projector.weight",
      **{f"heads.{head}.{module}": name for head in ("classification", "regression")
         for module, name in (("pooler", "pre_classifier"), ("classifier", "classifier"))}},
     {"DistilBertForMaskedLM": ("masked_token",), "DistilBertForSequenceClassification": ("classification",),
@@ -209,7 +209,7 @@ MODERNBERT = Family(
      "blocks.attention.output": "model.layers.{}.attn.Wo", "blocks.mlp.gate": Part("model.layers.{}.mlp.Wi", 0, 2),
      "blocks.mlp.up": Part("model.layers.{}.mlp.Wi", 1, 2), "blocks.mlp.down": "model.layers.{}.mlp.Wo",
      "final_norm": "model.final_norm", "heads.masked_token.transform": "head.dense", "heads.masked_token.norm": "head.norm",
-     "heads.masked_token.bias": "decoder.bias", "heads.masked_token.embedding": "decoder.weight",
+     "heads.masked_token.bias": "decoder.bias", "heads.masked_token.table.embedding": "decoder.weight",
      **{f"heads.{head}.{module}": name for head in ("classification", "regression")
         for module, name in (("pooler", "head.dense"), ("norm", "head.norm"), ("classifier", "classifier"))}},
     {"ModernBertForMaskedLM": ("masked_token",), "ModernBertForSequenceClassification": ("classification",),

@@ -52,7 +52,7 @@ def names_of_head(family: Family, head: str, leaves: Sequence[str]) -> set[str]:
 
 def head_is_there(family: Family, head: str, names: Collection[str]) -> bool:
     """Whether files with these tensors have a head; what may be a copy of the embeddings need not be there."""
-    copies = {"heads.masked_token.embedding", *family.twins}
+    copies = {"heads.masked_token.table.embedding", *family.twins}
     tied = {name for path, name in family.names.items() if path in copies}
     plain = {WRAPPERS.sub("", name) for name in names}
     plain |= {family.prefix + name for name in plain}

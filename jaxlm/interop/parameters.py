@@ -156,7 +156,7 @@ def resolve_copies(foreign: Foreign, tensors: dict[str, Tensor], wanted: Mapping
     table = family.weight("token_embedding.embedding").name
     pairs = []
     if tied:
-        outputs = [path for path in family.names if path in ("heads.next_token", "heads.masked_token.embedding")]
+        outputs = [path for path in family.names if path in ("heads.next_token", "heads.masked_token.table.embedding")]
         pairs += [(family.weight(f"{path.removesuffix('.embedding')}.embedding").name, table) for path in outputs]
     for path, second in family.twins.items():
         first = family.weight(path).name

@@ -27,8 +27,8 @@ GPT2 = {"architectures": ["GPT2LMHeadModel"], "activation_function": "gelu_new",
         "task_specific_params": {"text-generation": {"do_sample": True}}}
 BERT = {"architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1, "gradient_checkpointing": False,
         "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "hidden_size": 768, "initializer_range": 0.02,
-        "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert", "num_attention_heads": 12,
-        "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute", "type_vocab_size": 2,
+        "intermediate_size": 3072, "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+        "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0, "position_embedding_type": "absolute", "type_vocab_size": 2,
         "use_cache": True, "vocab_size": 30522}
 ROBERTA = BERT | {"architectures": ["RobertaForMaskedLM"], "model_type": "roberta", "layer_norm_eps": 1e-05, "pad_token_id": 1,
                   "max_position_embeddings": 514, "type_vocab_size": 1, "vocab_size": 50265}
@@ -185,7 +185,7 @@ def test_every_preset_goes_out():
     (BERT | {"architectures": "BertModel"}, "architectures='BertModel': expected a list"),
     (BERT | {"hidden_size": "768"}, "hidden_size='768': expected a whole number"),
     (BERT | {"hidden_size": True}, "hidden_size=True"), (BERT | {"num_hidden_layers": 0}, "num_hidden_layers=0"),
-    (BERT | {"vocab_size": 2**40}, "vocab_size=1099511627776"), (BERT | {"num_attention_heads": 7}, "num_attention_heads=7: does"),
+    (BERT | {"vocab_size": 2**40}, "vocab_size=109951162777"), (BERT | {"num_attention_heads": 7}, "num_attention_heads=7: does"),
     (BERT | {"layer_norm_eps": "small"}, "layer_norm_eps='small'"), (BERT | {"tie_word_embeddings": 1}, "tie_word_embeddings=1"),
     (BERT | {"pruned_heads": {"0": [1]}}, "pruned_heads={'0': [1]}"),
     (ROBERTA | {"max_position_embeddings": 2}, "max_position_embeddings=2: expected more than the 2"),
