@@ -28,8 +28,8 @@ FOLDER = Path(__file__).parent / "huggingface"
 TOLERANCE = 1e-5  # of the largest value of an array, or of FLOOR for arrays that are zero but for rounding:
 FLOOR = 0.01  # the gradient of a key's bias, which softmax cancels
 IGNORED = -100  # label of a position that is not predicted
-TOKENS, LENGTH, ROWS, PAD = 61, 20, 3, 1
-LENGTHS = np.array([[LENGTH], [13], [17]])
+TOKENS, LENGTH, ROWS, PAD = 61, 20, 4, 1
+LENGTHS = np.array([[LENGTH], [13], [17], [6]])
 
 SIZES = {"vocab_size": TOKENS, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 32,
          "max_position_embeddings": LENGTH + 4, "pad_token_id": PAD, "attn_implementation": "eager"}
@@ -68,14 +68,14 @@ def masked_tokens(random: np.random.Generator, case: Case) -> dict[str, np.ndarr
 
 
 def sentences(random: np.random.Generator, case: Case) -> dict[str, np.ndarray]:
-    return masked_tokens(random, case) | {"next_sentence_label": np.array([0, 1, 1])}
+    return masked_tokens(random, case) | {"next_sentence_label": np.array([0, 1, 1, 0])}
 
 
 def classes(random: np.random.Generator, case: Case) -> dict[str, np.ndarray]:
     inputs = padded(random)
-    labels = {"regression": np.array([0.5, -1.0, 2.0], np.float32),
-              "multi_label_classification": np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1]], np.float32)}
-    return inputs | pairs(inputs, case) | {"labels": labels.get(case.config.get("problem_type"), np.array([2, 0, 1]))}
+    labels = {"regression": np.array([0.5, -1.0, 2.0, 0.0], np.float32),
+              "multi_label_classification": np.array([[1, 0, 1], [0, 0, 0], [0, 1, 1], [1, 1, 0]], np.float32)}
+    return inputs | pairs(inputs, case) | {"labels": labels.get(case.config.get("problem_type"), np.array([2, 0, 1, 1]))}
 
 
 def padded(random: np.random.Generator) -> dict[str, np.ndarray]:
