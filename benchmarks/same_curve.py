@@ -9,9 +9,9 @@ Markdown table. Compared bit by bit: the prepared text, every column of metrics.
 gradient norms, evaluations), and every parameter of the last checkpoint. Exit code 1 when anything differs.
 
 --share-packages installs no packages: both sides use those of PYTHON, and each has only its own jaxlm on the path.
-What is in DIR is used again while nothing that it was made from has changed: sources, versions, processor, settings.
-The two sides share what XLA has compiled, which it finds by the whole program: a program that is the same on both
-sides is compiled once.
+What is in DIR is used again while nothing that it was made from has changed: sources, versions, processor, settings;
+delete DIR to start afresh. The two sides share what XLA has compiled, which it finds by the whole program: a program
+that is the same on both sides is compiled once.
 """
 
 import argparse
@@ -107,7 +107,7 @@ TRAININGS = {
 # ---- two sides -------------------------------------------------------------------------------------------------------
 
 class Failed(Exception):
-    """A command of one side ended with an error. The message is one line."""
+    """One side cannot be had: a command ended with an error, or left something else. The message is one line."""
 
 
 class Side(NamedTuple):
@@ -182,7 +182,7 @@ def install(name: str, commit: str | None, arguments: argparse.Namespace) -> Sid
         python, folder = str(venv / "bin" / "python"), venv
     probe = json.loads(called([python, "-c", PROBE], environment, arguments.envs))
     if not Path(probe["file"]).is_relative_to(folder):  # else both sides might be the same jaxlm
-        raise SystemExit(f"{name}: {python} imports {probe['file']}, expected jaxlm below {folder}")
+        raise Failed(f"{name}: {python} imports {probe['file']}, expected jaxlm below {folder}")
     kind = "here" if commit is None else "commit"  # two sides, two runs, even where their sources are the same
     runs = arguments.envs / "runs" / f"{kind}-{version[:12]}-{digest([probe['versions'], processor()])[:6]}"
     return Side(name, [python], environment, probe["versions"], runs)
@@ -264,7 +264,10 @@ def read_parameters(run_dir: Path) -> dict[str, np.ndarray]:
     finished = [int(path.parent.name) for path in run_dir.glob("checkpoints/*/manifest.json") if path.parent.name.isdigit()]
     state = run_dir.resolve() / "checkpoints" / str(max(finished)) / "state"
     here = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    saved = ocp.checkpointables_metadata(state).metadata["params"]
+    contents = ocp.checkpointables_metadata(state).metadata
+    if "params" not in contents:
+        raise Failed(f"{state}: no 'params' among {', '.join(contents)}")
+    saved = contents["params"]
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), saved)
     tree = ocp.load_checkpointables(state, {"params": wanted})["params"]
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -286,7 +289,8 @@ class Difference(NamedTuple):
     """Something that is not the same, bit by bit."""
 
     where: str
-    size: float  # relative to the larger of both; infinite where there is nothing to compare with
+    size: float  # relative to the largest number; infinite where there is nothing to compare with
+    what: str = ""  # before -> after
 
 
 def differing(before: np.ndarray, after: np.ndarray) -> float | None:
@@ -296,14 +300,15 @@ def differing(before: np.ndarray, after: np.ndarray) -> float | None:
     NaN is the same as NaN, whatever its bits; 0 is not the same as -0.
     """
     bits = np.dtype(f"u{before.dtype.itemsize}")
-    nan, other_nan = before != before, after != after
-    same = (before.view(bits) == after.view(bits)) | (nan & other_nan)
+    both_nan = (before != before) & (after != after)  # all that differs from itself
+    same = (before.view(bits) == after.view(bits)) | both_nan
     if same.all():
         return None
-    if (nan != other_nan).any():
+    one, other = before.astype(np.float64)[~both_nan], after.astype(np.float64)[~both_nan]
+    largest = max(np.abs(one).max(), np.abs(other).max())
+    if not np.isfinite(largest):
         return float("inf")
-    one, other = before[~same].astype(np.float64), after[~same].astype(np.float64)
-    return float(np.abs(one - other).max() / max(np.abs(one).max(), np.abs(other).max(), np.finfo(np.float64).tiny))
+    return float(np.abs(one - other).max() / largest) if largest else 0.0
 
 
 def numbers(rows: Iterable[dict[str, Any]]) -> dict[tuple[int, str], np.ndarray]:
@@ -318,14 +323,19 @@ def compare_rows(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> t
     old, new = numbers(before), numbers(after)
     known = {column for _, column in old}
     found = []
-    for step, column in sorted(old.keys() | new.keys(), key=lambda key: key[0]):
+    for step, column in sorted(dict.fromkeys([*old, *new]), key=lambda key: key[0]):
         here, there = old.get((step, column)), new.get((step, column))
         if here is None or there is None:
             if column in known:
-                found.append(Difference(f"step {step}, {column}: only {'after' if here is None else 'before'}", float("inf")))
+                found.append(only(f"step {step}, {column}", here is not None))
         elif (size := differing(here, there)) is not None:
-            found.append(Difference(f"step {step}, {column}: {here!s} -> {there!s}", size))
+            found.append(Difference(f"step {step}, {column}", size, f"{here} -> {there}"))
     return found, {column for _, column in new} - known
+
+
+def only(where: str, before: bool) -> Difference:
+    """Something that one side does not have."""
+    return Difference(where, float("inf"), f"only {'before' if before else 'after'}")
 
 
 def paired(before: Iterable[str], after: Iterable[str]) -> list[tuple[str | None, str | None]]:
@@ -344,14 +354,14 @@ def compare_arrays(before: dict[str, np.ndarray],
     found, renamed = [], {}
     for old, new in paired(before, after):
         if old is None or new is None:
-            found.append(Difference(f"{old or new}: only {'after' if old is None else 'before'}", float("inf")))
+            found.append(only(old or new, old is not None))
             continue
         here, there = before[old], after[new]
         if old != new:
             renamed[old] = new
         if (here.shape, here.dtype) != (there.shape, there.dtype):
-            found.append(Difference(f"{old}: {here.dtype}{list(here.shape)} -> {new}: {there.dtype}{list(there.shape)}",
-                                    float("inf")))
+            found.append(Difference(old, float("inf"),
+                                    f"{here.dtype}{list(here.shape)} -> {new}, {there.dtype}{list(there.shape)}"))
         elif (size := differing(here, there)) is not None:
             found.append(Difference(new, size))
     return found, renamed
@@ -359,7 +369,8 @@ def compare_arrays(before: dict[str, np.ndarray],
 
 def compare_files(before: dict[str, str], after: dict[str, str]) -> list[Difference]:
     """Files of the first whose content the second has under no name."""
-    return [Difference(f"corpus, {name}", float("inf")) for name, content in before.items() if content not in after.values()]
+    return [Difference(f"corpus, {name}", float("inf"), "another digest")
+            for name, content in before.items() if content not in after.values()]
 
 
 class Comparison(NamedTuple):
@@ -368,31 +379,51 @@ class Comparison(NamedTuple):
     steps: int
     numbers: int  # compared in metrics.jsonl
     arrays: int
-    differences: list[Difference]  # text, then metrics by step, then parameters
+    text: list[Difference]
+    metrics: list[Difference]  # by step
+    parameters: list[Difference]
     renamed: dict[str, str]
     new_columns: set[str]
+
+    @property
+    def differences(self) -> list[Difference]:
+        return [*self.text, *self.metrics, *self.parameters]
 
 
 def compare(before: Path, after: Path) -> Comparison:
     """Two run directories."""
     rows, parameters = read_rows(before), read_parameters(before)
-    in_rows, new_columns = compare_rows(rows, read_rows(after))
-    in_arrays, renamed = compare_arrays(parameters, read_parameters(after))
-    differences = [*compare_files(read_corpus(before), read_corpus(after)), *in_rows, *in_arrays]
-    return Comparison(max(row["step"] for row in rows), len(numbers(rows)), len(parameters), differences, renamed, new_columns)
+    metrics, new_columns = compare_rows(rows, read_rows(after))
+    of_parameters, renamed = compare_arrays(parameters, read_parameters(after))
+    return Comparison(max(row["step"] for row in rows), len(numbers(rows)), len(parameters),
+                      compare_files(read_corpus(before), read_corpus(after)), metrics, of_parameters, renamed, new_columns)
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
 
-def result(comparison: Comparison) -> tuple[str, str]:
-    """Two cells: equal, or what differs first; and the largest difference."""
-    differences = comparison.differences
+def cells(comparison: Comparison) -> list[str]:
+    """Steps; equal, or what differs first; the largest differences of metrics and of parameters."""
+    found = comparison.differences
+    result = f"equal ({comparison.numbers} numbers, {comparison.arrays} arrays)"
+    if found:
+        result = f"**{found[0].where}**" + (f": {found[0].what}" if found[0].what else "")
+        result += f", and {len(found) - 1} more" if found[1:] else ""
+    return [str(comparison.steps), result, largest(comparison.metrics), largest(comparison.parameters)]
+
+
+def largest(differences: list[Difference]) -> str:
     if not differences:
-        return f"equal ({comparison.numbers} numbers, {comparison.arrays} arrays)", "0"
-    more = f" (and {len(differences) - 1} more)" if differences[1:] else ""
-    largest = max(differences, key=lambda difference: difference.size)
-    size = f"{largest.size:.1e}" if np.isfinite(largest.size) else "not comparable"
-    return f"**{differences[0].where}**{more}", f"{size}: {largest.where}"
+        return "0"
+    most = max(differences, key=lambda difference: difference.size)
+    return f"{most.size:.1e} ({most.where})"
+
+
+def interpreter(name: str) -> str:
+    """The whole path of PYTHON, since commands run elsewhere; a link stays one (a virtual environment's is)."""
+    found = shutil.which(name)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{name}: no such program")
+    return os.path.abspath(found)
 
 
 def main() -> int:
@@ -401,7 +432,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=TRAININGS, metavar="NAME", default=list(TRAININGS))
     parser.add_argument("--envs", type=lambda path: Path(path).expanduser().resolve(), metavar="DIR",
                         default="~/.cache/jaxlm/same_curve", help="folder of environments and runs")
-    parser.add_argument("--python", default=sys.executable, help="interpreter of both sides")
+    parser.add_argument("--python", type=interpreter, default=sys.executable, help="interpreter of both sides")
     parser.add_argument("--share-packages", action="store_true", help="use PYTHON's packages on both sides")
     parser.add_argument("--list", action="store_true", help="name the trainings")
     arguments = parser.parse_args()
@@ -412,31 +443,42 @@ def main() -> int:
         parser.error("--against COMMIT is needed")
     arguments.envs.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_platforms", "cpu")
-    sides = install(arguments.against, arguments.against, arguments), install("this checkout", None, arguments)
+    try:
+        sides = install(arguments.against, arguments.against, arguments), install("this checkout", None, arguments)
+    except Failed as error:
+        print(f"same_curve: {error}", file=sys.stderr)
+        return 2
     return report(*sides, arguments.only)
 
 
 def report(before: Side, after: Side, names: Iterable[str]) -> int:
     """Trains, prints the table, and what is to be known beside it. Returns 1 when anything differs."""
-    status, renamed, columns = 0, {}, set()
-    print("| training | what it is | steps | result | largest difference |\n| --- | --- | --- | --- | --- |", flush=True)
+    print_row(["training", "what it is", "steps", "result", "metrics", "parameters"])
+    print_row(["---"] * 6)
+    equal, renamed, columns = 0, {}, set()
     for name in names:
         try:
             comparison = compare(train(before, name), train(after, name))
         except Failed as error:
-            cells, failed = ("", f"**{error}**", ""), True
-        else:
-            cells, failed = (str(comparison.steps), *result(comparison)), bool(comparison.differences)
-            renamed |= comparison.renamed
-            columns |= comparison.new_columns
-        status = max(status, int(failed))
-        print(f"| {name} | {TRAININGS[name].what} | {' | '.join(cells)} |", flush=True)
+            print_row([name, TRAININGS[name].what, "", f"**{error}**", "", ""])
+            continue
+        print_row([name, TRAININGS[name].what, *cells(comparison)])
+        equal += not comparison.differences
+        renamed |= comparison.renamed
+        columns |= comparison.new_columns
+    print(f"\n{before.name} and {after.name}: {equal} of {len(names)} equal; "
+          f"{', '.join(f'{name} {version}' for name, version in after.versions.items())}")
     print_notes(before, after, renamed, columns)
-    return status
+    return int(equal < len(names))
+
+
+def print_row(row: Iterable[str]) -> None:
+    """One of a Markdown table."""
+    print(f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |", flush=True)
 
 
 def print_notes(before: Side, after: Side, renamed: dict[str, str], columns: set[str]) -> None:
-    """Under the table: what has another name, what is new, and versions where they are not the same."""
+    """What has another name, what is new, and versions where they are not the same."""
     notes = [f"renamed: {old} -> {new}" for old, new in renamed.items()]
     notes += [f"new in metrics.jsonl, compared with nothing: {column}" for column in sorted(columns)]
     notes += [f"WARNING: {name} {before.versions[name]} on one side, {version} on the other"
