@@ -201,11 +201,12 @@ def surroundings(envs: Path) -> dict[str, str]:
 
 
 def processor() -> list[str]:
-    """What the bits may depend on beside the program: the kind of processor, and how many of them."""
+    """What the bits may depend on beside the program: the kind of processor, and how many this process may use."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.machine(), platform.processor()]
     kind = {line for line in lines if line.startswith(("model name", "flags", "Features")) or not cpuinfo.exists()}
-    return [*sorted(kind), str(os.cpu_count())]
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return [*sorted(kind), str(count)]
 
 
 def called(command: list[str], environment: dict[str, str], folder: Path) -> str:
