@@ -23,7 +23,7 @@ def text_of(files: Mapping[str, bytes], name: str) -> str:
 
 
 def words_of(files: Mapping[str, bytes]) -> dict[str, int]:
-    """vocab.txt: a token a line, whose number is its id, from 0; blanks at its end do not count; of two lines, the last."""
+    """vocab.txt: a token a line, whose number is its id; blanks at its end do not count. Of two the last."""
     lines = text_of(files, WORDS).removesuffix("\n").split("\n")
     return {line.rstrip(): number for number, line in enumerate(lines)}
 

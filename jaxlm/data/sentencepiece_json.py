@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from jaxlm.data import tokenizer_json as parts
 from jaxlm.data.tokenizer_json import Part
 from jaxlm.errors import UserError
@@ -18,8 +20,8 @@ from jaxlm.errors import UserError
 MARK = "\u2581"  # a blank inside a piece
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of pieces
 UNIGRAM, BPE = 1, 2  # types of models
-# `tokenizers` applies the rules of a normalizer to a letter and its marks together, and of those only to the first. A
-# fence before each mark keeps them apart. It stands in no text: both code points are no characters.
+# `tokenizers` takes a letter and its marks together, and when the letter has a rule, the marks are lost. A fence
+# between them keeps them apart. It stands in no text: its code points are no characters.
 FENCE = "\ufffe\uffff"
 MARKS = r"(?=[\p{M}\x{200C}\x{200D}\x{0E33}\x{0EB3}\x{FF9E}\x{FF9F}\x{1F3FB}-\x{1F3FF}\x{E0020}-\x{E007F}])"
 
@@ -67,6 +69,11 @@ class Sentencepiece:
         rules = self.proto.normalizer_spec.precompiled_charsmap
         return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(rules).decode()} if rules else None
 
+    @cached_property
+    def rules(self) -> dict[str, str]:
+        """The same, each spelled out: what becomes of which characters."""
+        return charsmap_rules(self.proto.normalizer_spec.precompiled_charsmap)
+
 
 def pipeline(found: Sentencepiece, blanks: bool = False) -> dict[str, Part | None]:
     """model, normalizer, pre_tokenizer and decoder.
@@ -77,8 +84,9 @@ def pipeline(found: Sentencepiece, blanks: bool = False) -> dict[str, Part | Non
     """
     spec, prefix = found.proto.normalizer_spec, found.proto.normalizer_spec.add_dummy_prefix
     escaped = spec.escape_whitespaces and not blanks
-    normalizers = normalization(found, prefix, escaped, single=blanks)
-    cuts = [parts.split(pattern) for pattern in (cut_before_reserved(found), cut_user_defined(found)) if pattern]
+    normalizers = normalization(found, prefix, escaped)
+    whole, reserved = cut_user_defined(found), None if found.is_bpe else cut_reserved(found)
+    cuts = [*([parts.split(whole)] if whole else []), *([parts.split(reserved, "MergedWithPrevious")] if reserved else [])]
     model = bpe_model(found, blanks) if found.is_bpe else unigram_model(found, blanks)
     return {"model": model, "normalizer": parts.sequence("normalizers", normalizers),
             "pre_tokenizer": parts.sequence("pretokenizers", cuts), "decoder": byte_fallback_decoder(prefix, escaped)}
@@ -91,20 +99,60 @@ def byte_fallback_decoder(prefix: bool, escaped: bool = True) -> Part | None:
     return parts.sequence("decoders", found)
 
 
-def normalization(found: Sentencepiece, prefix: bool, escaped: bool, single: bool) -> list[Part]:
-    """Rules, blanks that are too many, the blank before a text, U+2581 for blanks: in SentencePiece's order.
-
-    single: each rule is of one character.
-    """
-    steps: list[Part] = []
-    if found.charsmap:
-        fence = (parts.replace({"Regex": MARKS}, FENCE), parts.replace(FENCE, ""))
-        steps += [fence[0], found.charsmap, fence[1]] if single else [found.charsmap]
-    if found.proto.normalizer_spec.remove_extra_whitespaces:
-        steps += [parts.replace({"Regex": rf"\A +|[ {MARK}]+\z"}, ""), parts.replace({"Regex": " {2,}"}, " ")]
+def normalization(found: Sentencepiece, prefix: bool, escaped: bool) -> list[Part]:
+    """Rules, blanks that are too many, the blank before a text, U+2581 for blanks: in SentencePiece's order."""
+    steps = rule_steps(found)
+    if found.proto.normalizer_spec.remove_extra_whitespaces:  # unescaped, a text is read in the parts between its U+2581
+        ends = rf"\A +|[ {MARK}]+\z" if escaped else rf"\A +| +\z| +(?={MARK})|(?<={MARK}) +"
+        steps += [parts.replace({"Regex": ends}, ""), parts.replace({"Regex": " {2,}"}, " ")]
     if prefix:
         steps.append({"type": "Prepend", "prepend": " "})
     return [*steps, parts.replace(" ", MARK)] if escaped else steps
+
+
+def rule_steps(found: Sentencepiece) -> list[Part]:
+    """The rules; those that delete a character before the others, since `tokenizers` 0.23 fails at them."""
+    if not found.charsmap:
+        return []
+    longer = {source[0] for source in found.rules if len(source) > 1}
+    alone = {source: target for source, target in found.rules.items() if len(source) == 1 and source not in longer}
+    deleted, changed = sorted(source for source in alone if not alone[source]), sorted(filter(alone.get, alone))
+    steps = [parts.replace({"Regex": one_of(deleted)}, "")] if deleted else []
+    if not changed:
+        return [*steps, found.charsmap]
+    fence = parts.replace({"Regex": f"(?<={one_of(changed)}){MARKS}"}, FENCE)
+    return [*steps, fence, found.charsmap, parts.replace(FENCE, "")]
+
+
+def one_of(characters: Sequence[str]) -> str:
+    """A pattern of these (rising) characters."""
+    ranges: list[list[int]] = []
+    for code in map(ord, characters):
+        if ranges and code == ranges[-1][1] + 1:
+            ranges[-1][1] = code
+        else:
+            ranges.append([code, code])
+    return "[" + "".join(rf"\x{{{first:X}}}-\x{{{last:X}}}" for first, last in ranges) + "]"
+
+
+def charsmap_rules(content: bytes) -> dict[str, str]:
+    """The rules of a precompiled_charsmap: a double-array trie of UTF-8 (Aoe 1989; darts-clone), whose values are
+    places in the texts behind it, each of which ends with a zero byte."""
+    size = int.from_bytes(content[:4], "little")
+    units, texts = np.frombuffer(content[4:4 + size], "<u4").astype(np.int64), content[4 + size:]
+    offsets = (units >> 10) << ((units & (1 << 9)) >> 6)
+    labels, letters = units & ((1 << 31) | 0xFF), np.arange(1, 256)
+    rules, nodes = {}, [(b"", int(offsets[0]))] if size else []
+    while nodes:
+        key, node = nodes.pop()
+        places = node ^ letters
+        for letter in letters[(places < len(units)) & (labels[np.minimum(places, len(units) - 1)] == letters)].tolist():
+            place = node ^ letter
+            nodes.append((key + bytes([letter]), place ^ int(offsets[place])))
+            if units[place] >> 8 & 1:
+                start = int(units[place ^ offsets[place]] & ((1 << 31) - 1))
+                rules[nodes[-1][0].decode()] = texts[start:texts.index(b"\0", start)].decode()
+    return rules
 
 
 def cut_user_defined(found: Sentencepiece) -> str | None:
@@ -113,12 +161,19 @@ def cut_user_defined(found: Sentencepiece) -> str | None:
     return "|".join(map(re.escape, names)) or None
 
 
-def cut_before_reserved(found: Sentencepiece) -> str | None:
-    """A pattern of characters that no piece has but the names of control tokens and bytes: cut out of the text, they
-    cannot spell one."""
-    known = {letter for name in found.of_type(NORMAL, UNUSED, USER_DEFINED) for letter in name}
-    foreign = {letter for name in found.of_type(UNKNOWN, CONTROL, BYTE) for letter in name} - known
-    return f"[{''.join(map(re.escape, sorted(foreign)))}]" if foreign and not found.is_bpe else None
+def cut_reserved(found: Sentencepiece) -> str | None:
+    """A pattern of the letters behind which a text that spells a control token or a byte has to be cut.
+
+    Those that no piece has: where each letter has one, the improbable score of such names is enough.
+    """
+    known = {letter for name in found.of_type(NORMAL, UNUSED) for letter in name}
+    rest: dict[tuple[str, str], list[str]] = {}  # what stands before, and the letter -> what stands behind
+    for name in found.of_type(UNKNOWN, CONTROL, BYTE):
+        place = next((place for place, letter in enumerate(name[:-1]) if letter not in known), None)
+        if place is not None:
+            rest.setdefault((name[:place], name[place]), []).append(re.escape(name[place + 1:]))
+    return "|".join((f"(?<={re.escape(before)})" if before else "") + f"{re.escape(letter)}(?={'|'.join(behind)})"
+                    for (before, letter), behind in rest.items()) or None
 
 
 def named(name: str, blanks: bool) -> str:

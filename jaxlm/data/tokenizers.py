@@ -242,6 +242,11 @@ class JsonTokenizer(Tokenizer):
         self.tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in plain])
 
     @cached_property
+    def has_framing(self) -> bool:
+        """Whether the file itself puts tokens around texts."""
+        return framing_of(self.tokenizer) is not None
+
+    @cached_property
     def framing(self) -> Framing:
         """As the file's post-processor has it."""
         return framing_of(self.tokenizer) or usual_framing(self.special)
