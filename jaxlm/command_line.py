@@ -15,7 +15,6 @@ from jaxlm.settings import expand_home, sections
 ALL_VERBS = ("prepare", "train", "evaluate", "generate", "import", "export", "bench", "plan", "report")
 WITH_JSON = ("evaluate", "generate", "bench", "plan")
 LOCAL_PROCESSES = ("train", "evaluate", "generate", "import", "export", "bench")
-OWN_KEYS = {"export": ("out", "max_shard")}  # verb -> keys of its section that are written without the section's name
 
 
 def _positive(text: str) -> int:
@@ -111,8 +110,6 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
         word = positionals_of(verb)[0][0].partition("|")[0]
         example = ", for example configs/quickstart.yaml" if word == "CONFIG.yaml" else ""
         raise UserError(f"{verb}: {word} is missing before '{parsed.config}'{example}")
-    if own := OWN_KEYS.get(verb):
-        parsed.overrides = [f"{verb}.{word}" if word.partition("=")[0] in own else word for word in parsed.overrides]
     if prompts := getattr(parsed, "prompt", None):
         parsed.overrides = [*parsed.overrides, f"generate.prompts={json.dumps(_checked(prompts))}"]
     return parsed

@@ -379,14 +379,6 @@ class BenchSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportSettings:
-    """`jaxlm export`; there, `out=` and `max_shard=` are enough."""
-
-    out: Place | None = key(None, "folder to make, for transformers")
-    max_shard: Positive = key(5 * 10**9, "weights in one safetensors file, at most (a larger tensor has one of its own)", "bytes")
-
-
-@dataclass(frozen=True, kw_only=True)
 class TaskSettings:
     """What is learned from what."""
 
@@ -402,6 +394,9 @@ class Settings:
     """One run."""
 
     run_dir: Place = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
+    out: Place | None = key(None, "export: the folder to make")
+    max_shard: Positive = key(
+        5 * 10**9, "export: weights in one safetensors file, at most; a larger tensor has a file of its own", "bytes")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     task: TaskSettings = key(TaskSettings(), "")
@@ -417,7 +412,6 @@ class Settings:
     logging: LoggingSettings = key(LoggingSettings(), "")
     generate: GenerateSettings = key(GenerateSettings(), "")
     bench: BenchSettings = key(BenchSettings(), "")
-    export: ExportSettings = key(ExportSettings(), "")
 
 
 def remat_choices(remat: str | dict[str, str]) -> dict[str, str] | None:

@@ -15,7 +15,7 @@ from jaxlm.interop.names import shown_names
 from jaxlm.interop.parameters import as_tree, by_path, load_parameters
 from jaxlm.interop.source import TOKENIZER, Source, open_source
 from jaxlm.interop.tokenizers import read_tokenizer
-from jaxlm.models.sizes import num_parameters
+from jaxlm.models.parameters import num_parameters
 from jaxlm.runtime.processes import is_main
 from jaxlm.settings import Settings, dump, to_dict
 from jaxlm.storage.files import as_path, check_folder, exists, make_folder, name_of, write_text
@@ -44,16 +44,16 @@ def import_folder(folder: str, settings: Settings) -> None:
     if is_main():
         tokenizer.save(run_dir / TOKENIZER)
         write_text(run_dir / "config.yaml", dump(settings))
-        for line in [*_description(source, settings), *source.foreign.notes, *notes]:
+        for line in [*_description(source, trainer), *source.foreign.notes, *notes]:
             print_line(line)
 
 
-def _description(source: Source, settings: Settings) -> list[str]:
+def _description(source: Source, trainer: Trainer) -> list[str]:
     files = len({tensor.file for tensor in source.tensors.values()})
-    heads = ", ".join(source.heads) or "none"
-    return [f"{source.folder}: {source.foreign.family.model_type} of {format_count(num_parameters(settings.model))} parameters, "
+    heads, numbers = ", ".join(source.heads) or "none", num_parameters(trainer.settings.model, trainer.model.objectives)
+    return [f"{source.folder}: {source.foreign.family.model_type} of {format_count(numbers)} parameters, "
             f"{counted(len(source.tensors), 'tensor')} in {counted(files, 'file')}; heads: {heads}",
-            f"weights: {as_path(settings.run_dir) / 'checkpoints' / '0'}"]
+            f"weights: {as_path(trainer.settings.run_dir) / 'checkpoints' / '0'}"]
 
 
 def read_params(source: Source, trainer: Trainer) -> tuple[dict[str, Any], list[str]]:

@@ -27,7 +27,7 @@ def model_card(settings: Settings, step: int, architecture: str, model_type: str
         sections += ["## Training", table(what_ran(run)), "## Figures", table(results(run))]
     except UserError as error:
         sections += ["## Training", f"Not known: {error}"]
-    told = {key: value for key, value in changed(settings).items() if key not in ("run_dir", "export", "devices")}
+    told = {key: value for key, value in changed(settings).items() if key not in ("run_dir", "out", "max_shard", "devices")}
     written = yaml.safe_dump(told, sort_keys=False, allow_unicode=True)
     sections += ["## Settings", f"What differs from jaxlm's defaults:\n\n```yaml\n{written}```"]
     return "\n\n".join(sections) + "\n"
