@@ -274,7 +274,7 @@ SUMMARIES = {
     "evaluate": "a checkpoint over the whole validation set",
     "generate": "continue generate.prompts with a checkpoint",
     "import": "a Hugging Face folder to a run directory",
-    "export": "a run directory to a Hugging Face folder, compared with the run before it is done",
+    "export": "a run to a Hugging Face folder that says the same, proven",
     "bench": "time the training step on random tokens",
     "plan": "memory, traffic and speed on devices that are not here, from their own compiler",
     "report": "one page about a run, or a table that compares several",

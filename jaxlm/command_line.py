@@ -92,7 +92,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "report":
         parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR")
     else:
-        parser.add_argument("config", type=expand_home, metavar="CONFIG.yaml")
+        parser.add_argument("config", type=expand_home, metavar=positionals_of(verb)[0][0].partition("|")[0])
         parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     one_of = parser.add_mutually_exclusive_group() if verb == "plan" else parser
     for option in options_of(verb):

@@ -204,8 +204,10 @@ def test_options_that_are_keys_or_none(refused, command, words):
     ("train.steps=4", "expected a verb and a run file"),
     ("finetune", "nothing here fine-tunes yet"), ("fine-tune", "nothing here fine-tunes yet"),
     ("serve", "nothing here serves a model yet"),
-    ("import-hf", "reads Hugging Face weights yet"), ("export-hf", "writes Hugging Face weights yet"), ("predict", "yet"),
-    ("convert", "nothing here converts weights yet"), ("eval", "did you mean 'evaluate'?"),
+    ("import-hf", "did you mean 'import'?"), ("export-hf", "did you mean 'export'?"),
+    ("from_pretrained", "did you mean 'import'?"),
+    ("push_to_hub", "did you mean 'export'?"), ("predict", "yet"),
+    ("convert", "'import' reads a Hugging Face folder, 'export' writes one"), ("eval", "did you mean 'evaluate'?"),
     ("sample", "did you mean 'generate'?"),
     ("preprocess", "did you mean 'prepare'?"), ("pretrain", "did you mean 'train'?"), ("benchmark", "did you mean 'bench'?"),
     ("trian", "did you mean 'train'?"), ("optimizer", "jaxlm help optimizer"), ("--target", "expected a verb before --target")])

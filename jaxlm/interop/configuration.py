@@ -234,7 +234,9 @@ def _window(content: dict[str, Any], family: Family, layers: int) -> dict[str, A
                        f"{clipped(str([layer for layer, kind in enumerate(kinds) if kind == FULL]))} are not supported; expected "
                        "every n-th, from the first on")
     known = PRESETS[family.preset]["attention_window"]
-    return {"attention_window": size if size is not None else known, "global_every": every}
+    if size is None and known is None:
+        return {}
+    return {"attention_window": known if size is None else size, "global_every": every}  # null would be the family's
 
 
 def _every(kinds: Sequence[str]) -> int | None:

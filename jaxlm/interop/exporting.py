@@ -25,6 +25,7 @@ from jaxlm.interop.parameters import by_path, file_shapes, parameters, write_par
 from jaxlm.interop.safetensors import make_files, plan_shards
 from jaxlm.interop.source import open_source
 from jaxlm.interop.tokenizers import special_ids, write_tokenizer
+from jaxlm.parallel.rules import cutting
 from jaxlm.runtime.processes import is_main
 from jaxlm.settings import Settings, to_dict
 from jaxlm.storage.files import delete, exists, names_in, write_json, write_text
@@ -59,11 +60,13 @@ def export_run(settings: Settings) -> None:
         family = find_family(settings.model, heads)  # refuses what transformers has not
         say_which(checkpoints.directory, step)
         params = checkpoints.restore_params(step, trainer.params)
+        said = logits(trainer, params)
         staging = out.with_name(f".{out.name}.partial")
         _on_main(lambda: (delete(staging), staging.mkdir(parents=True)))
         try:
             _write(trainer, params, tokenizer, staging, step)
-            difference = _compare(trainer, params, staging)
+            del params  # before the same are read again
+            difference = _compare(trainer, said, staging)
         except BaseException:
             if is_main():
                 delete(staging)
@@ -77,8 +80,8 @@ def export_run(settings: Settings) -> None:
 
 
 def _exactly(settings: Settings) -> Settings:
-    """The same in float32, all rows at a time: two copies of the weights are to be told apart."""
-    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="float32", gradient_accumulation=1))
+    """The same in float32: two copies of the weights are to be told apart."""
+    return dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="float32"))
 
 
 def _free_folder(out: str | None) -> Path:
@@ -146,16 +149,15 @@ def _labels(settings: Settings, heads: Sequence[str]) -> tuple[str | None, Seque
     return (settings.task.problem or "single_label", settings.task.labels or []) if "classification" in heads else (None, [])
 
 
-def _compare(trainer: Trainer, params: dict[str, Any], folder: Path) -> float:
-    """The largest difference of logits, as a share of the largest. Raises RunError where it is more than TOLERANCE."""
+def _compare(trainer: Trainer, own: dict[str, np.ndarray], folder: Path) -> float:
+    """The largest difference between the run's logits, `own`, and those of the folder, as a share of the largest.
+    Raises RunError where it is more than TOLERANCE."""
     source = open_source(str(folder))
     was, now = decisive(trainer.settings.model), decisive(source.foreign.model)
     if was != now:
         key = next(key for key in was if was[key] != now[key])
         raise RunError(f"{folder}: {CONFIG} says model.{key}={now[key]}, and the run {was[key]}; this is an error of jaxlm")
-    own = logits(trainer, params)
-    again, _ = read_params(source, trainer)
-    read = logits(trainer, again)
+    read = logits(trainer, read_params(source, trainer)[0])
     largest = max(float(np.abs(each).max()) for each in own.values())
     difference = max(float(np.abs(each - read[name]).max()) for name, each in own.items()) / max(largest, 1e-30)
     if not difference <= TOLERANCE:
@@ -182,7 +184,7 @@ def logits(trainer: Trainer, params: dict[str, Any]) -> dict[str, np.ndarray]:
 def _probe(trainer: Trainer) -> dict[str, np.ndarray]:
     """int32 rows, at least ROWS and as many as the mesh needs."""
     model, random = trainer.settings.model, np.random.default_rng(0)
-    ways = math.prod(trainer.mesh.shape[axis] for axis in ("data", "stage", "fsdp", "expert"))
+    ways = math.prod(trainer.mesh.shape[axis] for axis in cutting("batch")) * trainer.settings.train.gradient_accumulation
     shape = (-(-ROWS // ways) * ways, min(LENGTH, model.max_length))
     lengths = np.linspace(shape[1], shape[1] // 2 + 1, shape[0]).astype(np.int32)
     batch = {"tokens": random.integers(0, model.vocab_size, shape), "segment_ids": np.arange(shape[1]) < lengths[:, None],

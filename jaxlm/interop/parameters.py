@@ -3,6 +3,7 @@ block at a time."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jaxlm.interop.weights import Index, Weight
 from jaxlm.parallel.layout import Layout
 from jaxlm.settings import ModelSettings
 
+THREADS = 4  # that read or write at a time, each a block
 ALIGNED = 64  # bytes: what JAX takes over without a copy on the CPU
 
 
@@ -225,8 +227,8 @@ def _fill(parameter: Parameter, shard: np.ndarray, index: Index, tensors: Mappin
     if parameter.weight is not None:
         if parameter.weight.first_layer:  # layers that have no such norm
             shard[...] = 1.0 if parameter.path.endswith("scale") else 0.0
-        for name, view, rows, columns in parameter.pieces(shard, index, order):
-            tensors[name].read(view, rows, columns)
+        with ThreadPoolExecutor(THREADS) as pool:  # reading and copying let go of the interpreter's lock
+            list(pool.map(lambda piece: tensors[piece[0]].read(*piece[1:]), parameter.pieces(shard, index, order)))
 
 
 def _aligned(shape: Sequence[int]) -> np.ndarray:
@@ -255,6 +257,11 @@ def write_parameters(wanted: Mapping[str, Parameter], params: Mapping[str, jax.A
 
     Raises UserError: the model has a number where transformers' has none.
     """
+    def write(piece: Piece) -> None:
+        name, view, rows, columns = piece
+        for each in (name, *([twins[name]] if name in twins else [])):
+            shards.write(each, view, rows[0], columns[0])
+
     for path, parameter in wanted.items():
         for shard in params[path].addressable_shards:
             if shard.replica_id:
@@ -264,8 +271,7 @@ def write_parameters(wanted: Mapping[str, Parameter], params: Mapping[str, jax.A
                 if array.any():
                     raise UserError(f"parameter {path}: transformers' class has none, and it is not 0 here")
                 continue
-            for name, view, rows, columns in parameter.pieces(array, shard.index, order):
-                for each in (name, *([twins[name]] if name in twins else [])):
-                    shards.write(each, view, rows[0], columns[0])
+            with ThreadPoolExecutor(THREADS) as pool:
+                list(pool.map(write, parameter.pieces(array, shard.index, order)))
 
 

@@ -27,7 +27,7 @@ LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1,
          "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 READ = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-BLOCK = 2**24  # bytes read or written at a time
+BLOCK = 2**22  # bytes read or written at a time
 SQUARE = 64  # numbers on a side, of which two fit a processor's nearest cache
 SHORTEST = 2**12  # bytes of a part of a row that is worth a read of its own
 Range = tuple[int, int]  # first and behind the last
@@ -53,6 +53,9 @@ class Tensor(NamedTuple):
         if self.dtype not in READ:
             raise UserError(f"{self.file}: weight '{self.name}' is {self.dtype}; expected one of {', '.join(READ)}")
         with open_bytes(self.file) as file:
+            if self.dtype == "F32" and into.flags.c_contiguous and columns == (0, self.matrix[1]) and into.size:
+                self._fill(file, into, rows[0], 0)
+                return
             for place, block in self._blocks(file, rows, columns):
                 _copy(_as_numbers(block, self.dtype), into[place : place + len(block)])
 
@@ -67,10 +70,14 @@ class Tensor(NamedTuple):
             block = np.empty((count, own if apart else width), READ[self.dtype])
             parts = [(first + row, columns[0], block[row]) for row in range(count)] if apart else [(first, 0, block)]
             for row, column, part in parts:
-                file.seek(self.start + (row * width + column) * size)
-                if file.readinto(part.reshape(-1).view(np.uint8)) != part.nbytes:
-                    raise UserError(f"{self.file}: weight '{self.name}': the file ends before its last byte")
+                self._fill(file, part, row, column)
             yield first - rows[0], block if apart else block[:, columns[0] : columns[1]]
+
+    def _fill(self, file: IO[bytes], into: np.ndarray, row: int, column: int) -> None:
+        """The numbers from there on, as the file has them, into a contiguous array."""
+        file.seek(self.start + (row * self.matrix[1] + column) * SIZES[self.dtype])
+        if file.readinto(into.reshape(-1).view(np.uint8)) != into.nbytes:
+            raise UserError(f"{self.file}: weight '{self.name}': the file ends before its last byte")
 
 
 def _as_numbers(block: np.ndarray, dtype: str) -> np.ndarray:
