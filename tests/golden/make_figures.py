@@ -1,4 +1,4 @@
-"""Writes figures.npz: what scikit-learn computes for the cases of tests/tasks/label_cases.py.
+"""Writes figures.npz: what scikit-learn computes for the cases of tests/reporting/label_cases.py.
 
     pip install scikit-learn
     python tests/golden/make_figures.py            # writes the file beside this script
@@ -13,7 +13,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, precisi
 
 FOLDER = Path(__file__).parent
 CASES = 250
-sys.path.append(str(FOLDER.parent / "tasks"))
+sys.path.append(str(FOLDER.parent / "reporting"))
 
 
 def shared(true: np.ndarray, predicted: np.ndarray) -> list[float]:

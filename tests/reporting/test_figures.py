@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 from label_cases import several_labels_case, single_label_case
 
-from jaxlm.tasks.figures import Moments, class_counts, confusion_figures, labels_figures, matthews, ranks, score_figures
+from jaxlm.reporting.figures import Moments, class_counts, confusion_figures, labels_figures, matthews, ranks, score_figures
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "figures.npz"
 CASES = 1000
