@@ -205,9 +205,9 @@ class Loop:
         once."""
         if self.compare and self._due(step, self.guards.compare_every_steps):
             self._compare_copies(step, state.params)
-        val_loss = None
+        evaluation = None
         if self._evaluates_at(step) and not self.preemption.agreed:
-            val_loss = self._evaluate(step, state.params)
+            evaluation = self._evaluate(step, state.params)
         if self._samples_at(step) and not self.preemption.agreed:
             with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
                 shows_itself = step == self.settings.train.steps and self.settings.model.family == "gpt"  # when it has ended
@@ -218,12 +218,12 @@ class Loop:
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
                 about |= self.skipped_rows.column(step) | plain(self.last_loss) | {"tokens": self.clock.tokens.total(step)}
                 about |= {"slots": self.clock.total_slots(step)}
-                self.checkpoints.save(as_saved(state), step, about, val_loss, first=self.output.flush)
+                self.checkpoints.save(as_saved(state), step, about, evaluation, first=self.output.flush)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
             self.account.write()
 
-    def _evaluate(self, step: int, params: Params) -> float | None:
-        """Writes a row and returns its validation loss; None when it was told to stop meanwhile."""
+    def _evaluate(self, step: int, params: Params) -> dict[str, float | None] | None:
+        """Writes a row and returns its figures; None when it was told to stop meanwhile."""
         with self.account.spending("evaluation"):
             row = evaluate_run(
                 self.trainer, params, self.validation, self.corpora, whole=step == self.settings.train.steps,
@@ -233,7 +233,7 @@ class Loop:
             return None
         self.val_row = row
         self.output.row(step, self.clock.way(step) | row)
-        return row["val_loss"]
+        return row
 
     def _end_if_told(self, step: int) -> None:
         if self.preemption.agreed:
