@@ -1,6 +1,5 @@
 """What is kept, and what a run that goes on may not change."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from jaxlm import config
 from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checkpoints.manifest import commit, read_manifest
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel.layout import reorder_layers
@@ -67,10 +67,10 @@ def test_the_best_are_so_by_the_task_s_figure(tmp_path, best, kept, found):
 def test_a_checkpoint_of_before_there_were_figures_counts_by_its_loss(tmp_path):
     with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
         checkpoints.save(as_saved(small_state(2)), 2, {}, {"val_loss": 1.0})
-    manifest = tmp_path / "checkpoints" / "2" / "manifest.json"
-    about = json.loads(manifest.read_text())
-    del about["figures"]
-    manifest.write_text(json.dumps(about))
+    folder = tmp_path / "checkpoints" / "2"
+    about = read_manifest(folder)
+    older = {name: value for name, value in about.items() if name not in ("figures", "files", "digest")}
+    commit(folder, older, about["files"], num_processes=1)
     with Checkpoints(tmp_path, CheckpointSettings(keep_last=1)) as checkpoints:
         assert checkpoints.best == (2, 1.0)
         for step in (4, 6):
