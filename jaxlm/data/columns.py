@@ -43,7 +43,8 @@ def check_fields(task: TaskSettings) -> None:
     """Raises UserError for what a task does not read, and for several columns of text."""
     for role, column in task.fields.items():
         if role not in ROLES:
-            turned = f"; its column stands behind the colon: {{{column}: {role}}}" if column in ROLES else nearest(role, ROLES)
+            turned = nearest(role, ROLES) or (f"; its column stands behind the colon: {{{column}: {role}}}" if column in ROLES
+                                              else "")
             raise UserError(f"task.fields: '{role}' is nothing that {task.name} reads; expected {', '.join(ROLES)}{turned}")
         if isinstance(column, list) and (role != LABEL or len(column) < 2):
             raise UserError(f"task.fields: {role} is a list of {counted(len(column), 'column')}; expected one" + (
@@ -172,20 +173,24 @@ def objects(file: SourceFile, decoding: Decoding, max_bytes: int) -> Iterator[di
 def has_header(lines: list[list[str]], task: TaskSettings) -> bool:
     """Whether the first line of a table names its columns.
 
-    It does where task.fields has one of its cells; where it has usual names; where it counts the columns, as pandas
-    does without names; and where it is no number above numbers alone. It does not where a cell stands again below.
+    It does where task.fields names columns, not just numbers them; where it has usual names; where it counts the
+    columns, as pandas does without names; where it is no number above numbers alone; and where it is short, and above
+    labels that all come again but is none of them. It does not where a cell stands again below.
     """
     first = [cell.strip() for cell in lines[0]]
     given = [name for column in task.fields.values() for name in (column if isinstance(column, list) else [column])]
-    if any(name in first for name in given) or any(not name.isdecimal() for name in given):
-        return True  # if it is not there, that is what to say
-    below = [{row[place].strip() for row in lines[1:] if len(row) == len(first)} for place in range(len(first))]
+    if any(not name.isdecimal() for name in given):
+        return True  # if they are not there, that is what to say
+    below = [Counter(row[place].strip() for row in lines[1:] if len(row) == len(first)) for place in range(len(first))]
     if any(cell in values for cell, values in zip(first, below, strict=True) if cell):
         return False
     if any(plain(cell) in USUAL for cell in first) or first == [str(number) for number in range(len(first))] != ["0"]:
         return True
-    return any(cell and not NUMBER.fullmatch(cell) and values and all(map(NUMBER.fullmatch, values))
-               for cell, values in zip(first, below, strict=True))
+    if any(cell and not NUMBER.fullmatch(cell) and values and all(map(NUMBER.fullmatch, values))
+           for cell, values in zip(first, below, strict=True)):
+        return True
+    short_names = all(0 < len(cell) <= 30 and len(cell.split()) <= 3 and not NUMBER.fullmatch(cell) for cell in first)
+    return short_names and any(values and min(values.values()) > 1 and holds_labels(list(values.elements())) for values in below)
 
 
 def plain(name: str) -> str:
@@ -200,7 +205,9 @@ def columns_of(table: Table, task: TaskSettings, labelled: bool, streams: tuple[
     texts = given_texts(table, task) or usual_texts(table, streams)
     label = given_label(table, task, labelled) or usual_label(table, texts)
     if not texts or not label:
-        texts, label = by_contents(table, texts, label, streams)
+        found_texts, found_label = by_contents(table, texts, label, streams)
+        texts = texts or found_texts
+        label = label or (found_label if labelled or not table.names else ())
     if not texts or (labelled and not label):
         raise unclear(table, task, labelled, texts)
     if streams is not None and len(texts) != len(streams):
@@ -253,17 +260,15 @@ def usual_label(table: Table, texts: tuple[str | int, ...]) -> tuple[str | int, 
 def by_contents(table: Table, texts: tuple[str | int, ...], label: tuple[str | int, ...],
                 streams: tuple[str, ...] | None) -> tuple[tuple[str | int, ...], tuple[str | int, ...]]:
     """Texts and label by what the columns hold, where one is clear: of those that are neither yet, just one or two
-    hold texts, and just one what may be labels."""
+    hold texts, and just one what may be labels. () for what is not clear."""
     columns = {number: number if table.is_text_table else table.names[number] for number in range(table.width)}
     left = {number: column for number, column in columns.items() if column not in (*texts, *label)}
     labels = [column for number, column in left.items() if holds_labels(table.values(number))]
     others = [column for column in left.values() if column not in labels]
     most = 2 if streams is None else len(streams)
-    if not texts and len(others) <= most:
-        texts = tuple(others)
-    if not texts and not label and streams == (TEXT,) and table.width == 1:
-        texts = tuple(columns.values())
-    return texts, label or (tuple(labels) if len(labels) == 1 else ())
+    if streams == (TEXT,) and table.width == 1:
+        return tuple(columns.values()), ()
+    return tuple(others) if len(others) <= most else (), tuple(labels) if len(labels) == 1 else ()
 
 
 def holds_labels(values: list[str]) -> bool:

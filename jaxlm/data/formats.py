@@ -289,12 +289,16 @@ def record_separator(text: str, whole: bool, given: str | None, named: bool) -> 
 
 def agreement(text: str, whole: bool, separator: str) -> float:
     """The largest share of the rows that have equally many columns, more than one."""
-    rows = [row for row in first_rows(text, whole, separator, SEEN_ROWS) if row]
+    readings = [first_rows(text, whole, separator, SEEN_ROWS)]
     if separator == "\t":  # its quotes may be letters
-        lines = [line for line in text.split("\n")[:SEEN_ROWS] if line.strip()]
-        rows = max(rows, [line.split("\t") for line in (lines if whole else lines[:-1] or lines)], key=len)
-    columns = Counter(len(row) for row in rows if len(row) > 1)
-    return max(columns.values(), default=0) / max(1, len(rows))
+        lines = text.split("\n")[:SEEN_ROWS]
+        readings.append([line.split("\t") for line in (lines if whole else lines[:-1] or lines) if line.strip()])
+
+    def share(rows: list[list[str]]) -> float:
+        columns = Counter(len(row) for row in rows if row)
+        return max((count for number, count in columns.items() if number > 1), default=0) / max(1, columns.total())
+
+    return max(map(share, readings))
 
 
 def quotes_enclose(content: bytes, encoding: str) -> bool:

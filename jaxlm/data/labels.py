@@ -48,8 +48,8 @@ class Labels:
             return self.numbers[name]
         if self.by_number and WHOLE.fullmatch(name) and 0 <= int(name) < len(self.names):
             return int(name)
-        raise UserError(f"label {shown(name)} is none of {told(self.names)}{nearest(name, self.names)}"
-                        f"{'; -1 often marks records without a label' if name == '-1' else ''}")
+        hint = "; -1 often marks records without a label" if name == "-1" else nearest(name, self.names)
+        raise UserError(f"label {shown(name)} is none of {told(self.names)}{hint}")
 
     @cached_property
     def numbers(self) -> dict[str, int]:
