@@ -75,7 +75,7 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.training.setup import open_corpora
 
     for corpus, _ in open_corpora(settings, notes=False):
-        for line in describe(corpus):
+        for line in describe(corpus, settings):
             print(line)
     _say_next("train", arguments.config, *arguments.overrides)
 

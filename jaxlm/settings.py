@@ -28,6 +28,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _column(name: Any) -> Any:
+    """A column's number is written like its name."""
+    return str(name) if type(name) is int else name
+
+
 def expand_home(path: str) -> str:
     """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: no such
     home."""
@@ -48,6 +53,7 @@ def _place(path: str) -> str:
 
 NO_PLACE = "no_place"
 Place = Annotated[str, AfterValidator(_place)]  # file or folder; every key that names one is of this type
+Column = Annotated[str, BeforeValidator(_column)]  # of a record file: its name, or its number, from 0
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 Positive = Annotated[Integer, Gt(0)]
@@ -382,11 +388,22 @@ class BenchSettings:
 class TaskSettings:
     """What is learned from what."""
 
-    name: Literal["causal_lm", "masked_lm", "bert"] | None = key(
+    name: Literal["causal_lm", "masked_lm", "bert", "text_classification"] | None = key(
         None, "causal_lm: the next token; masked_lm: hidden tokens; bert: hidden tokens and whether one text follows the other; "
-              "null: causal_lm for causal models, bert with model.next_sentence, else masked_lm")
-    fields: dict[str, str] = key({}, "columns of the file that hold what the task reads, e.g. {text: sentence, label: label}; "
-                                     "{}: found by their names")
+              "text_classification: labels or a score of a text or a pair; null: causal_lm for causal models, bert with "
+              "model.next_sentence, else masked_lm")
+    fields: dict[str, Column | list[Column]] = key(
+        {}, "columns of the file that hold what the task reads, by name or number (from 0): {text: sentence, label: label}, "
+            "{text: 0, pair: 1, label: 2}, or a 0/1 column for each label: {text: comment, label: [toxic, threat]}; {}: found by "
+            "their names, or by what they hold")
+    problem: Literal["single_label", "multi_label", "regression"] | None = key(
+        None, "what a label is: one name, several, or a number; null: numbers with a fraction are regression, lists are "
+              "multi_label, all else is single_label")
+    labels: list[Column] | None = key(
+        None, "names of the labels, in the order of their numbers, which a file may have in their place; null: those in the "
+              "training file, sorted")
+    label_separator: str | None = key(
+        None, "what stands between the labels of a text in one column of a table: a, b with `,`; null: one label a column")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from jaxlm.data.batches import Batches, iterate
 from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.manifest import MANIFEST
-from jaxlm.data.prepare import prepare
+from jaxlm.data.prepare import prepare, refuse_other_kind
 from jaxlm.data.sequences import start_token
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
@@ -89,13 +89,16 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
     if isinstance(settings.data.corpus, dict):
         whole = settings.data.damaged == "stop"
         corpora = [(Corpus(folder, whole), weight) for folder, weight in settings.data.corpus.items()]
+        for corpus, _ in corpora:
+            refuse_other_kind(corpus, settings.task)
         accept(corpora)
         return corpora
     folder = as_path(settings.data.corpus or as_path(settings.run_dir) / "corpus")
     is_new = not exists(folder / MANIFEST)
     if is_new:
         check_given_tokenizer(settings)
-    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
+    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]),
+                     task=settings.task)
     if processes.place()[0] == 0:
         for line in (corpus.notes if notes else []) if is_new else changes(corpus, settings.data):
             print_line(printable(f"note: {line}"))
