@@ -12,9 +12,9 @@ from jaxlm.errors import UserError, nearest
 from jaxlm.near_misses import MISSING, NOT_YET, SAME_VALUE, VERBS, normal, right_key
 from jaxlm.settings import expand_home, sections
 
-ALL_VERBS = ("prepare", "train", "evaluate", "generate", "bench", "plan", "report")
-WITH_JSON = ("evaluate", "generate", "bench", "plan")
-LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
+ALL_VERBS = ("prepare", "train", "evaluate", "predict", "generate", "bench", "plan", "report")
+WITH_JSON = ("evaluate", "predict", "generate", "bench", "plan")
+LOCAL_PROCESSES = ("train", "evaluate", "predict", "generate", "bench")
 
 
 def _positive(text: str) -> int:

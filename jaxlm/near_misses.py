@@ -48,6 +48,11 @@ _KEYS = {
     "data.tokenizer": "tokenizer_name tokenizer_path tokenizer_type tokenizer_name_or_path tokenizer_model",
     "data.masking.probability": "mlm_probability mlm_prob mask_prob masking_probability mask_ratio mlm_mask_prob",
     "data.prepare_processes": "num_workers num_proc workers preprocessing_num_workers dataloader_num_workers",
+    "task.name": "task task_name task_type finetuning_task",
+    "task.problem": "problem_type",
+    "task.labels": "label_names class_names label_list num_labels num_classes id2label label2id",
+    "task.best": "metric_for_best_model best_metric monitor main_metric",
+    "out": "output_file predictions_file out_file output_path",
     "train.steps": "max_steps max_iters max_iterations num_iterations iterations iters num_steps total_steps train_steps "
                    "training_steps num_train_steps n_steps steps max_tokens num_tokens train_tokens total_tokens tokens epochs "
                    "epoch num_epochs max_epochs n_epochs num_train_epochs train_epochs hours max_time max_hours",
@@ -110,6 +115,7 @@ NOTES = {
     **_each("min_lr min_learning_rate final_lr end_lr lr_min", "It is a share of optimizer.learning_rate."),
     **_each("wandb use_wandb wandb_log wandb_project report_to",
             "Figures go to metrics.jsonl and TensorBoard events, to nothing else."),
+    **_each("num_labels num_classes", "The labels are found in the training file; the key names them, in their order."),
     **_each("gradient_checkpointing activation_checkpointing", "Write train.remat=full, or dots."),
 }
 
@@ -153,10 +159,11 @@ _VALUES = {
 VALUES = {key: {name: right for right, names in values.items() for name in names.split()} for key, values in _VALUES.items()}
 
 _VERBS = {
-    "train": "pretrain pretraining pre_train fit run resume continue start",
+    "train": "pretrain pretraining pre_train fit run resume continue start finetune fine_tune finetuning fine_tuning sft tune",
     "prepare": "preprocess tokenize tokenise prep data build prepare_data",
     "evaluate": "eval test validate val score perplexity",
-    "generate": "sample infer inference complete gen prompt chat",
+    "predict": "infer inference classify classification predict_proba predictions label",
+    "generate": "sample complete gen prompt chat",
     "bench": "benchmark profile speed",
     "plan": "estimate memory simulate dry_run search",
     "report": "compare summary summarize plot tensorboard show",
@@ -164,7 +171,7 @@ _VERBS = {
 VERBS = {name: verb for verb, names in _VERBS.items() for name in names.split()}
 
 _NOT_YET = {
-    "fine-tunes": "finetune fine_tune finetuning fine_tuning sft dpo rlhf tune lora", "predicts labels": "predict classify embed",
+    "trains adapters": "lora peft", "learns preferences": "dpo rlhf", "makes vectors of texts": "embed encode",
     "serves a model": "serve server deploy api", "reads Hugging Face weights": "import import_hf from_hf load",
     "writes Hugging Face weights": "export export_hf to_hf push save", "converts weights": "convert",
     "makes a model smaller": "compress quantize prune distill", "tries many runs": "sweep",

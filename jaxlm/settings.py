@@ -318,8 +318,8 @@ class CheckpointSettings:
     every_steps: Positive = key(1000, "save interval", "steps")
     keep_last: Positive = key(2, "newest checkpoints kept")
     keep_every_steps: Positive | None = key(None, "also save at multiples of this, and keep those for ever; null: none", "steps")
-    keep_best: NotNegative = key(1, "also keep those with the lowest validation loss")
-    step: Positive | None = key(None, "evaluate, generate: the checkpoint to use; null: the newest", "steps")
+    keep_best: NotNegative = key(1, "also keep those that are best by the task's figure (task.best)")
+    step: Positive | None = key(None, "evaluate, predict, generate: the checkpoint to use; null: the newest", "steps")
     allow: list[str] = key([], "keys that may differ from what the checkpoints were made with, though the run is then "
                                "another one, e.g. [seed, data.corpus]; schedule: a learning rate that has come down may rise")
 
@@ -402,6 +402,9 @@ class TaskSettings:
     labels: list[Column] | None = key(
         None, "names of the labels, in the order of their numbers, which a file may have in their place; null: those in the "
               "training file, sorted")
+    best: str | None = key(
+        None, "figure of the evaluations by which the best checkpoints are chosen (checkpoint.keep_best): accuracy, macro_f1, "
+              "matthews, spearman, ...; null: accuracy, for several labels micro_f1, for scores pearson; without labels loss")
     label_separator: str | None = key(
         None, "what stands between the labels of a text in one column of a table: a, b with `,`; null: one label a column")
 
@@ -411,6 +414,7 @@ class Settings:
     """One run."""
 
     run_dir: Place = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
+    out: Place | None = key(None, "predict: the file to write; null: RUN_DIR/predictions.jsonl")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     task: TaskSettings = key(TaskSettings(), "")

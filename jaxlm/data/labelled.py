@@ -12,7 +12,8 @@ import numpy as np
 from jaxlm.data.columns import ROLES
 from jaxlm.data.corpus import share
 from jaxlm.data.records import Record
-from jaxlm.data.sequences import Rows, Spans, Spec, empty_rows, place_pieces, row_spec, share_padded, start_token
+from jaxlm.data.rows import Field, Rows, Spans, Spec, empty_rows, row_spec
+from jaxlm.data.sequences import place_pieces, share_padded, start_token
 from jaxlm.data.tokenizers import SpecialTokens, Tokenizer
 from jaxlm.errors import UserError
 
@@ -80,12 +81,13 @@ class LabelledRows:
 
     def row_spec(self, token_types: bool) -> Spec:
         names = ("tokens", "segment_ids", "positions", *(("token_types",) if token_types else ()))
-        spec = row_spec(self.sequence_length, names)
+        spec = row_spec(self.sequence_length, names, self.special.pad or 0)
         if self.causal:
-            spec["last_position"] = ((), np.dtype(np.int32))
+            spec["last_position"] = Field((), np.dtype(np.int32), "position", bound=self.sequence_length)
         if self.label is not None:
-            spec[self.label_name] = (self.label.shape[1:], self.label.dtype)
-            spec["label_mask"] = ((), np.dtype(bool))
+            values = {"b": "mask", "i": "class", "f": "number"}[self.label.dtype.kind]
+            spec[self.label_name] = Field(self.label.shape[1:], self.label.dtype, values)
+            spec["label_mask"] = Field((), np.dtype(bool), "mask")
         return spec
 
     def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
@@ -95,7 +97,7 @@ class LabelledRows:
                 for start, stop in zip(begins, begins + self.lengths[indices], strict=True)]
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
-        batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
+        batch = empty_rows(self.spec, len(indices))
         (start, end), lengths = self.frame, np.empty(len(indices), np.int64)
         for row, spans in enumerate(self.spans(indices, epoch_keys, sample_keys)):
             texts = [stream.read(*span) for stream, span in zip(self.streams, spans, strict=True)]

@@ -55,7 +55,7 @@ SHAPING = ("raw", "text_field", "document", "encoding", "validation", "validatio
            "shard_tokens")
 SHAPING_TRAINED = ("lowercase", "tokenizer_sample")  # where a tokenizer is trained
 SHAPING_RECORDS = ("fields", "problem", "labels", "label_separator")
-DERIVED = ("model.vocab_size", "data.validation_split")  # null goes with whatever they became
+DERIVED = ("model.vocab_size", "data.validation_split", "task.problem", "task.labels")  # null goes with whatever they became
 BEFORE_THERE_WAS = {"data.encoding": "utf-8"}  # a key: what corpora were prepared with that know nothing of it
 DESCRIPTOR = re.compile(r"/(dev|proc/self)/fd/\d+")  # the shell numbers them anew each time
 
@@ -210,7 +210,7 @@ def make_plan(data: DataSettings, settings: dict[str, Any], vocab_size: int | No
     left_out = sources.PassedOver()
     found = sources.find_sources(data.validation, "data.validation", left_out) if isinstance(data.validation, str) else []
     raw, notes = sources.find_sources(data.raw, "data.raw", left_out), []
-    if task:
+    if task and data.raw != data.validation:  # `evaluate` holds out all of a file
         raw, notes = without_validation(raw, found)
     num_held_out = len(found)
     found = pipes.spool(found + raw, partial)
@@ -287,7 +287,8 @@ def build(plan: Plan, folder: Path, processes: int) -> None:
             "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
             "token_dtype": dtype.str,
             "splits": splits,
-            "settings": plan.settings | {"data.validation_split": "documents" if tail is None else "tail"},
+            "settings": plan.settings | {"data.validation_split": "documents" if tail is None else "tail"} | (
+                {"task.problem": labels.problem, "task.labels": labels.names and list(labels.names)} if labels else {}),
             "sources": [source for result in clean_results for source in result["sources"]],
             "passed_over": [{"path": file.name, "bytes": file.bytes, "version": file.version} for file in plan.passed_over],
         })

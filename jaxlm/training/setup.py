@@ -116,12 +116,12 @@ def check_given_tokenizer(settings: Settings) -> None:
 def check_corpora(settings: Settings, corpora: Corpora) -> None:
     """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises
     UserError."""
-    tokenizer = corpora[0][0].tokenizer
-    settings = resolve(settings, tokenizer)
+    settings = settled(settings, corpora)
     make_training_batches(settings, corpora)
     make_validation_batches(settings, corpora)
-    if find_task(settings).continues_text:
-        encode_prompts(settings, tokenizer)
+    task = find_task(settings)
+    if task.best and task.continues_text:
+        encode_prompts(settings, corpora[0][0].tokenizer)
 
 
 def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
@@ -144,6 +144,11 @@ def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
             raise UserError(f"{shown} is {len(ids)} tokens long; expected fewer than model.max_length={limit}")
         encoded.append(ids)
     return encoded
+
+
+def settled(settings: Settings, corpora: Corpora) -> Settings:
+    """With what the corpora decide: vocabulary and labels. Raises UserError."""
+    return find_task(resolve(settings, corpora[0][0].tokenizer)).filled([corpus for corpus, _ in corpora])
 
 
 def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
