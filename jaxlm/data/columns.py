@@ -62,6 +62,7 @@ class Table:
     file: SourceFile
     names: list[str]  # empty: a table whose first line is a record
     rows: list[list[Any]]  # None: a record that lacks the column
+    metadata: dict[bytes, bytes] | None = None  # of Parquet and Arrow
 
     @property
     def is_text_table(self) -> bool:
@@ -131,10 +132,10 @@ def head_of(file: SourceFile, task: TaskSettings) -> Table:
         case "parquet":
             with open_parquet(file) as parquet:
                 batch = next(parquet.iter_batches(batch_size=SEEN), None)
-                table = of_batch(file, parquet.schema_arrow.names, batch)
+                table = of_batch(file, parquet.schema_arrow, batch)
         case "arrow":
             with open_arrow(file) as (schema, batches):
-                table = of_batch(file, schema.names, next((batch for batch in batches if batch.num_rows), None))
+                table = of_batch(file, schema, next((batch for batch in batches if batch.num_rows), None))
         case _:
             table = of_objects(file, list(islice(objects(file, decoding, max_bytes), SEEN)))
     if not table.rows:
@@ -142,10 +143,11 @@ def head_of(file: SourceFile, task: TaskSettings) -> Table:
     return table
 
 
-def of_batch(file: SourceFile, names: list[str], batch: Any) -> Table:
-    columns = batch.slice(0, SEEN).to_pydict() if batch is not None and len(set(names)) == len(names) else {}
+def of_batch(file: SourceFile, schema: Any, batch: Any) -> Table:
+    names, unique = schema.names, len(set(schema.names)) == len(schema.names)
+    columns = batch.slice(0, SEEN).to_pydict() if batch is not None and unique else {}
     rows = [list(row) for row in zip(*columns.values(), strict=True)]
-    return Table(file, names, rows or ([[None] * len(names)] if batch is not None else []))
+    return Table(file, names, rows or ([[None] * len(names)] if batch is not None else []), schema.metadata)
 
 
 def of_objects(file: SourceFile, records: list[dict[str, Any]]) -> Table:
@@ -216,7 +218,18 @@ def columns_of(table: Table, task: TaskSettings, labelled: bool, streams: tuple[
                         "name the columns with task.fields")
     if len({*texts, *label}) < len(texts) + len(label):
         raise UserError(f"task.fields: {table.file.name}: one column is named twice")
-    return Columns(texts, label, tuple(map(table.title, label)) if len(label) > 1 else (), header=bool(table.names))
+    return Columns(texts, label, tuple(map(table.title, label)) if len(label) > 1 else (), bool(table.names),
+                   class_names(table.metadata, label[0]) if len(label) == 1 else ())
+
+
+def class_names(metadata: dict[bytes, bytes] | None, column: str | int) -> tuple[str, ...]:
+    """What Hugging Face's datasets call the numbers of a column's labels; () where they say nothing."""
+    try:
+        feature = json.loads((metadata or {})[b"huggingface"])["info"]["features"][column]
+        names = (feature.get("feature") or feature)["names"]  # of a list of labels, or of one
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
+        return ()
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else ()
 
 
 def given_texts(table: Table, task: TaskSettings) -> tuple[str | int, ...]:

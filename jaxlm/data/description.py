@@ -64,9 +64,8 @@ def record_lines(corpus: Corpus, report: dict[str, Any], settings: Settings | No
     """Labels, how much of the records fits into rows, and some records with their labels."""
     lines = [f"labels      {corpus.problem}{f', {len(corpus.labels):,} names' if corpus.labels else ''}"]
     for split, found in report["splits"].items():
-        shown = [f"{printable(name)} {'none' if count is None else f'{count:,.6g}' if isinstance(count, float) else f'{count:,}'}"
-                 for name, count in found["labels"].items()]
-        lines.append(f"{'':11} {split}: {named(shown)}")
+        if getattr(corpus, split).num_documents:
+            lines.append(f"{'':11} {split}: {named([f'{name} ({count:,.6g})' for name, count in found['labels'].items()])}")
     if settings is not None:
         rows = LabelledRows(corpus.train, corpus.tokenizer.special, settings.data.sequence_length, causal=settings.model.causal)
         lines.append(f"truncated   {''.join(rows.truncation_note()) or f'none at data.sequence_length={rows.sequence_length}'}")

@@ -35,8 +35,10 @@ def number_labels(task: TaskSettings, units: list[Unit], cleaned: Cleaned, num_v
     """
     values, kept = cleaned.labels(), np.flatnonzero(fate <= VALIDATION).tolist()
     training = [number for number in kept if number >= num_validation]
-    columns = units[-1].parts[-1].file.columns.label_names
-    labels, notes = find_labels([values[number] for number in training], task, columns,
+    columns = units[-1].parts[-1].file.columns  # alike in all files
+    class_names = next((part.file.columns.class_names for unit in reversed(units) for part in reversed(unit.parts)
+                        if part.file.columns.class_names), ())
+    labels, notes = find_labels([values[number] for number in training], task, columns.label_names, class_names,
                                 lambda place: cleaned.place(training[place], units))
     numbers = []
     for number in kept:

@@ -46,7 +46,7 @@ class Labels:
     def number_of(self, name: str) -> int:
         if name in self.numbers:
             return self.numbers[name]
-        if self.by_number and WHOLE.fullmatch(name) and 0 <= int(name) < len(self.names):
+        if self.by_number and name.isdecimal() and len(name) < 10 and int(name) < len(self.names):
             return int(name)
         hint = "; -1 often marks records without a label" if name == "-1" else nearest(name, self.names)
         raise UserError(f"label {shown(name)} is none of {told(self.names)}{hint}")
@@ -110,13 +110,14 @@ def refuse_missing(value: Any) -> None:
 
 # ---- all labels ------------------------------------------------------------------------------------------------------
 
-def find_labels(values: Sequence[Any], task: TaskSettings, columns: tuple[str, ...],
+def find_labels(values: Sequence[Any], task: TaskSettings, columns: tuple[str, ...], class_names: tuple[str, ...],
                 where: Callable[[int], str]) -> tuple[Labels, list[str]]:
     """What the labels of the training file are, and lines that say so.
 
     Args:
       values: as the file holds them.
       columns: names of a label's own column each; () where one column holds the label.
+      class_names: what the file says the numbers of labels are called; () where it does not, or they have names.
       where: the place of a value, by its number, for messages.
 
     UserError: a label is missing, or not of the kind of the others; the names do not fit; there is but one.
@@ -129,10 +130,10 @@ def find_labels(values: Sequence[Any], task: TaskSettings, columns: tuple[str, .
                             "away, or say task.problem=single_label")
         return Labels(REGRESSION, None), notes
     found = named_labels(values, problem, task, where)
-    names, by_number = task.labels or columns or tuple(sorted(found, key=order(found))), False
-    if task.labels is not None:
-        check_given(names)
-        by_number = not found.keys() & set(names) and all(WHOLE.fullmatch(name) for name in found)
+    given = task.labels or class_names
+    names = given or columns or tuple(sorted(found, key=order(found)))
+    by_number = bool(given) and not found.keys() & set(names) and all(WHOLE.fullmatch(name) for name in found)
+    check_names(names)
     if len(names) < 2 and problem == SINGLE:
         raise UserError(f"data.raw: every record has the label {shown(names[0])}: there is nothing to learn; expected two labels "
                         "or more")
@@ -180,7 +181,7 @@ def named_labels(values: Iterable[Any], problem: str, task: TaskSettings, where:
     return found
 
 
-def check_given(names: Sequence[str]) -> None:
+def check_names(names: Sequence[str]) -> None:
     twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
         raise UserError(f"task.labels: '{twice}' stands there twice")

@@ -44,7 +44,11 @@ def read_records(raw: str | list[str], data: DataSettings, task: TaskSettings, s
     UserError: a file cannot be read, a column is missing, or a text is longer than data.cleaning.max_bytes.
     """
     reading = reading_of(data, records=True)
-    files = [file for file in look_at(find_sources(raw, key), reading) if file]
+    files = find_sources(raw, key)
+    for file in files:
+        if file.version is None:
+            raise UserError(f"{key}: {file.name} is a pipe, and records are read twice; write it into a file first")
+    files = [file for file in look_at(files, reading) if file]
     for file in lay_out(files, task, labelled=False, streams=tuple(streams))[0]:
         part, decoding = Part(file), Decoding(file.encoding)
         for document in part_documents(part, reading, decoding):
@@ -78,6 +82,10 @@ def lay_out(files: list[SourceFile], task: TaskSettings, labelled: bool = True,
             both = ("a pair of texts", "one text") if len(columns.texts) > 1 else ("one text", "a pair of texts")
             raise UserError(f"{file.name}: {both[0]} in a record, but {laid[0].name} has {both[1]}; name the columns with "
                             "task.fields")
+        named_alike = len({names for names in (columns.class_names, first.class_names) if names}) < 2
+        if not named_alike and task.labels is None:
+            raise UserError(f"{file.name}: its numbers of labels have other names than those of {laid[0].name}; say which are "
+                            "meant with task.labels")
         laid.append(replace(file, columns=columns))
         said.setdefault(table.said(columns), []).append(file.name)
     return laid, [f"{names[0]}{f' and {len(names) - 1:,} more' if names[1:] else ''}: {line}" for line, names in said.items()]

@@ -123,7 +123,8 @@ def test_rows_of_a_corpus_decode_to_its_records(tmp_path, causal):
     generator = random.Random(3)
     records = [(f"first {'x' * generator.randint(1, 9)} {number}", f"second {number}", number % 3) for number in range(50)]
     (tmp_path / "a.csv").write_text("sentence1,sentence2,label\n" + "".join(f"{a},{b},{label}\n" for a, b, label in records))
-    data, task = DataSettings(raw=str(tmp_path / "a.csv"), tokenizer="bpe", validation=0), TaskSettings(name="text_classification")
+    data = DataSettings(raw=str(tmp_path / "a.csv"), tokenizer="bpe", validation=0)
+    task = TaskSettings(name="text_classification")
     corpus = prepare(data, tmp_path / "corpus", vocab_size=310, task=task)
     tokenizer = corpus.tokenizer
     batch = all_rows(LabelledRows(corpus.train, tokenizer.special, 64, causal=causal, token_types=not causal))

@@ -348,6 +348,29 @@ def test_validation_has_the_numbers_of_training(folder):
     assert read_report(corpus.directory)["splits"]["validation"]["labels"] == {"a": 0, "b": 1, "c": 1}
 
 
+def test_names_of_numbers_that_a_data_set_of_hugging_face_has(folder):
+    def write(name, names, rows, several=False):
+        feature = {"names": names, "_type": "ClassLabel"}
+        features = {"sentence": {"dtype": "string", "_type": "Value"},
+                    "label": {"feature": feature, "_type": "List"} if several else feature}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        parquet.write_table(columns(rows, ("sentence", "label")).replace_schema_metadata(metadata), folder / name)
+
+    write("train.parquet", ["negative", "positive"], [("good", 1), ("bad", 0)])
+    write("several.parquet", ["a", "b", "c"], [("x", [0, 2]), ("y", [])], several=True)
+    (folder / "dev.csv").write_text("text,label\nfine,positive\nawful,0\n")
+    corpus = prepared("train.parquet", validation="dev.csv")
+    assert corpus.labels == ["negative", "positive"] and decoded(corpus) == [("good", 1), ("bad", 0)]
+    assert decoded(corpus, "validation") == [("fine", 1), ("awful", 0)]
+    several = prepared("several.parquet", "several")
+    assert several.labels == ["a", "b", "c"]
+    assert decoded(several) == [("x", [True, False, True]), ("y", [False, False, False])]
+    assert prepared("train.parquet", "own", {"labels": ["poor", "fine"]}).labels == ["poor", "fine"]
+    write("turned.parquet", ["positive", "negative"], [("good", 0), ("bad", 1)])
+    with pytest.raises(UserError, match=r"^train\.parquet: its numbers of labels have other names than those of turned\.parquet"):
+        prepared("train.parquet", "other", validation="turned.parquet")
+
+
 def test_columns_of_zeros_and_ones_are_several_labels(folder):
     (folder / "a.csv").write_text("id,comment_text,toxic,threat,rude\n1,you,1,0,0\n2,they,0,0,0\n3,we,true,False,1.0\n")
     task = {"fields": {"text": "comment_text", "label": ["toxic", "threat", "rude"]}}
@@ -530,5 +553,5 @@ def test_what_prepare_tells(folder):
     (folder / "a.csv").write_bytes(table([("a fine text", "good"), ("bad", "poor"), ("so so it is", "poor")]))
     settings = Settings(task=TaskSettings(name="text_classification"), data=DataSettings(sequence_length=8))
     told = "\n".join(describe(prepared("a.csv"), settings))
-    assert "labels      single_label, 2 names" in told and "train: good 1, poor 2" in told
+    assert "labels      single_label, 2 names" in told and "train: good (1), poor (2)" in told
     assert "2 of 3 records (67 %) are longer than data.sequence_length=8" in told and "b|a|d" in told and "= poor" in told
