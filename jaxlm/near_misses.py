@@ -144,7 +144,7 @@ _VALUES = {
                      "qwen2": "qwen qwen2_5", "bert": "encoder masked_lm mlm", "roberta": "xlm_roberta",
                      "distilbert": "distil_bert"},
     "task.name": {"causal_lm": "clm lm language_modeling next_token", "masked_lm": "mlm fill_mask", "bert": "nsp pretraining",
-                  "text_classification": "classification sequence_classification sentiment_analysis sentiment regression glue sst2"},
+                  "text_classification": "classification sequence_classification sentiment_analysis sentiment regression glue"},
     "task.problem": {"single_label": "single_label_classification classification multiclass binary",
                      "multi_label": "multi_label_classification multilabel", "regression": "score"},
     "model.positions": {"rope": "rotary", "learned": "absolute embedding"},

@@ -174,7 +174,8 @@ def test_names_of_other_tools_are_answered_with_the_key_here(refused, typed, rig
 
 @pytest.mark.parametrize(("typed", "right"), [
     ("train.precision=bf16", "bfloat16"), ("train.precision=fp16", "bfloat16"), ("train.precision=fp32", "float32"),
-    ("optimizer.name=AdamW", "adamw"), ("model.family=GPT", "gpt"), ("model.family=llama3", "llama"), ("task.name=mlm", "masked_lm"),
+    ("optimizer.name=AdamW", "adamw"), ("model.family=GPT", "gpt"), ("model.family=llama3", "llama"),
+    ("task.name=mlm", "masked_lm"),
     ("task.name=sequence_classification", "text_classification"), ("task.problem=multi_label_classification", "multi_label"),
     ("schedule.name=wsd", "warmup_stable_decay"),
     ("devices.platform=cuda", "gpu"), ("model.attention=flash", "auto"), ("model.positions=rotary", "rope"),

@@ -69,7 +69,8 @@ def expected(kind, logits, batch):
     labels, probabilities = batch["labels"][kept], 1 / (1 + np.exp(-logits))
     said = probabilities > 0.5
     losses = -np.where(labels, np.log(probabilities), np.log(1 - probabilities))
-    counts = np.stack([(labels & said).sum(0), (~labels & said).sum(0), (labels & ~said).sum(0), (~labels & ~said).sum(0)], axis=1)
+    counts = np.stack([(one & other).sum(0) for one, other in (
+        (labels, said), (~labels, said), (labels, ~said), (~labels, ~said))], axis=1)
     return {"loss": losses.mean(1).sum(), "count": kept.sum(), "counts": counts, "all_right": (labels == said).all(1).sum()}
 
 
