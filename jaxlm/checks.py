@@ -10,6 +10,7 @@ from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, 
 from jaxlm.settings import (
     AXES,
     BUILT_IN_TOKENIZERS,
+    RECORD_TASKS,
     TRAINED_TOKENIZERS,
     MeshSettings,
     ModelSettings,
@@ -149,6 +150,8 @@ def text_problems(settings: Settings) -> Iterator[str]:
     if data.end_token is not None and data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
         yield (f"data.end_token={data.end_token}: data.tokenizer={data.tokenizer} has an end token of its own; the key is for a "
                "tokenizer that is given as a file or folder")
+    if settings.task.name in RECORD_TASKS and data.raw is not None and data.raw in (data.validation, [data.validation]):
+        yield f"data.validation={data.validation} is data.raw, too; name another file, or a share of the records (0.1)"
     if task.special and data.tokenizer == "characters" and data.raw:
         yield (f"data.tokenizer=characters has no cls, sep and mask tokens, which {task} needs; "
                "use wordpiece, unigram, bpe or bytes")

@@ -78,6 +78,7 @@ REMAT = {"none": None, "dots": dict.fromkeys(PRODUCTS, "keep"), "full": {}}
 
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
+RECORD_TASKS = ("text_classification",)  # which read labelled records; all else reads text
 
 
 def key(default: Any, help: str, unit: str = "") -> Any:

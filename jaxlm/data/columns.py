@@ -218,8 +218,8 @@ def columns_of(table: Table, task: TaskSettings, labelled: bool, streams: tuple[
                         "name the columns with task.fields")
     if len({*texts, *label}) < len(texts) + len(label):
         raise UserError(f"task.fields: {table.file.name}: one column is named twice")
-    return Columns(texts, label, tuple(map(table.title, label)) if len(label) > 1 else (), bool(table.names),
-                   class_names(table.metadata, label[0]) if len(label) == 1 else ())
+    return Columns(texts, label, tuple(map(table.title, label)) if len(label) > 1 else (), header=bool(table.names),
+                   class_names=class_names(table.metadata, label[0]) if len(label) == 1 else ())
 
 
 def class_names(metadata: dict[bytes, bytes] | None, column: str | int) -> tuple[str, ...]:

@@ -33,8 +33,9 @@ class Document(NamedTuple):
     """One document as read. `text` is None when it is longer than allowed, which `bytes` then says (of its text, or
     of what holds it); `replaced`: characters that were none of the file's encoding.
 
-    A labelled record has perhaps other texts, its label as the file holds it (None: it has none), and its place: the
-    line that it begins in, or its number, counted from 1 in its part of the file (see `location`).
+    A labelled record has perhaps other texts, its label as the file holds it (None: it has none), its place (the line
+    that it begins in, or its number, counted from 1 in its part of the file: see `location`), and where they are read
+    along all columns but the texts.
     """
 
     text: str | None
@@ -43,15 +44,20 @@ class Document(NamedTuple):
     others: tuple[str, ...] = ()
     label: Any = None
     place: int = 0
+    columns: dict[str, Any] | None = None
 
 
 class Row(NamedTuple):
-    """The wanted values of a row or record of any format: first the texts, then its labels; None: too long."""
+    """The wanted values of a row or record of any format: first the texts, then its labels; None: too long.
+
+    `columns`: those that are read along, by their names, or in a table without names by their numbers.
+    """
 
     values: Sequence[Any] | None
     replaced: int = 0
     bytes: int = 0
     place: int = 0
+    columns: dict[str, Any] | None = None
 
 
 class Wanted(NamedTuple):
@@ -63,13 +69,14 @@ class Wanted(NamedTuple):
     header: bool
     key: str  # of the run file, which names them
     labelled: bool  # records that are blank are none; in text they are empty documents
+    others: bool = False  # are read along
 
     @classmethod
     def of(cls, file: SourceFile, reading: Reading) -> "Wanted":
         if file.columns is None:
             return cls((reading.text_field,), (), (), True, "data.text_field", False)
         columns = file.columns
-        return cls(columns.texts, columns.label, columns.label_names, columns.header, "task.fields", True)
+        return cls(columns.texts, columns.label, columns.label_names, columns.header, "task.fields", True, columns.others)
 
     @property
     def columns(self) -> tuple[str | int, ...]:
@@ -80,7 +87,8 @@ class Wanted(NamedTuple):
         if row.values is None:
             return Document(None, bytes=row.bytes, place=place)
         text, *others = row.values[:len(self.texts)]
-        return Document(text, row.replaced, others=tuple(others), label=self.label(row.values[len(self.texts):]), place=place)
+        label = self.label(row.values[len(self.texts):])
+        return Document(text, row.replaced, others=tuple(others), label=label, place=place, columns=row.columns)
 
     def label(self, values: Sequence[Any]) -> Any:
         """The one label; of a column for each, the names of those that are true."""
@@ -213,11 +221,12 @@ def json_lines(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding) -
                 yield Row(None, bytes=document.bytes, place=number)
             elif document.text.strip():
                 try:
-                    values, halves = record_values(part.file, parsed(document.text), wanted)
+                    record = parsed(document.text)
+                    values, halves = record_values(part.file, record, wanted)
                 except UserError as error:
                     raise UserError(f"{location(part, number)}: {error}") from None
                 decoding.replaced += halves
-                yield Row(values, document.replaced + halves, place=number)
+                yield Row(values, document.replaced + halves, place=number, columns=read_along(record, wanted))
             elif not wanted.labelled:
                 yield Row([document.text], document.replaced, place=number)
 
@@ -234,7 +243,7 @@ def record_values(file: SourceFile, record: Any, wanted: Wanted) -> tuple[list[A
     valid JSON, but no character."""
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, found {type(record).__name__}")
-    for field in wanted.columns:
+    for field in wanted.texts if wanted.others else wanted.columns:  # read along are labels, too, where there are any
         if field not in record:
             refuse_wrapped(file, record)
             raise UserError(f"no field '{field}' ({wanted.key}), only {named(record) or 'nothing'}{nearest(field, record)}")
@@ -244,6 +253,10 @@ def record_values(file: SourceFile, record: Any, wanted: Wanted) -> tuple[list[A
     whole = [SURROGATES.subn("\ufffd", value) if isinstance(value, str) else (value, 0)
              for value in map(record.get, wanted.columns)]
     return [value for value, _ in whole], sum(halves for _, halves in whole)
+
+
+def read_along(record: dict[str, Any], wanted: Wanted) -> dict[str, Any] | None:
+    return {name: value for name, value in record.items() if name not in wanted.texts} if wanted.others else None
 
 
 def lines_before(part: Part) -> int:
@@ -266,7 +279,7 @@ def json_records(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding)
             except UserError as error:
                 raise UserError(f"{location(part, number)}: {error}") from None
             decoding.replaced += halves
-            yield Row(values, decoding.replaced - before, place=number)
+            yield Row(values, decoding.replaced - before, place=number, columns=read_along(record, wanted))
             before = decoding.replaced
 
 
@@ -334,6 +347,8 @@ def table_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding) -
     rows = cells(file, max_bytes, decoding)
     first = next(rows, (1, []))
     places, width = column_places(file, wanted, first[1]), len(first[1])
+    names = {place: cell.strip() if wanted.header else str(place) for place, cell in enumerate(first[1])
+             if wanted.others and place not in places[:len(wanted.texts)]}
     for line, row in rows if wanted.header else chain([first], rows):
         if row and len(row) != width:
             raise UserError(f"{file.name}, line {line}: {len(row)} columns, but the first has {width}")
@@ -341,7 +356,8 @@ def table_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding) -
             values = [row[place] if row else "" for place in places]
             size = max(len(text.encode(errors="replace")) for text in values[:len(wanted.texts)])
             too_long = size > max_bytes
-            yield Row(None if too_long else values, decoding.replaced - before, size if too_long else 0, line)
+            columns = {name: row[place] for place, name in names.items()} if wanted.others else None
+            yield Row(None if too_long else values, decoding.replaced - before, size if too_long else 0, line, columns)
         before = decoding.replaced
 
 
@@ -390,7 +406,8 @@ def parquet_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding)
     with open_parquet(part.file) as parquet:
         check_columns(part.file, parquet.schema_arrow, wanted)
         groups = range(part.start, parquet.metadata.num_row_groups if part.stop is None else part.stop)
-        batches = parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups), columns=list(wanted.columns))
+        batches = parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups),
+                                       columns=None if wanted.others else list(wanted.columns))
         yield from batch_rows(batches, wanted, max_bytes, decoding)
 
 
@@ -426,6 +443,8 @@ def batch_rows(batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding:
     for batch in batches:
         texts = [batch.column(name).cast(pyarrow.large_binary()) for name in wanted.texts]
         labels = [batch.column(name).to_pylist() for name in wanted.labels]
+        others = {name: batch.column(name).to_pylist() for name in batch.schema.names
+                  if wanted.others and name not in wanted.texts}
         for number in range(batch.num_rows):
             place += 1
             contents = [text[number].as_buffer() for text in texts]
@@ -435,7 +454,7 @@ def batch_rows(batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding:
                 continue
             decoded = [decoding.decode(content.to_pybytes()) if content else ("", 0) for content in contents]
             yield Row([text for text, _ in decoded] + [label[number] for label in labels], sum(many for _, many in decoded),
-                      place=place)
+                      place=place, columns={name: column[number] for name, column in others.items()} if wanted.others else None)
 
 
 ROWS = {"parquet": parquet_rows, "arrow": arrow_rows, "jsonl": json_lines, "json": json_records, "csv": table_rows,

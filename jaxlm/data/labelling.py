@@ -49,7 +49,7 @@ def number_labels(task: TaskSettings, units: list[Unit], cleaned: Cleaned, num_v
     column = labels.column(numbers)
     whole = np.zeros((len(fate), *column.shape[1:]), column.dtype)
     whole[kept] = column
-    return labels, whole, notes + list(doubts(labels, whole, cleaned.digests(), num_validation, fate))
+    return labels, whole, notes
 
 
 def write_column(split: str, column: np.ndarray, corpus: Path) -> Result:

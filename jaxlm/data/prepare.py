@@ -27,7 +27,7 @@ from jaxlm.data.columns import ROLES
 from jaxlm.data.corpus import SPLITS, TEXT, TOKENIZER, Corpus, checksum_file, offsets_file, shard_file, stream_name, token_type
 from jaxlm.data.documents import read_documents
 from jaxlm.data.formats import KINDS, Reading, look_at
-from jaxlm.data.labelling import FATES, label_counts, number_labels, write_column
+from jaxlm.data.labelling import FATES, doubts, label_counts, number_labels, write_column
 from jaxlm.data.manifest import FORMAT, MANIFEST, RECORDS_FORMAT, REPORT
 from jaxlm.data.records import lay_out, reading_of, reads_records, refuse_keys_of_text, without_validation
 from jaxlm.data.report import COUNTS, commonest_unknown, refuse_many_replaced, report, why_dropped
@@ -269,6 +269,8 @@ def build(plan: Plan, folder: Path, processes: int) -> None:
             fate = select(plan, cleaned, clean_results, work / "fate.npy")
             labels, column, notes = number_labels(plan.task, plan.units, cleaned, cleaned.first[plan.num_validation],
                                                   fate) if plan.task else (None, None, [])
+            if labels and plan.data.raw != plan.data.validation:
+                notes += doubts(labels, column, cleaned.digests(), cleaned.first[plan.num_validation], fate)
             tail = stages.tail_share(plan.data, fate)
             tokenizer = choose_tokenizer(plan, cleaned, fate, corpus / TOKENIZER)
             dtype = token_type(tokenizer.vocab_size)

@@ -1,5 +1,6 @@
 """Labelled records: files with their columns, and records as they stand in them, for what needs no corpus."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,9 +15,8 @@ from jaxlm.data.formats import Reading, look_at
 from jaxlm.data.source_file import SourceFile
 from jaxlm.data.sources import Part, find_sources
 from jaxlm.errors import UserError
-from jaxlm.settings import DataSettings, TaskSettings
+from jaxlm.settings import RECORD_TASKS, DataSettings, TaskSettings
 
-RECORD_TASKS = ("text_classification",)  # what reads records; all else reads text
 HELD_OUT_NAME = re.compile(r"(^|[-_.])(dev|val|valid|validation|test|eval)([-_.]|$)")
 
 
@@ -24,8 +24,9 @@ class Record(NamedTuple):
     """A record as it stands in its file."""
 
     texts: tuple[str, ...]
-    label: Any  # None: there is no column of labels
+    label: Any  # None: it has none, or a column for each
     place: str  # for people: `dev.tsv, line 3`
+    columns: dict[str, Any]  # all but the texts, by their names, or in a table without names by their numbers: as JSON has them
 
 
 def reads_records(task: TaskSettings) -> bool:
@@ -50,13 +51,25 @@ def read_records(raw: str | list[str], data: DataSettings, task: TaskSettings, s
             raise UserError(f"{key}: {file.name} is a pipe, and records are read twice; write it into a file first")
     files = [file for file in look_at(files, reading) if file]
     for file in lay_out(files, task, labelled=False, streams=tuple(streams))[0]:
+        label = file.columns.label if len(file.columns.label) == 1 else ()  # several are among the columns
+        file = replace(file, columns=replace(file.columns, label=label, label_names=(), others=True))
         part, decoding = Part(file), Decoding(file.encoding)
         for document in part_documents(part, reading, decoding):
             place = location(part, document.place)
             if document.text is None:
                 raise UserError(f"{place}: a text of {document.bytes:,} bytes; the most is data.cleaning.max_bytes="
                                 f"{data.cleaning.max_bytes}")
-            yield Record((document.text, *document.others), document.label, place)
+            columns = {name: plain(value) for name, value in document.columns.items()}
+            yield Record((document.text, *document.others), document.label, place, columns)
+
+
+def plain(value: Any) -> Any:
+    """A value of a column as JSON can have it; a day, say, as text."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError):
+        return None if isinstance(value, float) else str(value)
+    return value
 
 
 def reading_of(data: DataSettings, records: bool) -> Reading:

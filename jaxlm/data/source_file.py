@@ -28,6 +28,7 @@ class Columns:
     label: tuple[str | int, ...] = ()  # several: one for each label, true or false; (): it is not read
     label_names: tuple[str, ...] = ()  # of several
     header: bool = True  # the first line of a table names the columns
+    others: bool = False  # all columns but the texts are read along
     class_names: tuple[str, ...] = ()  # of the labels' numbers, where the file has them (ClassLabel of Hugging Face's datasets)
 
 

@@ -42,8 +42,8 @@ class Held:
 def all_rows(rows):
     numbers = np.arange(rows.count)
     batch = rows.rows(numbers, numbers.astype(np.uint64), numbers.astype(np.uint64))
-    for name, (shape, dtype) in rows.spec.items():
-        assert batch[name].shape == (rows.count, *shape) and batch[name].dtype == dtype
+    for name, field in rows.spec.items():
+        assert batch[name].shape == (rows.count, *field.shape) and batch[name].dtype == field.dtype
     assert batch.keys() == rows.spec.keys()
     return batch
 

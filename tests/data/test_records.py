@@ -4,6 +4,7 @@ and a corpus of them that is the same however it was made."""
 import bz2
 import codecs
 import csv
+import datetime
 import gzip
 import io
 import itertools
@@ -21,6 +22,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
+from jaxlm.checks import check
 from jaxlm.data import sources
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.description import describe
@@ -163,6 +165,26 @@ def test_to_predict_no_labels_are_needed_and_every_record_comes(folder):
     assert texts_and_labels("e.csv") == [("a", "unheard of")]
 
 
+def test_other_columns_come_along(folder):
+    rows = [("good", 1, 0.5, "x"), ("bad", 0, float("nan"), None)]
+    names = ("text", "label", "weight", "note")
+    (folder / "a.csv").write_text("text,label,weight,note\ngood,1,0.5,x\n")
+    (folder / "b.tsv").write_text("good one\t1\t0.5\nbad one\t0\t2\n")
+    (folder / "c.jsonl").write_text("\n".join(map(json.dumps, [*objects(rows, names), {"text": "", "new": [1]}])))
+    days = columns(rows, names).append_column("day", pa.array([datetime.date(2026, 11, 25)] * 2))
+    parquet.write_table(days, folder / "d.parquet")
+
+    def found(name, **task):
+        records = read_records(name, DataSettings(), TaskSettings(name="text_classification", **task), ("text",))
+        return [record.columns for record in records]
+
+    assert found("a.csv") == [{"label": "1", "weight": "0.5", "note": "x"}]
+    assert found("b.tsv", fields={"text": "0"})[1] == {"1": "0", "2": "2"}
+    assert found("c.jsonl", fields={"text": "text"}) == [
+        {"label": 1, "weight": 0.5, "note": "x"}, {"label": 0, "weight": None, "note": None}, {"new": [1]}]
+    assert found("d.parquet")[1] == {"label": 0, "weight": None, "note": None, "day": "2026-11-25"}
+
+
 # -------------------------------------------------------------------------------------------------------------- columns
 
 BODY = "id1\tthe first text\tits other text\t{}\nid2\ta second text\tand another\t{}\n"
@@ -185,7 +207,6 @@ FOUND = {  # name: content, settings, texts and label of the first record
     "name.jsonl": ('{"0": "x", "text": "some", "labels": ["a"]}\n', {}, ("some", ["a"])),
     "score.jsonl": ('{"utterance": "some", "Intent": "play"}\n', {}, ("some", "play")),
     "number.jsonl": ('{"premise": "one", "hypothesis": "two", "label": 2}\n', {}, ("one", "two", 2)),
-    "many.csv": ("body,toxic,threat\nyou,1,0\n", {"fields": {"text": "body", "label": ["toxic", "threat"]}}, ("you", ["toxic"])),
     "class.csv": ("what is it,question\nwhere is it,question\nno way is it,answer\n", {}, ("what is it", "question")),
 }
 
@@ -495,19 +516,23 @@ def test_a_corpus_of_another_kind_is_refused_in_a_line(folder):
     ({"text_field": "review"}, r"^data\.text_field=review: .* task\.fields=\{text: review\}"),
     ({"document": "line"}, r"^data\.document=line: every labelled record is a document"),
     ({"validation_split": "tail", "validation": 0.1}, r"^data\.validation_split=tail: labelled records are held out whole"),
-    ({"validation": "a.csv"}, r"^data\.raw: its files are those of data\.validation"),
+    ({"raw": ["a.csv", "./a.csv"], "validation": "a.csv"}, r"^data\.raw: its files are those of data\.validation"),
 ])
 def test_keys_of_text_are_refused(folder, data, message):
     (folder / "a.csv").write_bytes(table([("x", "a"), ("y", "b")]))
+    data = DataSettings(**{"raw": "a.csv", "tokenizer": "bytes", "validation": 0} | data)
     with pytest.raises(UserError, match=message):
-        prepared("a.csv", **data)
+        prepare(data, "corpus", task=TaskSettings(name="text_classification"))
+    with pytest.raises(UserError, match=r"^data\.validation=a\.csv is data\.raw, too"):
+        check(Settings(task=TaskSettings(name="text_classification"), data=DataSettings(raw="a.csv", validation="a.csv")))
 
 
 def test_other_settings_of_a_finished_corpus_are_named(folder):
     (folder / "a.csv").write_bytes(table([("x", "a"), ("y", "b")]))
     prepared("a.csv")
-    assert prepared("a.csv").labels == ["a", "b"]
-    with pytest.raises(UserError, match=r'^task\.labels: \["b", "a"\], but .* was prepared with null'):
+    found = {"problem": "single_label", "labels": ["a", "b"]}  # what config.yaml then says
+    assert prepared("a.csv").labels == prepared("a.csv", task=found).labels == ["a", "b"]
+    with pytest.raises(UserError, match=r'^task\.labels: \["b", "a"\], but .* was prepared with \["a", "b"\]'):
         prepared("a.csv", task={"labels": ["b", "a"]})
 
 
