@@ -12,9 +12,9 @@ from jaxlm.errors import UserError, nearest
 from jaxlm.near_misses import MISSING, NOT_YET, SAME_VALUE, TWO_VERBS, VERBS, normal, right_key
 from jaxlm.settings import expand_home, sections
 
-ALL_VERBS = ("prepare", "train", "evaluate", "generate", "import", "export", "bench", "plan", "report")
-WITH_JSON = ("evaluate", "generate", "bench", "plan")
-LOCAL_PROCESSES = ("train", "evaluate", "generate", "import", "export", "bench")
+ALL_VERBS = ("prepare", "train", "evaluate", "predict", "generate", "import", "export", "bench", "plan", "report")
+WITH_JSON = ("evaluate", "predict", "generate", "bench", "plan")
+LOCAL_PROCESSES = ("train", "evaluate", "predict", "generate", "import", "export", "bench")
 
 
 def _positive(text: str) -> int:

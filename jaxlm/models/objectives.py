@@ -8,10 +8,11 @@ rows that they read.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxlm.data.masking import num_predictions
@@ -28,6 +29,13 @@ MOST_NATS = 700  # of which the exponential is still a number
 
 Batch = dict[str, jax.Array]
 Figures = dict[str, float | None]
+
+
+class Facts(NamedTuple):
+    """What an evaluation knows beside the sums."""
+
+    bytes_per_token: float | None  # UTF-8 bytes of text for each predicted token; None: not known
+    verdicts: dict[str, np.ndarray]  # of all rows with a label, in their order, [N] each (`Objective.verdicts`)
 
 
 @dataclass(frozen=True)
@@ -61,9 +69,17 @@ class Objective:
         """Of an evaluation, in nats for each prediction."""
         return terms.cross_entropy / max(terms.count, 1)
 
-    def figures(self, terms: Any, bytes_per_token: float | None) -> Figures:
-        """Columns of an evaluation row beside `val_loss`. `bytes_per_token`: UTF-8 bytes of text for each predicted
-        token; None: not known."""
+    def answers(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+        """What is said of each row, [B, ...], whether it has a label or not; {}: of rows nothing is said."""
+        return {}
+
+    def verdicts(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+        """A few numbers for each row, [B] each, that tell how far off the answer is: `mask` (false: a row without a
+        label), `error` (0: right), and what the task needs to say it in words. {}: nothing."""
+        return {}
+
+    def figures(self, terms: Any, facts: Facts) -> Figures:
+        """Columns of an evaluation row beside `val_loss`."""
         return {}
 
     def predictions(self, data: DataSettings) -> int:
@@ -101,10 +117,10 @@ class NextToken(Objective):
     def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
         return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         nats = self.loss(terms)
         return {"val_perplexity": math.exp(min(nats, MOST_NATS)), "val_accuracy": terms.correct / max(terms.count, 1),
-                "val_bits_per_byte": bytes_per_token and nats / math.log(2) / bytes_per_token}
+                "val_bits_per_byte": facts.bytes_per_token and nats / math.log(2) / facts.bytes_per_token}
 
     def predictions(self, data: DataSettings) -> int:
         return data.sequence_length
@@ -189,7 +205,7 @@ class MaskedToken(Objective):
         """The likeliest token at each of masked_positions: int32 [B, P]."""
         return self.logits(network, states.at(batch["masked_positions"])).argmax(-1)[:, : batch["masked_positions"].shape[1]]
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         nats = self.loss(terms)
         return {"val_mlm_loss": nats, "val_mlm_accuracy": terms.correct / max(terms.count, 1),
                 "val_mlm_perplexity": math.exp(min(nats, MOST_NATS))}
@@ -241,7 +257,7 @@ class NextSentence(Objective):
     def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
         return self.logits(network, states.x)
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         return {"val_nsp_loss": self.loss(terms), "val_nsp_accuracy": terms.correct / max(terms.count, 1)}
 
     def predictions(self, data: DataSettings) -> int:

@@ -15,7 +15,7 @@ from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.settings import DataSettings, Settings
 from jaxlm.storage.files import Location, as_path, exists
-from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches, open_corpora, resolve
+from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches, open_corpora, settled
 
 
 def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
@@ -70,7 +70,7 @@ def _check(settings: Settings, saved: dict[str, Any], corpora: Corpora) -> None:
         raise UserError(f"data.corpus={settings.data.corpus}: prepared with another tokenizer (model.vocab_size="
                         f"{tokenizer.vocab_size}) than the model in {settings.run_dir} was trained with; "
                         f"{_how_to_prepare(settings, saved['settings']['data'], 'NEW')}")
-    make_validation_batches(resolve(settings, tokenizer), corpora)
+    make_validation_batches(settled(settings, corpora), corpora)
 
 
 def _how_to_prepare(settings: Settings, own: dict[str, Any], corpus: str) -> str:

@@ -18,7 +18,7 @@ from jaxlm.data.batches import Batches, iterate
 from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.manifest import MANIFEST
-from jaxlm.data.prepare import prepare
+from jaxlm.data.prepare import prepare, refuse_other_kind
 from jaxlm.data.sequences import start_token
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import Tokenizer
@@ -89,13 +89,16 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
     if isinstance(settings.data.corpus, dict):
         whole = settings.data.damaged == "stop"
         corpora = [(Corpus(folder, whole), weight) for folder, weight in settings.data.corpus.items()]
+        for corpus, _ in corpora:
+            refuse_other_kind(corpus, settings.task)
         accept(corpora)
         return corpora
     folder = as_path(settings.data.corpus or as_path(settings.run_dir) / "corpus")
     is_new = not exists(folder / MANIFEST)
     if is_new:
         check_given_tokenizer(settings)
-    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
+    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]),
+                     task=settings.task)
     if processes.place()[0] == 0:
         for line in (corpus.notes if notes else []) if is_new else changes(corpus, settings.data):
             print_line(printable(f"note: {line}"))
@@ -113,12 +116,12 @@ def check_given_tokenizer(settings: Settings) -> None:
 def check_corpora(settings: Settings, corpora: Corpora) -> None:
     """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises
     UserError."""
-    tokenizer = corpora[0][0].tokenizer
-    settings = resolve(settings, tokenizer)
+    settings = settled(settings, corpora)
     make_training_batches(settings, corpora)
     make_validation_batches(settings, corpora)
-    if find_task(settings).continues_text:
-        encode_prompts(settings, tokenizer)
+    task = find_task(settings)
+    if task.best and task.continues_text:
+        encode_prompts(settings, corpora[0][0].tokenizer)
 
 
 def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
@@ -141,6 +144,11 @@ def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
             raise UserError(f"{shown} is {len(ids)} tokens long; expected fewer than model.max_length={limit}")
         encoded.append(ids)
     return encoded
+
+
+def settled(settings: Settings, corpora: Corpora) -> Settings:
+    """With what the corpora decide: vocabulary and labels. Raises UserError."""
+    return find_task(resolve(settings, corpora[0][0].tokenizer)).filled([corpus for corpus, _ in corpora])
 
 
 def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
