@@ -323,11 +323,19 @@ def find_kind(files: Mapping[str, bytes], config: Mapping[str, Any], model: Mapp
         return with_files(KINDS[name], files, name)
     if model_type in OF_MODELS:
         return with_files(KINDS[OF_MODELS[model_type]], files, f"model_type '{model_type}'")
+    return guessed(files)
+
+
+def guessed(files: Mapping[str, bytes]) -> Kind | None:
+    """By the files alone; says so."""
     if WORDS in files:
-        return BERT
-    if VOCABULARY in files and MERGES in files:
-        return ROBERTA if {"<s>", "</s>", "<mask>"} <= {*object_of(files, VOCABULARY)} else GPT2
-    return None
+        name = "BertTokenizer"
+    elif VOCABULARY in files and MERGES in files:
+        name = "RobertaTokenizer" if {"<s>", "</s>", "<mask>"} <= {*object_of(files, VOCABULARY)} else "GPT2Tokenizer"
+    else:
+        return None
+    print_once(f"tokenizer: no file says of which class it is; {' and '.join(KINDS[name].files)} are read as {name}")
+    return KINDS[name]
 
 
 def with_files(kind: Kind, files: Mapping[str, bytes], why: str) -> Kind:

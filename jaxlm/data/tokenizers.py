@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxlm.console.progress import print_once
 from jaxlm.data.framing import Framing, framing_of, usual_framing
-from jaxlm.data.huggingface_files import BESIDE, MERGES, MODEL_CONFIG, VOCABULARY, WORDS, refuse_contradictions
+from jaxlm.data.huggingface_files import BESIDE, MERGES, MODEL_CONFIG, NOT_READ, VOCABULARY, WORDS, refuse_contradictions
 from jaxlm.data.older_tokenizers import older_tokenizer
 from jaxlm.data.special_tokens import Declared, SpecialTokens, declared_tokens, find_special
 from jaxlm.errors import UserError, nearest, shown
@@ -424,8 +424,9 @@ def load_folder(folder: Location, names: list[str]) -> Tokenizer:
     models = [name for name in names if name.endswith(".model")]
     if len(models) == 1:
         return SentencePieceTokenizer({MODEL_FILE: files[models[0]]}, declared=declared_tokens(folder))
+    found = ", ".join([*files.keys() - {MODEL_CONFIG}, *(name for name in names if name.endswith(NOT_READ))])
     raise UserError(f"expected one of {DESCRIPTION}, {JSON_FILE}, {WORDS}, {VOCABULARY} with {MERGES}, or one SentencePiece "
-                    f".model in this folder, found {len(models)} .model files")
+                    f".model in this folder, found {found or 'none of them'} (transformers' save_pretrained writes {JSON_FILE})")
 
 
 def vocabulary_size(wanted: int | None, tokenizer: Tokenizer, given: bool) -> int:

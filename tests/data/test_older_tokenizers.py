@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxlm.console.progress import print_once
 from jaxlm.data.framing import Framing
 from jaxlm.data.stages import given_tokenizer
 from jaxlm.data.tokenizers import ByteTokenizer, JsonTokenizer, Tokenizer, load_tokenizer, vocabulary_size
@@ -18,6 +19,12 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizers"
 IDS = json.loads((GOLDEN / "ids.json").read_text())
 TEXTS = IDS.pop("texts")
 NAMES = sorted(IDS)
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_said():
+    """What is printed once only is printed again."""
+    print_once.cache_clear()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -202,12 +209,20 @@ def test_options_without_effect_are_said(tmp_path, capfd):
     assert "never_split=['NASA'] has no effect" in capfd.readouterr().err
 
 
-def test_folders_without_a_class_are_known_by_their_files(tmp_path):
+def test_what_else_a_folder_may_hold_is_named(tmp_path):
+    (tmp_path / "tekken.json").write_text("{}")
+    (tmp_path / "vocab.json").write_text("{}")
+    with pytest.raises(UserError, match=r"found vocab\.json, tekken\.json \(transformers' save_pretrained writes"):
+        load_tokenizer(tmp_path)
+
+
+def test_folders_without_a_class_are_known_by_their_files(tmp_path, capfd):
     for name, special in (("bert", "[CLS]"), ("roberta", "<mask>"), ("gpt2", "<|endoftext|>")):
         folder = changed(tmp_path / name, name, config__json=None)
         tokenizer = load_tokenizer(folder)
         assert tokenizer.vocabulary[special] in tokenizer.special.ids
         assert tokenizer.files == load_tokenizer(GOLDEN / name).files
+        assert "no file says of which class it is" in capfd.readouterr().err
 
 
 def test_windows_line_ends(tmp_path):
