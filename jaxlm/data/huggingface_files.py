@@ -11,6 +11,7 @@ TOKENIZER, WORDS, VOCABULARY, MERGES = "tokenizer.json", "vocab.txt", "vocab.jso
 MODELS = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # SentencePiece's, as different models name it
 # What goes with a tokenizer, and out again with an export.
 BESIDE = (CONFIG, MAP, ADDED, WORDS, VOCABULARY, MERGES, "chat_template.jinja", *MODELS)
+NOT_READ = ("tekken.json", ".tiktoken", "bpe.codes", "vocab.bpe", "encoder.json")  # vocabularies of still other kinds
 # What tokenizer_config.json says of BERT's normalizer, and what tokenizer.json calls it.
 NORMALIZATION = {"do_lower_case": "lowercase", "strip_accents": "strip_accents", "tokenize_chinese_chars": "handle_chinese_chars"}
 

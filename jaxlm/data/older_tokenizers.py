@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxlm.console.progress import print_once
 from jaxlm.data import tokenizer_json as parts
 from jaxlm.data.huggingface_files import ADDED, CONFIG, MAP, MERGES, MODEL_CONFIG, VOCABULARY, WORDS, object_of, text_of, words_of
 from jaxlm.data.sentencepiece_json import CONTROL, USER_DEFINED, Pieces, Sentencepiece, byte_fallback_decoder, pipeline
@@ -73,11 +74,20 @@ def bert_pipeline(older: Older) -> Pipeline:
     if older.role("unk") not in older.ids:
         raise UserError(f"{WORDS} has no {older.role('unk')}, which stands for unknown words"
                         f"{nearest(older.role('unk'), older.ids)}")
+    warn_of_options(older)
     normalizer = {"type": "BertNormalizer", "clean_text": True, "lowercase": older.flag("do_lower_case", True),
                   "handle_chinese_chars": older.flag("tokenize_chinese_chars", True),
                   "strip_accents": older.flag("strip_accents", None)}
     return {"model": parts.wordpiece(older.ids, older.role("unk")), "normalizer": normalizer,
             "pre_tokenizer": {"type": "BertPreTokenizer"}, "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True}}
+
+
+def warn_of_options(older: Older) -> None:
+    """A line for what only transformers' slow tokenizers did, in versions before 5."""
+    ignored = [f"{name}={shown(older.config[name])}" for name, usual in (("never_split", []), ("do_basic_tokenize", True))
+               if older.option(name, usual) != usual]
+    if ignored:
+        print_once(f"WARNING: {CONFIG}: {', '.join(ignored)} has no effect here, as in transformers 5")
 
 
 def bert_frame(older: Older) -> Part:
@@ -88,11 +98,7 @@ def bert_frame(older: Older) -> Part:
 
 def byte_level_model(older: Older) -> Part:
     """vocab.json and merges.txt: two symbols a line, the most frequent pair first."""
-    vocabulary = object_of(older.files, VOCABULARY)
-    for token, number in vocabulary.items():
-        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            raise UserError(f"{VOCABULARY}: {shown(token)}: {shown(number)}, expected an id")
-    older.ids = vocabulary
+    vocabulary = older.ids = ids_of(older.files)
     merges = []
     for number, line in enumerate(text_of(older.files, MERGES).split("\n"), 1):
         pair = line.rstrip("\r").split(" ")
@@ -106,6 +112,17 @@ def byte_level_model(older: Older) -> Part:
                                 "tokenizer")
         merges.append(pair)
     return parts.bpe(vocabulary, merges, affixes="")
+
+
+def ids_of(files: Mapping[str, bytes]) -> dict[str, int]:
+    """vocab.json: token -> id, each of its own."""
+    vocabulary, taken = object_of(files, VOCABULARY), {}
+    for token, number in vocabulary.items():
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < 2**31:
+            raise UserError(f"{VOCABULARY}: {shown(token)}: {shown(number)}, expected an id")
+        if taken.setdefault(number, token) != token:
+            raise UserError(f"{VOCABULARY}: {shown(taken[number])} and {shown(token)} have the same id, {number}")
+    return vocabulary
 
 
 def gpt2_pipeline(older: Older) -> Pipeline:
@@ -140,7 +157,7 @@ def roberta_frame(older: Older) -> Part:
 def sentencepiece_of(older: Older, bpe: bool) -> Sentencepiece:
     """The .model, whose control tokens and whole pieces become added tokens. UserError: of the other algorithm."""
     name = model_name(older)
-    found = Sentencepiece.read(older.files[name])
+    found = Sentencepiece.read(older.files[name], name)
     if found.is_bpe != bpe:
         kinds = ("unigram", "byte-pair encoding")
         raise UserError(f"{name}: {kinds[found.is_bpe]}, but this tokenizer class has {kinds[bpe]}")
@@ -150,7 +167,8 @@ def sentencepiece_of(older: Older, bpe: bool) -> Sentencepiece:
 
 def sentencepiece_pipeline(older: Older) -> Pipeline:
     """As SentencePiece itself reads text."""
-    found = Sentencepiece.read(older.files[model_name(older)])
+    name = model_name(older)
+    found = Sentencepiece.read(older.files[name], name)
     older.own = dict.fromkeys(found.of_type(CONTROL), True)
     older.ids = {piece: number for number, (piece, _) in enumerate(found.pieces)}
     return pipeline(found)
@@ -305,11 +323,19 @@ def find_kind(files: Mapping[str, bytes], config: Mapping[str, Any], model: Mapp
         return with_files(KINDS[name], files, name)
     if model_type in OF_MODELS:
         return with_files(KINDS[OF_MODELS[model_type]], files, f"model_type '{model_type}'")
+    return guessed(files)
+
+
+def guessed(files: Mapping[str, bytes]) -> Kind | None:
+    """By the files alone; says so."""
     if WORDS in files:
-        return BERT
-    if VOCABULARY in files and MERGES in files:
-        return ROBERTA if {"<s>", "</s>", "<mask>"} <= {*object_of(files, VOCABULARY)} else GPT2
-    return None
+        name = "BertTokenizer"
+    elif VOCABULARY in files and MERGES in files:
+        name = "RobertaTokenizer" if {"<s>", "</s>", "<mask>"} <= {*object_of(files, VOCABULARY)} else "GPT2Tokenizer"
+    else:
+        return None
+    print_once(f"tokenizer: no file says of which class it is; {' and '.join(KINDS[name].files)} are read as {name}")
+    return KINDS[name]
 
 
 def with_files(kind: Kind, files: Mapping[str, bytes], why: str) -> Kind:
@@ -328,7 +354,10 @@ def find_roles(files: Mapping[str, bytes], config: Mapping[str, Any], usual: Map
     for content in declared:
         for role in ROLES:
             if f"{role}_token" in content:
-                name = token_name(content[f"{role}_token"])
+                given = content[f"{role}_token"]
+                name = token_name(given)
+                if given is not None and name is None:
+                    raise UserError(f"{CONFIG} or {MAP}: {role}_token: {shown(given)}, expected a token")
                 found = {**found, role: name} if name else {key: value for key, value in found.items() if key != role}
     return found
 
@@ -351,8 +380,11 @@ def add_tokens(older: Older) -> None:
 
 
 def extra_tokens(older: Older) -> list[Any]:
-    found = older.config.get("additional_special_tokens") or older.config.get("extra_special_tokens") or []
-    return [*found.values()] if isinstance(found, dict) else [token for token in found if token_name(token)]
+    """Special tokens without a role."""
+    named = [content.get(key) for content in (older.config, object_of(older.files, MAP))
+             for key in ("additional_special_tokens", "extra_special_tokens")]
+    found = next(filter(None, named), [])
+    return [token for token in (found.values() if isinstance(found, dict) else found) if token_name(token)]
 
 
 def declared_tokens(older: Older, special: set[str]) -> dict[int, Part]:

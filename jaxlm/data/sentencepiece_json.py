@@ -35,21 +35,21 @@ class Sentencepiece:
     proto: Any
 
     @staticmethod
-    def read(content: bytes) -> "Sentencepiece":
-        """Raises UserError: no such model, or one whose algorithm `tokenizers` does not have."""
+    def read(content: bytes, name: str = "tokenizer.model") -> "Sentencepiece":
+        """Raises UserError, with the file's name: no such model, or one whose algorithm `tokenizers` does not have."""
         from google.protobuf.message import DecodeError
         from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
         try:
             proto = ModelProto.FromString(content)
         except DecodeError as error:
-            raise UserError("not a SentencePiece model") from error
+            raise UserError(f"{name} is not a SentencePiece model") from error
         if not proto.pieces:
-            raise UserError("not a SentencePiece model: it has no pieces")
+            raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
         if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
-            raise UserError("a SentencePiece model of words or characters, expected unigram or byte-pair encoding")
+            raise UserError(f"{name} is of words or characters, expected unigram or byte-pair encoding")
         if proto.trainer_spec.treat_whitespace_as_suffix:
-            raise UserError("a SentencePiece model with blanks behind words (treat_whitespace_as_suffix), which is not supported")
+            raise UserError(f"{name} has blanks behind words (treat_whitespace_as_suffix), which is not supported")
         return Sentencepiece(proto)
 
     @property

@@ -21,7 +21,7 @@ def document(model: Part, *, added: Iterable[Part] = (), normalizer: Part | None
     added = sorted(added, key=lambda token: token["id"])
     return (json.dumps({"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
                         "pre_tokenizer": pre_tokenizer, "post_processor": post_processor, "decoder": decoder, "model": model},
-                       ensure_ascii=False, indent=1) + "\n").encode()
+                       ensure_ascii=False) + "\n").encode()
 
 
 def added_token(number: int, content: str, special: bool = True, **properties: bool) -> Part:

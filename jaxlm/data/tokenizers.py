@@ -19,8 +19,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxlm.console.progress import print_once
 from jaxlm.data.framing import Framing, framing_of, usual_framing
-from jaxlm.data.huggingface_files import BESIDE, MERGES, MODEL_CONFIG, VOCABULARY, WORDS, refuse_contradictions
+from jaxlm.data.huggingface_files import BESIDE, MERGES, MODEL_CONFIG, NOT_READ, VOCABULARY, WORDS, refuse_contradictions
 from jaxlm.data.older_tokenizers import older_tokenizer
 from jaxlm.data.special_tokens import Declared, SpecialTokens, declared_tokens, find_special
 from jaxlm.errors import UserError, nearest, shown
@@ -28,6 +29,7 @@ from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 from jaxlm.storage.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
+MOST_SPARE = 100  # ids for each token that there is
 BESIDE_FOLDER = "huggingface"  # in a saved folder: the files that it came with
 MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")
 SPACE_MARK = "\u2581"  # how SentencePiece writes a blank inside a piece
@@ -232,7 +234,8 @@ class JsonTokenizer(Tokenizer):
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # spelled in a text, they are plain text
         vocabulary, added = self.vocabulary, self.tokenizer.get_added_tokens_decoder()
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        refuse_gaps(vocabulary, self.vocab_size)
         model = json.loads(files[JSON_FILE])["model"]
         self.continuation = model["continuing_subword_prefix"] if model.get("type") == "WordPiece" else None
         marks = [token.content for token in added.values()]
@@ -281,6 +284,16 @@ class JsonTokenizer(Tokenizer):
             return not piece.startswith(self.continuation)
         # Byte-level BPE writes blank, newline and tab as these letters.
         return piece[:1] in ("\u0120", "\u010a", "\u0109") or begins_word(piece)
+
+
+def refuse_gaps(vocabulary: dict[str, int], size: int) -> None:
+    """UserError for a tokenizer without tokens, or with an id that no table could have a row for."""
+    if not vocabulary:
+        raise UserError("tokenizer: it has no tokens")
+    if size > MOST_SPARE * len(vocabulary):
+        last = max(vocabulary, key=vocabulary.get)
+        raise UserError(f"tokenizer: the token {shown(last)} has the id {size - 1:,}, but there are only {len(vocabulary):,} "
+                        "tokens")
 
 
 class ByteTokenizer(Tokenizer):
@@ -411,20 +424,25 @@ def load_folder(folder: Location, names: list[str]) -> Tokenizer:
     models = [name for name in names if name.endswith(".model")]
     if len(models) == 1:
         return SentencePieceTokenizer({MODEL_FILE: files[models[0]]}, declared=declared_tokens(folder))
+    found = ", ".join([*files.keys() - {MODEL_CONFIG}, *(name for name in names if name.endswith(NOT_READ))])
     raise UserError(f"expected one of {DESCRIPTION}, {JSON_FILE}, {WORDS}, {VOCABULARY} with {MERGES}, or one SentencePiece "
-                    f".model in this folder, found {len(models)} .model files")
+                    f".model in this folder, found {found or 'none of them'} (transformers' save_pretrained writes {JSON_FILE})")
 
 
-def vocabulary_size(wanted: int | None, tokenizer: Tokenizer) -> int:
-    """model.vocab_size for a tokenizer that was given: `wanted`, which may have spare rows behind the tokens (Qwen2),
-    or the tokenizer's own.
+def vocabulary_size(wanted: int | None, tokenizer: Tokenizer, given: bool) -> int:
+    """model.vocab_size for a tokenizer: its own; for one that was `given`, `wanted` may have spare rows behind its
+    tokens, as Qwen2 has, which no text comes to.
 
-    Raises UserError where there are more tokens than rows.
+    Raises UserError where the two do not belong together.
     """
-    if wanted is not None and wanted < tokenizer.vocab_size:
-        raise UserError(f"model.vocab_size={wanted}: the tokenizer has {tokenizer.vocab_size} tokens, ids 0 to "
-                        f"{tokenizer.vocab_size - 1}; they do not belong together")
-    return tokenizer.vocab_size if wanted is None else wanted
+    size = tokenizer.vocab_size
+    if wanted is None or wanted == size:
+        return size
+    if wanted < size or not given:
+        raise UserError(f"model.vocab_size={wanted}: the tokenizer has {size} tokens; set that, or null (the table is padded to "
+                        "a multiple of 128 by itself)")
+    print_once(f"model.vocab_size={wanted:,}: the tokenizer has {size:,} tokens; {wanted - size:,} rows of the table are spare")
+    return wanted
 
 
 def with_end_token(tokenizer: Tokenizer, name: str) -> Tokenizer:

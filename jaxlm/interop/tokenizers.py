@@ -104,10 +104,11 @@ def write_tokenizer(tokenizer: Tokenizer, folder: str | Path, *, model_type: str
 
 
 def framing_for(tokenizer: Tokenizer, causal: bool, start: int | None) -> Framing:
-    """What the written file puts around texts: what the given one does; else what rows of the model have."""
-    if isinstance(tokenizer, JsonTokenizer) and (tokenizer.has_framing or CONFIG in tokenizer.beside):
-        return tokenizer.framing if tokenizer.has_framing else Framing()
-    return Framing(() if start is None else (start,)) if causal else tokenizer.framing
+    """What the written file puts around texts: what the given one does, and for a causal model that came from elsewhere
+    nothing if that does nothing; otherwise what rows of the model have."""
+    if not causal or (isinstance(tokenizer, JsonTokenizer) and tokenizer.has_framing):
+        return tokenizer.framing
+    return Framing() if start is None or tokenizer.beside else Framing((start,))
 
 
 def huggingface_files(tokenizer: Tokenizer, framing: Framing, model_type: str, max_length: int, causal: bool) -> dict[str, bytes]:

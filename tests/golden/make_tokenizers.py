@@ -21,7 +21,15 @@ FOLDER = Path(__file__).parent / "tokenizers"
 CORPUS = ["The quick brown fox jumps over the lazy dog; the dog, being lazy, doesn't mind at all. It's 1984 again, isn't it?",
           "def add(a, b):\n    return a + b\n\n\nclass Tree:\n\tdef walk(self):\n\t\tyield from self.left.walk()\n",
           "Grüße aus Köln: naïve café, “quoted” words, Ελλάδα and Ωμέγα. 日本語と한국어 и русский текст.",
-          "she sells sea shells by the sea shore, the shells she sells are sea shells for sure"] * 3
+          "she sells sea shells by the sea shore, the shells she sells are sea shells for sure",
+          "Reading maketh a full man; conference a ready man; and writing an exact man. Histories make men wise; poets witty; "
+          "the mathematics subtle; natural philosophy deep; moral grave; logic and rhetoric able to contend.",
+          "There is a tide in the affairs of men, which, taken at the flood, leads on to fortune; omitted, all the voyage of "
+          "their life is bound in shallows and in miseries. On such a full sea are we now afloat.",
+          "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, it was "
+          "the epoch of belief, it was the epoch of incredulity, it was the season of light, it was the season of darkness.",
+          "Call me Ishmael. Some years ago - never mind how long precisely - having little or no money in my purse, and nothing "
+          "particular to interest me on shore, I thought I would sail about a little and see the watery part of the world."] * 3
 LETTERS = ("abcdefgh  ABC,.'!?-_01239\n\t\r\u00a0\u3000éüÉßñ日本한국русΩς\u0301\u0308\u200b\u200d\ufeff\u0000\u0007😀👍🏽ﬁª①"
            "▁ĠÄ\u2028\ud7ff\ue000\U00020000")
 SPELLED = ["<s>a</s>", "[CLS] x [SEP]", "a<mask>b", "<|endoftext|>", "[MASK][UNK]", "<unk> <pad>", "<0x41>"]
@@ -140,6 +148,28 @@ def make_folders() -> None:
     t5 = sentencepiece_model("unigram", vocab_size=200, **common, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
     write("t5", spiece__model=t5, config__json={"model_type": "t5"}, tokenizer_config__json={"extra_ids": 10})
     path.unlink()
+    AutoTokenizer.from_pretrained(FOLDER / "bert").save_pretrained(FOLDER / "bert_saved")  # as version 5 writes it
+    (FOLDER / "bert_saved" / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    make_modernbert()
+
+
+def make_modernbert() -> None:
+    """tokenizer.json with byte-level BPE and BERT's special tokens behind it, and the files of version 4 beside it."""
+    vocabulary, merges = byte_level(["<|padding|>", "<|endoftext|>"])
+    pairs = [tuple(line.split(" ")) for line in merges.splitlines()[1:]]
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, pairs))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = tokenizers.normalizers.NFC(), tokenizers.pre_tokenizers.ByteLevel(False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|padding|>", "<|endoftext|>", "[UNK]", "[CLS]", "[SEP]", "[PAD]",
+                                  tokenizers.AddedToken("[MASK]", lstrip=True, special=True)])
+    ids = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0", pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1", special_tokens=ids)
+    special = {f"{role}_token": f"[{role.upper()}]" for role in ("unk", "cls", "sep", "pad", "mask")}
+    write("modernbert", tokenizer__json=tokenizer.to_str(), config__json={"model_type": "modernbert"},
+          special_tokens_map__json={**special, "mask_token": {"content": "[MASK]", "lstrip": True}},
+          tokenizer_config__json={**special, "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192,
+                                  "clean_up_tokenization_spaces": True, "model_input_names": ["input_ids", "attention_mask"]})
 
 
 def golden(folder: Path, texts: list[str]) -> dict:
