@@ -63,16 +63,22 @@ def _with_heads(foreign: Foreign, tensors: dict[str, Tensor]) -> Foreign:
     return foreign._replace(model=model)
 
 
+def task_of(foreign: Foreign) -> dict[str, Any]:
+    """Keys of the task that a model with these heads has learnt."""
+    name = TASKS.get(foreign.heads or ())
+    if name != "text_classification":
+        return {"name": name}
+    problem = foreign.problem or "single_label"
+    return {"name": name, "problem": problem, "labels": None if problem == "regression" else list(foreign.labels)}
+
+
 def import_settings(folder: str, overrides: Sequence[str]) -> Settings:
     """The run's settings, from config.json and `key=value` words. Raises UserError."""
     if not any(word.startswith("run_dir=") for word in overrides):
         raise UserError("import: run_dir=RUN is missing: the run directory to make")
     source = open_source(folder)
     foreign = source.foreign
-    task: dict[str, Any] = {"name": TASKS.get(source.heads)}
-    if task["name"] == "text_classification":
-        task |= {"problem": foreign.problem or "single_label", "labels": list(foreign.labels)}
-    values = {"model": dataclasses.asdict(foreign.model), "task": task,
+    values = {"model": dataclasses.asdict(foreign.model), "task": task_of(foreign),
               "data": {"sequence_length": min(LENGTH, foreign.model.max_length)}}
     settings = config.made_of(values, overrides, folder)
     was, now = decisive(foreign.model), decisive(settings.model)
