@@ -18,10 +18,10 @@ from jaxlm.console.units import counted, format_size
 from jaxlm.data.sequences import start_token
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import RunError, UserError
-from jaxlm.interop.configuration import CONFIG, decisive, find_family, written
+from jaxlm.interop.configuration import CONFIG, Foreign, decisive, find_family, written
 from jaxlm.interop.importing import read_params
 from jaxlm.interop.model_card import model_card
-from jaxlm.interop.parameters import by_path, file_shapes, parameters, write_parameters
+from jaxlm.interop.parameters import by_path, file_shapes, parameters_of, write_parameters
 from jaxlm.interop.safetensors import make_files, plan_shards
 from jaxlm.interop.source import open_source
 from jaxlm.interop.tokenizers import special_ids, write_tokenizer
@@ -120,7 +120,7 @@ def _write(trainer: Trainer, params: dict[str, Any], tokenizer: Tokenizer, folde
     if family.pads_first and "pad_token_id" not in ids:
         raise UserError(f"the tokenizer of {settings.run_dir} has no padding token, behind whose number {family.model_type}'s "
                         "positions begin")
-    wanted = parameters(family, model, trainer.params, ids.get("pad_token_id", 1))
+    wanted = parameters_of(Foreign(family, model, heads, pad_token=ids.get("pad_token_id", 1)), trainer.params)
     twins = {} if model.tied_embeddings else {second: family.weight(path).name for path, second in family.twins.items()
                                               if path in wanted}
     shapes = file_shapes(wanted, order)

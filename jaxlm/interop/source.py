@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlm import config
+from jaxlm.data.tokenizers import RUN_FILE
 from jaxlm.errors import UserError, nearest
 from jaxlm.interop.configuration import CONFIG, Foreign, decisive, read_configuration
 from jaxlm.interop.names import head_is_there
@@ -61,6 +62,19 @@ def _with_heads(foreign: Foreign, tensors: dict[str, Tensor]) -> Foreign:
         foreign = foreign._replace(heads=heads)
     model = dataclasses.replace(foreign.model, next_sentence="next_sentence" in foreign.heads)
     return foreign._replace(model=model)
+
+
+def is_run(place: str) -> bool:
+    """Whether a folder is a run directory; a folder of transformers has no config.yaml."""
+    return exists(as_path(place) / RUN_FILE)
+
+
+def about_place(place: str) -> config.Origin:
+    """What `init` says of a run that begins with it: a run directory, or a folder of transformers."""
+    if is_run(place) or not exists(as_path(place) / CONFIG):
+        return config.about_run(place)
+    model = open_source(place).foreign.model
+    return config.Origin(dataclasses.asdict(model), place, min(LENGTH, model.max_length))
 
 
 def task_of(foreign: Foreign) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxlm.interop.parameters import as_tree, by_path, load_parameters
+from jaxlm.interop.parameters import as_tree, by_path, find_parameters, parameters_of
 from jaxlm.interop.source import open_source, task_of
 from jaxlm.models.model import Model
 from jaxlm.parallel.layout import make_layout
@@ -54,9 +54,10 @@ def batch_of(inputs, heads):
 
 
 def load(source, layout):
-    loaded = load_parameters(source.foreign, source.tensors, layout, source.heads)
-    assert not loaded.missing
-    return as_tree({path: loaded.arrays[path] for path in by_path(layout.shapes)})
+    found = find_parameters(source.foreign, source.tensors, parameters_of(source.foreign, layout), source.heads)
+    assert not found.missing
+    return as_tree({path: found.load(path, sharding, layout.layer_order)
+                    for path, sharding in by_path(layout.shardings).items()})
 
 
 def save(folder, arrays):
