@@ -47,7 +47,7 @@ def export_run(settings: Settings) -> None:
       UserError: there is no such run, transformers has no such model, or the folder is taken.
       RunError: what was written computes something else; nothing is left, then.
     """
-    out = _free_folder(settings.out)
+    out = free_folder(settings.out)
     settings, mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
@@ -56,26 +56,30 @@ def export_run(settings: Settings) -> None:
         settings = resolve(settings, tokenizer)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
         trainer = start(_exactly(dropless(settings)), mesh)
-        heads = heads_of(trainer)
-        family = find_family(settings.model, heads)  # refuses what transformers has not
+        find_family(settings.model, heads_of(trainer))  # refuses what transformers has not, before anything is read
         say_which(checkpoints.directory, step)
-        params = checkpoints.restore_params(step, trainer.params)
-        said = logits(trainer, params)
-        staging = out.with_name(f".{out.name}.partial")
-        _on_main(lambda: (delete(staging), staging.mkdir(parents=True)))
-        try:
-            _write(trainer, params, tokenizer, staging, step)
-            del params  # before the same are read again
-            difference = _compare(trainer, said, staging)
-        except BaseException:
-            if is_main():
-                delete(staging)
-            raise
-        _on_main(lambda: os.rename(staging, out))
+        export_model(trainer, checkpoints.restore_params(step, trainer.params), tokenizer, out, step)
+
+
+def export_model(trainer: Trainer, params: dict[str, Any], tokenizer: Tokenizer, out: Path, step: int) -> None:
+    """Makes the folder `out`, which must be free, from parameters that lie on the trainer's mesh, and reads it back.
+    Called under `jax.set_mesh`. Raises as `export_run` does."""
+    said = logits(trainer, params)
+    staging = out.with_name(f".{out.name}.partial")
+    _on_main(lambda: (delete(staging), staging.mkdir(parents=True)))
+    try:
+        _write(trainer, params, tokenizer, staging, step)
+        del params  # before the same are read again
+        difference = _compare(trainer, said, staging)
+    except BaseException:
+        if is_main():
+            delete(staging)
+        raise
+    _on_main(lambda: os.rename(staging, out))
     if is_main():
         files = sum(file.suffix == ".safetensors" for file in out.iterdir())
         size = sum(file.stat().st_size for file in out.iterdir())
-        print_line(f"{out}: {family.model_type} in {counted(files, 'safetensors file')}, {format_size(size)} in all")
+        print_line(f"{out}: {counted(files, 'safetensors file')}, {format_size(size)} in all")
         print_line(f"read back: logits of {ROWS} rows differ by at most {difference:.2g} of the largest")
 
 
@@ -84,8 +88,8 @@ def _exactly(settings: Settings) -> Settings:
     return dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="float32"))
 
 
-def _free_folder(out: str | None) -> Path:
-    """Raises UserError."""
+def free_folder(out: str | None) -> Path:
+    """Where an export can be made. Raises UserError."""
     if out is None:
         raise UserError("export: out=FOLDER is missing: the folder to make")
     if is_remote(out):

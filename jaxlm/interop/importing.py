@@ -3,15 +3,16 @@ optimizer's state."""
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from jaxlm.checkpoints.checkpoints import Checkpoints
-from jaxlm.checkpoints.manifest import finished_steps
+from jaxlm.checkpoints.manifest import CHECKPOINTS, finished_steps
 from jaxlm.console.progress import print_line
 from jaxlm.console.units import counted, format_count
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.interop.names import shown_names
 from jaxlm.interop.parameters import as_tree, by_path, find_parameters, parameters, parameters_of
@@ -30,36 +31,50 @@ from jaxlm.training.step import Trainer
 from jaxlm.training.transfer import RunWeights, Weights
 
 
+class Loaded(NamedTuple):
+    """A folder of transformers as a model on a mesh."""
+
+    trainer: Trainer
+    params: dict[str, Any]
+    tokenizer: Tokenizer
+    told: list[str]  # what it is, and what was left out, changed or is fresh, a line each
+
+
 def import_folder(folder: str, settings: Settings) -> None:
     """Makes `settings.run_dir`. Raises UserError: the folder is not what it says, or run_dir is taken."""
-    source = open_source(folder)
     run_dir = as_path(settings.run_dir)
     check_folder(run_dir, "run_dir")
     if finished_steps(run_dir) or exists(run_dir / "config.yaml"):
         raise UserError(f"run_dir={run_dir}: a run is there already; choose another")
+    trainer, params, tokenizer, told = load_folder(folder, settings)
+    make_folder(run_dir)
+    metadata = {"settings": to_dict(trainer.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
+                "corpora": [], "mesh": dict(trainer.mesh.shape), "versions": versions(), "imported": name_of(folder)}
+    with jax.set_mesh(trainer.mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
+        checkpoints.save({"params": params}, 0, metadata, None)
+    if is_main():
+        tokenizer.save(run_dir / TOKENIZER)
+        write_text(run_dir / "config.yaml", dump(trainer.settings))
+        for line in [*told, f"weights: {run_dir / CHECKPOINTS / '0'}"]:
+            print_line(line)
+
+
+def load_folder(folder: str, settings: Settings) -> Loaded:
+    """Reads a folder onto the mesh of `settings`, which are `settings_of` the folder. Raises UserError."""
+    source = open_source(folder)
     tokenizer = read_tokenizer(source.folder, source.foreign.model.vocab_size)
     settings, mesh = lay_mesh(settings)
     trainer = start(settings, mesh)
     with jax.set_mesh(mesh):
         params, notes = read_params(source, trainer)
-        metadata = {"settings": to_dict(settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-                    "corpora": [], "mesh": dict(mesh.shape), "versions": versions(), "imported": name_of(source.folder)}
-        make_folder(run_dir)
-        with Checkpoints(run_dir, settings.checkpoint) as checkpoints:
-            checkpoints.save({"params": params}, 0, metadata, None)
-    if is_main():
-        tokenizer.save(run_dir / TOKENIZER)
-        write_text(run_dir / "config.yaml", dump(settings))
-        for line in [*_description(source, trainer), *source.foreign.notes, *notes]:
-            print_line(line)
+    return Loaded(trainer, params, tokenizer, [_description(source, trainer), *source.foreign.notes, *notes])
 
 
-def _description(source: Source, trainer: Trainer) -> list[str]:
+def _description(source: Source, trainer: Trainer) -> str:
     files = len({tensor.file for tensor in source.tensors.values()})
     heads, numbers = ", ".join(source.heads) or "none", num_parameters(trainer.settings.model, trainer.model.objectives)
-    return [f"{source.folder}: {source.foreign.family.model_type} of {format_count(numbers)} parameters, "
-            f"{counted(len(source.tensors), 'tensor')} in {counted(files, 'file')}; heads: {heads}",
-            f"weights: {as_path(trainer.settings.run_dir) / 'checkpoints' / '0'}"]
+    return (f"{source.folder}: {source.foreign.family.model_type} of {format_count(numbers)} parameters, "
+            f"{counted(len(source.tensors), 'tensor')} in {counted(files, 'file')}; heads: {heads}")
 
 
 def read_params(source: Source, trainer: Trainer) -> tuple[dict[str, Any], list[str]]:

@@ -87,9 +87,14 @@ def task_of(foreign: Foreign) -> dict[str, Any]:
 
 
 def import_settings(folder: str, overrides: Sequence[str]) -> Settings:
-    """The run's settings, from config.json and `key=value` words. Raises UserError."""
+    """Those of the run that is to be made. Raises UserError."""
     if not any(word.startswith("run_dir=") for word in overrides):
         raise UserError("import: run_dir=RUN is missing: the run directory to make")
+    return settings_of(folder, overrides)
+
+
+def settings_of(folder: str, overrides: Sequence[str] = ()) -> Settings:
+    """A run's settings, from config.json and `key=value` words. Raises UserError."""
     source = open_source(folder)
     foreign = source.foreign
     values = {"model": dataclasses.asdict(foreign.model), "task": task_of(foreign),
