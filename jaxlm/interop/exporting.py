@@ -37,7 +37,7 @@ from jaxlm.training.step import Trainer
 
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOLERANCE = 1e-4  # of the largest logit
-ROWS, LENGTH = 8, 32  # of the tokens that both are asked about
+ROWS, LENGTH = 8, 16  # of the tokens that both are asked about
 
 
 def export_run(settings: Settings) -> None:
@@ -95,9 +95,8 @@ def free_folder(out: str | None) -> Path:
     if is_remote(out):
         raise UserError(f"out={out}: expected a folder of this machine; copy it to the bucket when it is done")
     path = Path(out).absolute()
-    if exists(path):
-        what = "has files in it" if names_in(path) else "is there already"
-        raise UserError(f"out={out}: {what}; expected a name that is free")
+    if exists(path) and (not path.is_dir() or names_in(path)):
+        raise UserError(f"out={out}: {'has files in it' if path.is_dir() else 'is a file'}; expected a name that is free")
     above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"out={out}: no folder can be made in {above}")
