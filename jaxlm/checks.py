@@ -10,6 +10,7 @@ from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, 
 from jaxlm.settings import (
     AXES,
     BUILT_IN_TOKENIZERS,
+    RECORD_TASKS,
     TRAINED_TOKENIZERS,
     MeshSettings,
     ModelSettings,
@@ -43,6 +44,14 @@ def check(settings: Settings) -> None:
         layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in AXES}),
     )
     refuse_first(problems)
+
+
+def check_held_out(settings: Settings) -> None:
+    """Refuses records that are to be learned from and held out, too; to evaluate or to predict them is another matter.
+    Raises UserError."""
+    data = settings.data
+    if settings.task.name in RECORD_TASKS and data.raw is not None and data.raw in (data.validation, [data.validation]):
+        raise UserError(f"data.validation={data.validation} is data.raw, too; name another file, or a share of the records (0.1)")
 
 
 def check_urls(settings: Settings) -> None:

@@ -66,16 +66,29 @@ def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> 
         print(*([samples] if samples else []), line, sep="\n", flush=True)
         if settings.logging.tensorboard:
             _say(f"curves: {_words('tensorboard', '--logdir', settings.run_dir)} (pip install tensorboard)")
-        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if samples else ["evaluate", settings.run_dir]))
+        _say_next(*(_how_to_use(settings) or ["evaluate", settings.run_dir]))
+
+
+def _how_to_use(settings: Settings) -> list[str]:
+    """The command that makes something of a trained model; []: there is none."""
+    from jaxlm.tasks.find import find_task
+
+    task = find_task(settings)
+    if task.answers_records:
+        return ["predict", settings.run_dir, "data.raw=FILE"]
+    return ["generate", settings.run_dir, "--prompt", "TEXT"] if task.continues_text else []
 
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     """prepare: raw text to tokenizer and corpus"""
+    from jaxlm.checks import check_held_out
     from jaxlm.data.description import describe
     from jaxlm.training.setup import open_corpora
 
+    check_held_out(settings)
+
     for corpus, _ in open_corpora(settings, notes=False):
-        for line in describe(corpus):
+        for line in describe(corpus, settings):
             print(line)
     _say_next("train", arguments.config, *arguments.overrides)
 
@@ -83,14 +96,30 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
 def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     """evaluate: a checkpoint over the whole validation set"""
     from jaxlm.runtime.processes import is_main
-    from jaxlm.tasks.find import find_task
     from jaxlm.training.run import evaluate_checkpoint
 
     row = evaluate_checkpoint(settings)
     if is_main():
         _print_figures(row, arguments.json)
-        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if find_task(settings).continues_text else
-                    ["report", settings.run_dir]))
+        _say_next(*(_how_to_use(settings) or ["report", settings.run_dir]))
+
+
+def predict(settings: Settings, arguments: argparse.Namespace) -> None:
+    """predict: what a checkpoint says of each record of data.raw, into predictions.jsonl"""
+    from jaxlm.console.units import counted
+    from jaxlm.runtime.processes import is_main
+    from jaxlm.serving.predicting import predict
+
+    if not any(override.startswith("data.raw=") for override in arguments.overrides):
+        raise UserError("predict: name the file of records, data.raw=FILE (the run's own data.raw is what it learned from)")
+    found = predict(settings)
+    if is_main():
+        if arguments.json:
+            print(json_text(found._asdict() | {"path": str(found.path)}))
+        else:
+            cut = f", of which {found.truncated:,} lost their end (data.sequence_length={settings.data.sequence_length})"
+            print(f"{found.path}: {counted(found.records, 'record')}{cut if found.truncated else ''}")
+        _say_next("evaluate", settings.run_dir, "data.raw=LABELLED_FILE")
 
 
 def generate(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -105,6 +134,24 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
         else:
             print(SEPARATOR.join(f"{sample.marked()}\n" for sample in samples), end="")
         _say_next("evaluate", settings.run_dir)
+
+
+def import_(settings: Settings, arguments: argparse.Namespace) -> None:
+    """import: a Hugging Face folder to a run directory"""
+    from jaxlm.interop.importing import import_folder
+    from jaxlm.runtime.processes import is_main
+
+    import_folder(arguments.config, settings)
+    if is_main():
+        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if settings.task.name == "causal_lm" else
+                    ["evaluate", settings.run_dir, "data.raw=TEXT"]))
+
+
+def export(settings: Settings, arguments: argparse.Namespace) -> None:
+    """export: a run directory to a Hugging Face folder"""
+    from jaxlm.interop.exporting import export_run
+
+    export_run(settings)
 
 
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -236,6 +283,9 @@ def _in_short(summary: dict[str, Any]) -> str:
         figures.append(f"{format_count(summary['tokens_per_second'])} tokens/s")
     if summary["val_loss"] is not None:
         figures.append(f"validation loss {summary['val_loss']:.4f}")
+    if (best := summary.get("best")) and best["figure"] != "val_loss":
+        name = best["figure"].removeprefix("val_").replace("_", " ")
+        figures.append(f"best {name} {best['value']:.4f} at step {best['step']:,} (checkpoint.step={best['step']})")
     if summary.get("skipped_rows"):
         figures.append(f"{summary['skipped_rows']:,} rows skipped")
     return ", ".join(figures)
@@ -248,15 +298,18 @@ def _console() -> "Console":
 
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
-    "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
-    "plan": plan}
+    "train": train, "prepare": prepare, "evaluate": evaluate, "predict": predict, "generate": generate, "import": import_,
+    "export": export, "bench": bench, "plan": plan}
 SUMMARIES = {
-    "train": "prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints",
+    "train": "prepare if need be, train, evaluate, report; go on in a RUN_DIR",
     "prepare": "raw text to tokenizer and corpus",
     "evaluate": "a checkpoint over the whole validation set",
+    "predict": "what a checkpoint says of each record: predictions.jsonl",
     "generate": "continue generate.prompts with a checkpoint",
+    "import": "a Hugging Face folder to a run directory",
+    "export": "a run to a Hugging Face folder that says the same, proven",
     "bench": "time the training step on random tokens",
-    "plan": "memory, traffic and speed on devices that are not here, from their own compiler",
+    "plan": "memory, traffic, speed on devices elsewhere, by their compiler",
     "report": "one page about a run, or a table that compares several",
 }
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
@@ -339,7 +392,7 @@ def _run(arguments: list[str]) -> int:
     if verb == "report":
         report(parsed.runs)
         return 0
-    settings = config.load(parsed.config, parsed.overrides)
+    settings = _settings_of(verb, parsed)
     processes, restarts = getattr(parsed, "processes", 1), getattr(parsed, "restart", None)
     if (processes > 1 or restarts is not None) and not getattr(parsed, "compile_only", False):
         from jaxlm.checkpoints.manifest import newest_step
@@ -355,6 +408,15 @@ def _run(arguments: list[str]) -> int:
         _import_jax()
     VERBS[verb](settings, parsed)
     return 0
+
+
+def _settings_of(verb: str, parsed: argparse.Namespace) -> Settings:
+    """Of a run file or a run directory; for `import`, of the model's own config.json."""
+    if verb != "import":
+        return config.load(parsed.config, parsed.overrides)
+    from jaxlm.interop.source import import_settings
+
+    return import_settings(parsed.config, parsed.overrides)
 
 
 def _import_jax() -> None:

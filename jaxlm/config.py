@@ -52,6 +52,16 @@ def load(path: str | Path, overrides: Sequence[str] = (), about: Callable[[str],
     if run_dir:
         values["run_dir"] = str(run_dir)  # wherever it has been moved or copied to
         _forget_compiled(values)
+    return _settled(values, lines, path, overrides)
+
+
+def made_of(values: dict[str, Any], overrides: Sequence[str], where: str | Path) -> Settings:
+    """Settings that a verb has put together, with `a.b=c` overrides. `where`: from what. Raises UserError."""
+    return _settled(values, {}, where, overrides)
+
+
+def _settled(values: dict[str, Any], lines: dict[str, int], path: str | Path, overrides: Sequence[str]) -> Settings:
+    """Overrides applied, every value of its type, none against another. `lines`: of the file's keys."""
     for override in overrides:
         lines.pop(_apply_override(values, override), None)
     for key in _keys_with_secrets(values):

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.console.units import counted, format_count, format_duration, format_milliseconds
+from jaxlm.reporting.evaluated import evaluation_told
 from jaxlm.reporting.goodput import goodput
+from jaxlm.reporting.markdown import encodable, fenced, table
 from jaxlm.reporting.metrics import is_number
 from jaxlm.reporting.runs import Run, read_run, yaml_scalar
 from jaxlm.storage.files import Location, exists, read_text, write_text
@@ -31,7 +33,7 @@ def write_report(run_dir: str | Path) -> Location:
     sections = [f"# {run.name}", state]
     if exists(run.path / "loss.png"):
         sections.append("![Training and validation loss](loss.png)")
-    sections += ["## Results", table(results(run)), "## What ran", table(what_ran(run))]
+    sections += ["## Results", table(results(run)), *evaluation_told(run.path), "## What ran", table(what_ran(run))]
     if changes := changes_told(run):
         sections += ["## What changed on the way", table(changes)]
     sections += ["## Speed", table(speed(run))]
@@ -151,19 +153,6 @@ def again(run: Run) -> str:
             f"without `run_dir` it goes on where this one stopped. `jaxlm report {run.path} OTHER_RUN` compares.")
 
 
-def table(figures: dict[str, str]) -> str:
-    rows = [f"| {name} | {' '.join(value.split()).replace('|', '&#124;')} |" for name, value in figures.items()]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
-
-
-def fenced(text: str) -> str:
-    """A code block whose fence the text cannot close."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text.rstrip()}\n{fence}"
-
-
 def plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {size}" for key, size in value.items() if is_number(size) and size > 1) or "one device"
@@ -172,11 +161,6 @@ def plain(value: Any) -> str:
 
 def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def encodable(text: str) -> str:
-    """JSON and YAML can name half a character (\\ud800), which no file and no terminal takes."""
-    return text.encode(errors="replace").decode()
 
 
 def compare(run_dirs: list[str | Path]) -> "Table":

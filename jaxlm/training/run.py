@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checks import check_held_out
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.corpus import TOKENIZER
@@ -55,7 +56,7 @@ from jaxlm.training.setup import (
     make_validation_batches,
     micro_batch_size,
     open_corpora,
-    resolve,
+    settled,
     start,
 )
 from jaxlm.training.step import Trainer, TrainState, from_saved
@@ -81,6 +82,7 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
     account = Account(_process_start())
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
+    check_held_out(settings)
     if settings.checkpoint.step is not None:
         raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
                         "is for `evaluate` and `generate`")
@@ -95,12 +97,12 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
         watch.one_of(jax.process_index(), jax.process_count())
         with watch.phase("opening the corpus"):
             corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
-        trainer = start(resolve(laid, corpora[0][0].tokenizer), mesh)
+        trainer = start(settled(laid, corpora), mesh)
         # as they were before they followed the devices
         given = dataclasses.replace(trainer.settings, mesh=settings.mesh, train=settings.train)
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
         with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
-              Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
+              Checkpoints(settings.run_dir, settings.checkpoint, saving, Best(*find_task(trainer.settings).best)) as checkpoints):
             sample = make_sampler(trainer, corpora) if make_sampler and settings.logging.samples_every_steps else None
             return _run(trainer, given, corpora, checkpoints, watch, account, sample, open_weights)
 
@@ -147,7 +149,8 @@ def _run(trainer: Trainer, given: Settings, corpora: Corpora, checkpoints: Check
     if main:
         write_json(run_dir / "summary.json", summary)
         with optional("the run is finished, but loss.png is not drawn"):
-            plot_loss(run_dir)
+            figure = find_task(trainer.settings).best[0]
+            plot_loss(run_dir, figure if figure != "val_loss" else None)
         if summary["diverged"]:
             write_report(run_dir)
     _refuse_divergence(run_dir, summary)
@@ -251,6 +254,7 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
+    lines += find_task(settings).notes([corpus for corpus, _ in corpora])
     for corpus, _ in corpora:
         lines += [f"{corpus.directory}: {corpus.lost}"] if find_task(settings).continues_text and corpus.loses_text else []
         lines += corpus.warnings()
@@ -269,8 +273,8 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
 def _metadata(trainer: Trainer, corpora: Corpora) -> dict[str, Any]:
     tokenizer = corpora[0][0].tokenizer
     return {"settings": to_dict(trainer.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(trainer.mesh.shape),
-            "versions": versions()}
+            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "streams": list(corpora[0][0].streams),
+            "mesh": dict(trainer.mesh.shape), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -302,6 +306,7 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     slots_per_second = seconds and clock.slots / seconds
     return plain({
         "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
+        "best": loop.best,
         "diverged": None in losses.values(),
         "skipped_rows": loop.skipped_rows.count(steps),
         "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
@@ -320,7 +325,7 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
         corpora = open_evaluated(settings, saved)
-        trainer = start(resolve(settings, corpora[0][0].tokenizer), mesh)
+        trainer = start(settled(settings, corpora), mesh)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
@@ -331,4 +336,4 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         if processes.is_main():
             print_line(describe(corpora))
         params = checkpoints.restore_params(step, trainer.params)
-        return {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True)
+        return {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True).metrics

@@ -1,0 +1,85 @@
+"""A folder of transformers, opened, and the settings of the run that it becomes. No JAX: a folder that is refused is
+refused at once."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from jaxlm import config
+from jaxlm.errors import UserError, nearest
+from jaxlm.interop.configuration import CONFIG, Foreign, decisive, read_configuration
+from jaxlm.interop.names import head_is_there
+from jaxlm.interop.safetensors import Tensor, open_weights
+from jaxlm.settings import Settings
+from jaxlm.storage.files import Location, as_path, exists, names_in
+
+TOKENIZER = "tokenizer"  # folder in the run directory
+LENGTH = 1024  # tokens of a sequence, where the model can take as many
+TASKS = {("next_token",): "causal_lm", ("masked_token",): "masked_lm", ("masked_token", "next_sentence"): "bert",
+         ("classification",): "text_classification", ("regression",): "text_classification"}
+
+
+class Source(NamedTuple):
+    """A folder of transformers, opened: headers are read and numbers are not."""
+
+    folder: Location
+    foreign: Foreign
+    tensors: dict[str, Tensor]
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        return self.foreign.heads or ()
+
+
+def open_source(folder: str) -> Source:
+    """Raises UserError, in one line, for whatever is no model of a known family."""
+    path = as_path(folder)
+    if not exists(path):
+        beside = [str(path.parent / name) for name in names_in(path.parent)]
+        raise UserError(f"{folder}: no such folder{nearest(str(path), beside)}; a model of the Hugging Face hub is downloaded "
+                        "first: hf download NAME --local-dir FOLDER")
+    if not names_in(path):
+        raise UserError(f"{folder}: expected a folder with {CONFIG} and model.safetensors")
+    if not exists(path / CONFIG):
+        raise UserError(f"{folder}: no {CONFIG}; expected a folder that transformers has saved")
+    foreign, tensors = read_configuration(path), open_weights(path)
+    return Source(path, _with_heads(foreign, tensors), tensors)
+
+
+def _with_heads(foreign: Foreign, tensors: dict[str, Tensor]) -> Foreign:
+    """The heads that the weights have: where config.json names no class, and where the files have more than the class
+    that it names (BertForMaskedLM, saved with the head for next sentences)."""
+    family = foreign.family
+    there = [heads for heads in family.heads.values() if all(head_is_there(family, head, tensors) for head in heads)]
+    wider = [heads for heads in there if set(heads) >= set(foreign.heads or ())]
+    if foreign.heads is None or (foreign.heads and wider):
+        heads = max(wider, key=len, default=())
+        if foreign.heads is None and foreign.model.causal and not heads and foreign.model.tied_embeddings:
+            heads = ("next_token",)
+        if heads == ("classification",) and foreign.problem == "regression":
+            heads = ("regression",)
+        foreign = foreign._replace(heads=heads)
+    model = dataclasses.replace(foreign.model, next_sentence="next_sentence" in foreign.heads)
+    return foreign._replace(model=model)
+
+
+def import_settings(folder: str, overrides: Sequence[str]) -> Settings:
+    """The run's settings, from config.json and `key=value` words. Raises UserError."""
+    if not any(word.startswith("run_dir=") for word in overrides):
+        raise UserError("import: run_dir=RUN is missing: the run directory to make")
+    source = open_source(folder)
+    foreign = source.foreign
+    task: dict[str, Any] = {"name": TASKS.get(source.heads)}
+    if task["name"] == "text_classification":
+        task |= {"problem": foreign.problem or "single_label", "labels": list(foreign.labels)}
+    values = {"model": dataclasses.asdict(foreign.model), "task": task,
+              "data": {"sequence_length": min(LENGTH, foreign.model.max_length)}}
+    settings = config.made_of(values, overrides, folder)
+    was, now = decisive(foreign.model), decisive(settings.model)
+    for key, value in was.items():
+        if now[key] != value:
+            raise UserError(f"model.{key}={now[key]}: {source.folder / CONFIG} says {value}; an import changes no model")
+    tokenizer = settings.data.tokenizer
+    if tokenizer == Settings().data.tokenizer:
+        tokenizer = str(as_path(settings.run_dir) / TOKENIZER)
+    return dataclasses.replace(settings, data=dataclasses.replace(settings.data, tokenizer=tokenizer))
