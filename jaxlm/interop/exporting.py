@@ -12,7 +12,6 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import print_line
 from jaxlm.console.units import counted, format_size
 from jaxlm.data.sequences import start_token
@@ -25,15 +24,15 @@ from jaxlm.interop.parameters import by_path, file_shapes, parameters, write_par
 from jaxlm.interop.safetensors import make_files, plan_shards
 from jaxlm.interop.source import open_source
 from jaxlm.interop.tokenizers import special_ids, write_tokenizer
+from jaxlm.models.model import Params
 from jaxlm.parallel.rules import cutting
 from jaxlm.runtime.processes import is_main
-from jaxlm.settings import Settings, to_dict
+from jaxlm.settings import Settings
 from jaxlm.storage.files import delete, exists, names_in, write_json, write_text
 from jaxlm.storage.remote import is_remote
-from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
-from jaxlm.training.origin import say_which
-from jaxlm.training.setup import dropless, lay_mesh, resolve, start
+from jaxlm.training.setup import dropless, lay_mesh
 from jaxlm.training.step import Trainer
+from jaxlm.training.trained import opened
 
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOLERANCE = 1e-4  # of the largest logit
@@ -47,31 +46,29 @@ def export_run(settings: Settings) -> None:
       UserError: there is no such run, transformers has no such model, or the folder is taken.
       RunError: what was written computes something else; nothing is left, then.
     """
-    out = _free_folder(settings.out)
+    out = free_folder(settings.out)
     settings, mesh = lay_mesh(settings)
-    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
-        step = checkpoints.choose(settings.checkpoint.step)
-        saved = checkpoints.metadata(step)
-        tokenizer = Tokenizer.from_dict(saved["tokenizer"])
-        settings = resolve(settings, tokenizer)
-        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        trainer = start(_exactly(dropless(settings)), mesh)
-        heads = heads_of(trainer)
-        family = find_family(settings.model, heads)  # refuses what transformers has not
-        say_which(checkpoints.directory, step)
-        params = checkpoints.restore_params(step, trainer.params)
-        said = logits(trainer, params)
-        staging = out.with_name(f".{out.name}.partial")
-        _on_main(lambda: (delete(staging), staging.mkdir(parents=True)))
-        try:
-            _write(trainer, params, tokenizer, staging, step)
-            del params  # before the same are read again
-            difference = _compare(trainer, said, staging)
-        except BaseException:
-            if is_main():
-                delete(staging)
-            raise
-        _on_main(lambda: os.rename(staging, out))
+    with opened(settings, mesh, lambda settings: _exactly(dropless(settings))) as trained:
+        find_family(settings.model, heads_of(trained.trainer))  # refuses what transformers has not, before it is read
+        export(trained.trainer, trained.params, trained.tokenizer, out, trained.step)
+
+
+def export(trainer: Trainer, read: Callable[[], Params], tokenizer: Tokenizer, out: Path, step: int) -> None:
+    """Makes the folder `out` of a model in float32, whose parameters `read` gives, and compares. Called under its mesh.
+    Errors as in `export_run`."""
+    family, params = find_family(trainer.settings.model, heads_of(trainer)), read()
+    said = logits(trainer, params)
+    staging = out.with_name(f".{out.name}.partial")
+    _on_main(lambda: (delete(staging), staging.mkdir(parents=True)))
+    try:
+        _write(trainer, params, tokenizer, staging, step)
+        del params  # before the same are read again
+        difference = _compare(trainer, said, staging)
+    except BaseException:
+        if is_main():
+            delete(staging)
+        raise
+    _on_main(lambda: os.rename(staging, out))
     if is_main():
         files = sum(file.suffix == ".safetensors" for file in out.iterdir())
         size = sum(file.stat().st_size for file in out.iterdir())
@@ -84,7 +81,7 @@ def _exactly(settings: Settings) -> Settings:
     return dataclasses.replace(settings, train=dataclasses.replace(settings.train, precision="float32"))
 
 
-def _free_folder(out: str | None) -> Path:
+def free_folder(out: str | None) -> Path:
     """Raises UserError."""
     if out is None:
         raise UserError("export: out=FOLDER is missing: the folder to make")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlm import config
+from jaxlm.config import Origin, about_run
 from jaxlm.errors import UserError, nearest
 from jaxlm.interop.configuration import CONFIG, Foreign, decisive, read_configuration
 from jaxlm.interop.names import head_is_there
@@ -63,16 +64,21 @@ def _with_heads(foreign: Foreign, tensors: dict[str, Tensor]) -> Foreign:
     return foreign._replace(model=model)
 
 
+def task_of(foreign: Foreign) -> dict[str, Any]:
+    """What the model was trained for, as the run file says it."""
+    task: dict[str, Any] = {"name": TASKS.get(foreign.heads or ())}
+    if task["name"] == "text_classification":
+        task |= {"problem": foreign.problem or "single_label", "labels": list(foreign.labels)}
+    return task
+
+
 def import_settings(folder: str, overrides: Sequence[str]) -> Settings:
     """The run's settings, from config.json and `key=value` words. Raises UserError."""
     if not any(word.startswith("run_dir=") for word in overrides):
         raise UserError("import: run_dir=RUN is missing: the run directory to make")
     source = open_source(folder)
     foreign = source.foreign
-    task: dict[str, Any] = {"name": TASKS.get(source.heads)}
-    if task["name"] == "text_classification":
-        task |= {"problem": foreign.problem or "single_label", "labels": list(foreign.labels)}
-    values = {"model": dataclasses.asdict(foreign.model), "task": task,
+    values = {"model": dataclasses.asdict(foreign.model), "task": task_of(foreign),
               "data": {"sequence_length": min(LENGTH, foreign.model.max_length)}}
     settings = config.made_of(values, overrides, folder)
     was, now = decisive(foreign.model), decisive(settings.model)
@@ -83,3 +89,12 @@ def import_settings(folder: str, overrides: Sequence[str]) -> Settings:
     if tokenizer == Settings().data.tokenizer:
         tokenizer = str(as_path(settings.run_dir) / TOKENIZER)
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, tokenizer=tokenizer))
+
+
+def about_origin(place: str) -> Origin:
+    """What a run directory, or a folder of transformers, says of a run that begins with its weights. No JAX is needed
+    to be refused. Raises UserError."""
+    if exists(as_path(place) / "config.yaml") or not exists(as_path(place) / CONFIG):
+        return about_run(place)
+    model = open_source(place).foreign.model
+    return Origin(dataclasses.asdict(model), place, min(LENGTH, model.max_length))
