@@ -48,7 +48,8 @@ class TextClassification(Task):
     def cut(self, documents: Documents, tokenizer: Tokenizer, training: bool) -> Sequences:
         """Also of `HeldRecords`."""
         special, causal = tokenizer.special, self.model.causal
-        roberta = not causal and tokenizer.vocabulary.get("</s>", -1) == special.sep  # and what learned from it: <s> A </s></s> B </s>
+        # RoBERTa, and what learned from it: <s> A </s></s> B </s>
+        roberta = not causal and tokenizer.vocabulary.get("</s>", -1) == special.sep
         return LabelledRows(documents, special, self.data.sequence_length, causal=causal, token_types=self.types,
                             separators=1 + roberta)
 
