@@ -1,6 +1,7 @@
 """RUN_DIR/report.md, one page about a run, and a table that compares runs."""
 
 import statistics
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def results(run: Run) -> dict[str, str]:
         last, best = run.evaluations[-1], min(run.evaluations, key=lambda row: row["val_loss"])
         figures["validation loss"] = f"{last['val_loss']:.4f} (step {last['step']})"
         figures["lowest validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
+        if not any("perplexity" in name for name in last) and any(name.endswith("bits_per_byte") for name in last):
+            figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"  # of a run that an older version trained
         apart = ("step", "time", "tokens", "epoch", "val_loss", "loss")
         others = {key: value for key, value in last.items() if key not in apart and value is not None}
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}

@@ -306,7 +306,7 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     slots_per_second = seconds and clock.slots / seconds
     return plain({
         "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
-        "best": loop.best,
+        **{name: value for name, value in loop.val_row.items() if name.startswith("val_")}, "best": loop.best,
         "diverged": None in losses.values(),
         "skipped_rows": loop.skipped_rows.count(steps),
         "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
