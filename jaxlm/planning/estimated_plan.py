@@ -26,12 +26,11 @@ from jaxlm.models.sizes import (
     visible_blocks,
 )
 from jaxlm.parallel.rules import across, mesh_shape
-from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.plan import Buffer, Collective, Plan, model_flops
 from jaxlm.planning.roofline import network_of_sizes, roofline
-from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import FLOAT32_PASSES, products_peak
+from jaxlm.planning.targets import GPUS, Target
 from jaxlm.reporting.memory import Memory
+from jaxlm.runtime.chips import FLOAT32_PASSES, products_peak
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
 from jaxlm.training.footprint import (
     FLOAT32,
@@ -81,7 +80,7 @@ GPU = Habits(2.5, 6.4, 6.2, 4.3, 2.0, 2.8, 1.9, 3.0, 20.7, 0.7, 2.0, 0.0, 0)
 HABITS = {"tpu": Habits(4.6, 10.0, 3.1, 8.0, 3.1, 2.9, 2.9, 2.9, 14.4, 3.3, 2.2, 2.0, 3.8e7), "gpu": GPU, "cpu": GPU}
 # Share of an exchange that no product hides, by kind of device and of exchange; all of it where none stands here.
 GPU_EXPOSED = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.07)
-EXPOSED = {kind: GPU_EXPOSED for kind in CHIPS if kind.startswith("NVIDIA")} | {
+EXPOSED = {chip.kind: GPU_EXPOSED for chip in GPUS.values()} | {
     "TPU v5 lite": {"all-gather": 0.2}, "TPU7x": {"all-gather": 0.12, "reduce-scatter": 0.08}}
 
 
@@ -113,9 +112,9 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     memory, largest = memory_of(settings, sizes, share, head, habits, state)
     wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, sizes, target)))
     traffic = memory_traffic(settings, sizes, share, head, habits, state)
-    chip, peak = CHIPS.get(target.device_kind), products_peak(target.device_kind, settings.train.precision)
+    chip, peak = target.chip, products_peak(target.device_kind, settings.train.precision)
     speed = None
-    if chip and peak:
+    if chip.bandwidth and peak:
         speed = roofline(executed / peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
     if target.platform == "tpu" and settings.train.precision == "float32":
         executed *= FLOAT32_PASSES

@@ -18,13 +18,12 @@ from jaxlm.checks import require_vocabulary
 from jaxlm.console.units import counted, format_seconds, format_size
 from jaxlm.errors import RunError, UserError
 from jaxlm.models.sizes import attention_dropout_rate, attention_kernel, head_dim
-from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.plan import Plan, what_helps
 from jaxlm.planning.run_file import with_keys
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import products_peak
+from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import AXES, MeshSettings, Settings, flatten, to_dict
 from jaxlm.storage.files import as_path, exists, read_text, write_text
 
@@ -50,7 +49,7 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     mesh divides the run, or nothing fits.
     """
     require_vocabulary(settings)
-    if target.device_kind not in CHIPS or products_peak(target.device_kind, settings.train.precision) is None:
+    if target.chip.bandwidth is None or products_peak(target.device_kind, settings.train.precision) is None:
         raise UserError(f"target '{target.name}': its speed is not published, so nothing can be ranked; use a TPU or a GPU")
     estimates = list(estimated(settings, target))
     fitting = [plan for plan in estimates if plan.memory.total <= MARGIN * plan.capacity]

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import training_flops
-from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.memory import memory_of
+from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
 from jaxlm.training.setup import batch_shapes, lay_mesh, start
 from jaxlm.training.step import Batch, batch_sharding

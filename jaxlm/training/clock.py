@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxlm.data.batches import Batches
 from jaxlm.models.sizes import training_flops
-from jaxlm.reporting.hardware import products_peak
+from jaxlm.runtime.chips import products_peak
 from jaxlm.training.setup import SkippedRows
 from jaxlm.training.step import Trainer
 

@@ -23,7 +23,7 @@ from jaxlm.models.sizes import (
     parameters,
 )
 from jaxlm.parallel.rules import parts
-from jaxlm.reporting.hardware import MEMORY
+from jaxlm.runtime.chips import find_chip
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
 
 Sizes = Mapping[str, int]  # of the mesh's axes
@@ -71,7 +71,7 @@ def logits_memory(settings: Settings, sizes: Sizes, platform: str, device_kind: 
     held = sum(state.values()) + activations_kept(settings, sizes, share)
     if settings.train.gradient_accumulation > 1:  # their sum, beside those of a micro-batch
         held += state["gradients"]
-    return FOR_LOGITS * max(0.0, MEMORY.get(device_kind, 0.0) - held)
+    return FOR_LOGITS * max(0.0, (find_chip(device_kind).memory or 0.0) - held)
 
 
 def kernel_of(settings: Settings, platform: str) -> str:
