@@ -74,7 +74,15 @@ def results(run: Run) -> dict[str, str]:
     skipped = run.figure("skipped_rows")
     if is_number(skipped) and skipped:
         figures["rows skipped for damage"] = f"{skipped:,}"
-    return figures or {"loss": "nothing logged yet"}
+    return (figures or {"loss": "nothing logged yet"}) | baseline(run)
+
+
+def baseline(run: Run) -> dict[str, str]:
+    """What `jaxlm evaluate --baseline` found on the run's validation text, a row for each yardstick."""
+    kept = run.figure("baseline")
+    rows = {name: figures for name, figures in kept.items() if isinstance(figures, dict)} if isinstance(kept, dict) else {}
+    return {name: ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in figures.items() if value is not None)
+            for name, figures in rows.items()}
 
 
 def what_ran(run: Run) -> dict[str, str]:

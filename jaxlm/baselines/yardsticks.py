@@ -1,0 +1,143 @@
+"""What n-grams make of the validation batches of a run: figures to hold a model's against.
+
+Counted on the train splits, and asked for the same tokens as the model, with no more before them than the row of the
+batch shows it: contexts end where a row or, with packing=documents, a document begins. A masked model sees both
+sides of a token, which no n-gram does; beside it stands how often each token occurs at all.
+"""
+
+import hashlib
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxlm.baselines.kneser_ney import KneserNey
+from jaxlm.baselines.ngrams import Scratch, chunks
+from jaxlm.console.progress import optional, print_line, waiting
+from jaxlm.data.batches import Batches
+from jaxlm.data.corpus import Corpus
+from jaxlm.data.sequences import start_token
+from jaxlm.settings import DataSettings, to_dict
+from jaxlm.storage.files import exists, make_folder, read_text, write_json
+
+ORDER = 5
+VERSION = 1  # of the figures: another one is counted anew
+FOLDER = "baseline"  # in a corpus
+
+Figures = dict[str, dict[str, float | None]]  # yardstick -> figure -> value
+
+
+def yardsticks(train: Sequence[Corpus], validation: Sequence[Corpus], batches: Batches, data: DataSettings) -> Figures:
+    """Figures of `batches`, the validation set once through: for each order loss (nats per token), perplexity and
+    bits_per_byte (null where the tokenizer lost text); of a masked model loss, perplexity and accuracy.
+
+    Kept in the folder of the first corpus, so that the next model on the same text has them at once.
+
+    Raises DamagedData: text of the train splits cannot be read.
+    """
+    kept = train[0].directory / FOLDER / f"{_key(train, validation, batches, data)}.json"
+    if exists(kept):
+        return json.loads(read_text(kept))
+    with tempfile.TemporaryDirectory() as folder, waiting("counting n-grams of the train split"):
+        masked = "masked_targets" in batches.spec
+        figures = (_masked if masked else _next_token)(train, validation, batches, data, Scratch(Path(folder)))
+    with optional(f"the figures are not kept in {kept.parent}, and counted anew the next time"):
+        make_folder(kept.parent)
+        write_json(kept, figures)
+    return figures
+
+
+def _key(train: Sequence[Corpus], validation: Sequence[Corpus], batches: Batches, data: DataSettings) -> str:
+    """The same for the same text, cut into the same rows."""
+    rows = {name: value for name, value in to_dict(data).items()
+            if name in ("sequence_length", "packing", "start_token", "masking")}
+    arrays = {name: [list(shape), str(dtype)] for name, (shape, dtype) in batches.spec.items()}
+    content = [VERSION, ORDER, [corpus.digest for corpus in train], [corpus.digest for corpus in validation], rows, arrays]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+# ---- models of the next token ----------------------------------------------------------------------------------------
+
+def _next_token(train: Sequence[Corpus], validation: Sequence[Corpus], batches: Batches, data: DataSettings, scratch: Scratch
+                ) -> Figures:
+    tokenizer = train[0].tokenizer
+    start = start_token(tokenizer.special, data.packing) if data.start_token else None
+    length = sum(corpus.train.num_tokens + corpus.train.num_documents for corpus in train)
+    model = KneserNey(sequences(train, data.packing, start), length, tokenizer.vocab_size, ORDER, scratch)
+    if note := model.note():
+        print_line(f"note: {note}")
+    losses = np.zeros(ORDER)
+    count = 0
+    for step in range(len(batches)):
+        batch = batches.batch(step)
+        mask = batch["loss_mask"]
+        history = histories(batch["tokens"], batch.get("segment_ids"), ORDER - 1)
+        losses -= np.log(model.probabilities(history[mask], batch["targets"][mask])).sum(axis=1)
+        count += int(mask.sum())
+    bytes_per_token = _bytes_per_token(validation)
+    return {f"n-gram ({n})": {"loss": loss, "perplexity": math.exp(loss),
+                              "bits_per_byte": bytes_per_token and loss / math.log(2) / bytes_per_token}
+            for n, loss in enumerate((losses / max(count, 1)).tolist(), 1)}
+
+
+def _bytes_per_token(corpora: Sequence[Corpus]) -> float | None:
+    """UTF-8 bytes of validation text for each of its tokens; None where text was lost."""
+    if any(corpus.loses_text for corpus in corpora):
+        return None
+    return sum(corpus.validation.num_bytes for corpus in corpora) / sum(corpus.validation.num_tokens for corpus in corpora)
+
+
+def sequences(corpora: Sequence[Corpus], packing: str, start: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The train splits as a stream for `jaxlm.baselines.ngrams`: documents after their start token, or (packing=
+    concatenate) each split as one sequence."""
+    for corpus in corpora:
+        documents = corpus.train
+        for part in chunks(documents.num_tokens):
+            tokens, begins = documents.read(part.start, part.stop), np.zeros(part.stop - part.start, bool)
+            if packing != "documents":
+                begins[0] = part.start == 0
+            else:
+                first, last = np.searchsorted(documents.offsets, [part.start, part.stop])
+                places = documents.offsets[first:last] - part.start
+                if start is not None:
+                    tokens, begins = np.insert(tokens, places, start), np.insert(begins, places, True)
+                    places = places + np.arange(len(places))
+                begins[places] = True
+            yield tokens, begins
+
+
+def histories(tokens: np.ndarray, segment_ids: np.ndarray | None, size: int) -> np.ndarray:
+    """int32 [B, T, size]: at each position of rows (int [B, T]) its own token and those before it, the nearest
+    first; -1 where the row or the segment has no more."""
+    found = np.full((*tokens.shape, size), -1, np.int32)
+    for back in range(min(size, tokens.shape[1])):
+        here, before = slice(back, None), slice(None, tokens.shape[1] - back)
+        found[:, here, back] = tokens[:, before]
+        if segment_ids is not None:
+            found[:, here, back][segment_ids[:, here] != segment_ids[:, before]] = -1
+    return found
+
+
+# ---- masked models ---------------------------------------------------------------------------------------------------
+
+def _masked(train: Sequence[Corpus], validation: Sequence[Corpus], batches: Batches, data: DataSettings, scratch: Scratch
+            ) -> Figures:
+    """Of tokens that can be masked: special ones are left out of the counts."""
+    tokenizer = train[0].tokenizer
+    special = sorted(tokenizer.special.ids)
+    words = (tokens[~np.isin(tokens, special)] for tokens, _ in sequences(train, "concatenate", None))
+    stream = ((tokens, np.zeros(len(tokens), bool)) for tokens in words)
+    model = KneserNey(stream, sum(corpus.train.num_tokens for corpus in train), tokenizer.vocab_size, 1, scratch)
+    each = model.probabilities(np.zeros((tokenizer.vocab_size, 0), int), np.arange(tokenizer.vocab_size))[0]
+    loss, correct, count = 0.0, 0, 0
+    for step in range(len(batches)):
+        batch = batches.batch(step)
+        targets = batch["masked_targets"][batch["masked_mask"]]
+        loss -= float(np.log(each[targets]).sum())
+        correct += int((targets == each.argmax()).sum())
+        count += len(targets)
+    loss /= max(count, 1)
+    return {"unigram": {"loss": loss, "perplexity": math.exp(loss), "accuracy": correct / max(count, 1)}}
