@@ -20,6 +20,7 @@ from jaxlm.settings import (
     to_dict,
 )
 from jaxlm.storage.remote import check_url
+from jaxlm.tasks.find import find_task
 
 KERNELS = {"cudnn": "gpu", "splash": "tpu"}  # fused attention kernels, and where they run
 MOST_DEVICES = 2**16  # along an axis, that a message proposes
@@ -33,6 +34,7 @@ def check(settings: Settings) -> None:
     problems = chain(
         model_problems(settings.model),
         text_problems(settings),
+        find_task(settings).problems(),
         batch_problems(settings),
         precision_problems(settings.train),
         remat_problems(settings.train),
@@ -89,21 +91,42 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
         yield f"model.experts_per_token={model.experts_per_token} is more than model.num_experts={model.num_experts}"
     if model.positions == "rope" and head_dim(model) % 2:
         yield "model.positions=rope needs an even head width; change model.hidden_size, model.num_heads or model.head_dim"
-    if model.family == "bert":
-        only_gpt = {"positions=rope": model.positions == "rope", "normalization=rmsnorm": model.normalization == "rmsnorm",
-                    "qk_norm=true": model.qk_norm, "tied_embeddings=false": not model.tied_embeddings,
-                    f"num_experts={model.num_experts}": model.num_experts is not None}
-        for name, wanted in only_gpt.items():
-            if wanted:
-                yield f"model.{name}: only for gpt; model.family=bert is BERT exactly"
-    if model.next_sentence and model.family != "bert":
-        yield "model.next_sentence=true needs model.family=bert"
+    if model.num_experts is not None and not model.causal:
+        yield f"model.num_experts={model.num_experts} needs a causal model; set model.causal=true, or leave it null"
+    if model.global_every is not None and model.attention_window is None:
+        yield f"model.global_every={model.global_every} needs local layers; set model.attention_window, or leave it null"
+    if not model.first_norm and model.norm_position != "pre":
+        yield "model.first_norm=false needs model.norm_position=pre; after a block every norm counts"
+    yield from rope_scaling_problems(model)
+    if model.next_sentence and model.causal:
+        yield f"model.next_sentence=true needs a model that is not causal, as model.family=bert is, not {model.family}"
     if model.next_sentence and model.type_vocab_size < 2:
         yield f"model.type_vocab_size={model.type_vocab_size}: model.next_sentence=true needs at least 2"
     if model.attention in KERNELS and attention_dropout_rate(model):
         yield f"model.attention={model.attention} has no attention dropout; set model.attention_dropout=0 or model.attention=xla"
+    if model.attention in KERNELS and model.attention_window is not None:
+        yield f"model.attention={model.attention} knows no model.attention_window; use model.attention=auto"
     if model.capacity_factor is not None and model.num_experts is None:
         yield f"model.capacity_factor={model.capacity_factor} needs experts; set model.num_experts, or leave it null"
+
+
+ROPE_SCALING = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_length")}
+
+
+def rope_scaling_problems(model: ModelSettings) -> Iterator[str]:
+    scaling = model.rope_scaling
+    if scaling is None:
+        return
+    if model.positions != "rope":
+        yield f"model.rope_scaling needs model.positions=rope, not {model.positions}"
+    if scaling.get("type") not in ROPE_SCALING:
+        yield f"model.rope_scaling: type is {scaling.get('type')}, expected {' or '.join(ROPE_SCALING)}"
+        return
+    wanted, given = ROPE_SCALING[scaling["type"]], scaling.keys() - {"type"}
+    if given != set(wanted) or any(isinstance(scaling[name], str) for name in wanted):
+        yield f"model.rope_scaling: type={scaling['type']} takes the numbers {', '.join(wanted)}"
+    elif scaling["type"] == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        yield "model.rope_scaling: low_freq_factor is below high_freq_factor"
 
 
 def text_problems(settings: Settings) -> Iterator[str]:
@@ -118,9 +141,7 @@ def text_problems(settings: Settings) -> Iterator[str]:
                f"{round_to(data.sequence_length, SPLASH_BLOCK)}, or model.attention=auto")
     if data.sequence_length > model.max_length:
         yield f"data.sequence_length={data.sequence_length} is longer than model.max_length={model.max_length}"
-    least = 5 if model.family == "bert" else 2
-    if data.sequence_length < least:
-        yield f"data.sequence_length={data.sequence_length} is too short; at least {least}"
+    task = find_task(settings)
     if isinstance(data.corpus, dict) and not data.corpus:
         yield "data.corpus is an empty mixture; name at least one folder"
     if isinstance(data.corpus, dict) and data.raw:
@@ -128,8 +149,8 @@ def text_problems(settings: Settings) -> Iterator[str]:
     if data.end_token is not None and data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
         yield (f"data.end_token={data.end_token}: data.tokenizer={data.tokenizer} has an end token of its own; the key is for a "
                "tokenizer that is given as a file or folder")
-    if model.family == "bert" and data.tokenizer == "characters" and data.raw:
-        yield ("data.tokenizer=characters has no cls, sep and mask tokens, which model.family=bert needs; "
+    if task.special and data.tokenizer == "characters" and data.raw:
+        yield (f"data.tokenizer=characters has no cls, sep and mask tokens, which {task} needs; "
                "use wordpiece, unigram, bpe or bytes")
 
 
@@ -216,7 +237,7 @@ def context_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[s
     if context == 1:
         return
     if model.attention == "auto":
-        pieces = 2 * context if model.family == "gpt" else context  # zigzag order: two pieces for each device
+        pieces = 2 * context if model.causal else context  # zigzag order: two pieces for each device
         if length % pieces:
             yield (f"mesh.context={context} cuts data.sequence_length={length} into {pieces} pieces, which are not equal; "
                    f"use {round_to(length, pieces, model.max_length)}")

@@ -41,11 +41,12 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.runtime.processes import is_main
     from jaxlm.serving.samples import make_sampler
     from jaxlm.serving.sampling import generate_from_run
+    from jaxlm.tasks.find import find_task
     from jaxlm.training.run import train
 
     summary, samples = train(settings, make_sampler), []
     with optional("the run is finished, but has no samples"):
-        samples = generate_from_run(settings) if settings.model.family == "gpt" else []
+        samples = generate_from_run(settings) if find_task(settings).continues_text else []
     if is_main():
         _tell_the_end(settings, summary, SEPARATOR.join(f"{sample.marked()}\n" for sample in samples))
 
@@ -82,6 +83,7 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
 def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     """evaluate: a checkpoint over the whole validation set"""
     from jaxlm.runtime.processes import is_main
+    from jaxlm.tasks.find import find_task
     from jaxlm.training.run import evaluate_checkpoint
 
     row = evaluate_checkpoint(settings, with_baseline=arguments.baseline is not None)
@@ -89,7 +91,7 @@ def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
         baseline = {} if arguments.json else row.pop("baseline", {})
         _print_figures(row, arguments.json)
         _print_baseline(baseline)
-        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if settings.model.family == "gpt" else
+        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if find_task(settings).continues_text else
                     ["report", settings.run_dir]))
 
 

@@ -117,12 +117,12 @@ SAME_VALUE = (_AS_LONG, _IN_SEQUENCES)  # notes of names whose value can be take
 
 # What other tools have and jaxlm has not: no key is near.
 _OTHER_WEIGHTS = "a run goes on from the checkpoints in its own run_dir; it cannot start from other weights yet"
-_ONE_TASK = "jaxlm pretrains GPT and BERT models; it has no tasks to fine-tune for yet"
+_ONE_TASK = "jaxlm trains whole models; adapters and frozen layers are not there yet"
 MISSING = {
     **_each("init init_from init_checkpoint resume resume_from resume_from_checkpoint resume_from_path load load_from "
             "load_checkpoint load_parameters_path load_full_state_path from_pretrained pretrained pretrained_model "
             "model_name_or_path model_path ckpt ckpt_path checkpoint_path restore_from initialize_from weights", _OTHER_WEIGHTS),
-    **_each("task task_name num_labels lora lora_r lora_alpha lora_rank peft freeze layer_decay", _ONE_TASK),
+    **_each("lora lora_r lora_alpha lora_rank peft freeze layer_decay", _ONE_TASK),
     **_each("compile torch_compile", "every step is compiled; there is nothing to switch on"),
     **_each("config config_file config_path c", "the run file stands by itself: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]"),
     **_each("nproc_per_node num_processes nproc nprocs", "to start N processes on this machine: --processes N"),
@@ -134,8 +134,10 @@ _VALUES = {
                         "float32": "fp32 tf32 full single 32"},
     "train.gradient_precision": {"bfloat16": "bf16 fp16 float16", "float32": "fp32"},
     "train.remat": {"full": "true yes on all", "none": "false no off", "dots": "minimal selective"},
-    "model.family": {"gpt": "gpt2 gpt_2 gpt3 gpt_3 gpt_neo llama llama2 llama3 mistral qwen decoder causal_lm",
-                     "bert": "roberta encoder masked_lm mlm modernbert"},
+    "model.family": {"gpt": "gpt2 gpt_2 gpt3 gpt_3 gpt_neo decoder causal_lm", "llama": "llama2 llama3 llama_2 llama_3",
+                     "qwen2": "qwen qwen2_5", "bert": "encoder masked_lm mlm", "roberta": "xlm_roberta",
+                     "distilbert": "distil_bert"},
+    "task.name": {"causal_lm": "clm lm language_modeling next_token", "masked_lm": "mlm fill_mask", "bert": "nsp pretraining"},
     "model.positions": {"rope": "rotary", "learned": "absolute embedding"},
     "model.normalization": {"rmsnorm": "rms rms_norm", "layernorm": "layer_norm ln"},
     "model.activation": {"swiglu": "silu swish glu", "gelu_tanh": "gelu_new gelu_fast gelu_pytorch_tanh"},

@@ -1,7 +1,8 @@
 """Families of models: what each sets of `ModelSettings`, unless the run file says otherwise.
 
-A family is nothing but this row of settings; no other code asks for it. Sizes are the run file's own. Sources: the
-papers named beside each, and the configuration classes of transformers.
+A family is nothing but this row of settings; no other code asks for it. Sizes are the run file's own. None: the key
+follows another (norm_bias and query_key_value_bias: bias; local_rope_theta: rope_theta), or there is nothing of the
+kind. Sources: the papers named beside each, and the configuration classes of transformers.
 """
 
 from typing import Any
@@ -39,5 +40,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Keys that follow another where neither the run file nor the family sets them.
-FOLLOWING = {"norm_bias": "bias", "query_key_value_bias": "bias", "local_rope_theta": "rope_theta"}
+# The file of models/ that a family's trunk stands in, where it is no transformer.
+TRUNKS: dict[str, str] = {}

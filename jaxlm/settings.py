@@ -18,7 +18,7 @@ from pydantic import AfterValidator, AllowInfNan, BeforeValidator
 from pydantic_core import PydanticCustomError
 
 from jaxlm.errors import UserError
-from jaxlm.presets import FOLLOWING, PRESETS
+from jaxlm.presets import PRESETS
 
 
 def _number(value: Any) -> Any:
@@ -114,7 +114,7 @@ class ModelSettings:
         None, "what a token sees in a local layer: causal: the last so many tokens with its own; else those at most half as many "
               "away; null: the family's, or everything", "tokens")
     global_every: Positive | None = key(
-        None, "with attention_window: the first of every so many layers sees everything; null: the family's, or none does", "layers")
+        None, "with attention_window: the first of every so many layers sees everything; null: the family's, or none", "layers")
     normalization: Literal["layernorm", "rmsnorm"] | None = key(None, "kind of normalization; null: the family's")
     norm_epsilon: PositiveFloat | None = key(None, "added to the variance; null: the family's: 1e-5 for gpt, 1e-12 for bert")
     norm_bias: bool | None = key(None, "offsets in layernorms; null: the family's, or bias")
@@ -145,6 +145,9 @@ class ModelSettings:
         "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve, and a ring "
         "where mesh.context splits sequences (any other value then exchanges heads for whole sequences: all-to-all)")
 
+    def __hash__(self) -> int:  # rope_scaling is a dict
+        return hash(repr(self))
+
     def __post_init__(self) -> None:
         """Nulls become what the family says, so that nobody else has to ask for the family."""
         family = PRESETS[self.family]
@@ -153,9 +156,6 @@ class ModelSettings:
             filled["type_vocab_size"] = 0
         for name, value in filled.items():
             object.__setattr__(self, name, value)
-        for name, followed in FOLLOWING.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, getattr(self, followed))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,8 +433,12 @@ def to_dict(settings: Settings) -> dict[str, Any]:
 
 
 def dump(settings: Settings) -> str:
-    """YAML that `jaxlm.config.load` turns back into the same settings."""
-    return yaml.safe_dump(to_dict(settings), sort_keys=False, allow_unicode=True, width=120)
+    """YAML that `jaxlm.config.load` turns back into the same settings. What the model's family says is null, so that
+    another family can be said beside it."""
+    values, family = to_dict(settings), PRESETS[settings.model.family]
+    values["model"] = {name: None if name in family and value == family[name] else value
+                       for name, value in values["model"].items()}
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 
 
 def changed(settings: Any, default: Any = None) -> dict[str, Any]:

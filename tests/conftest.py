@@ -27,6 +27,7 @@ from jaxlm.settings import MeshSettings, ModelSettings
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # a backend starts only once: now, before a test asks for fewer
 
 ROWS, LENGTH, VOCAB, PREDICTIONS = 16, 16, 300, 4  # the vocabulary's table has 384 rows
 SHAPE = {"num_layers": 2, "num_heads": 8, "hidden_size": 32, "vocab_size": VOCAB, "max_length": LENGTH}

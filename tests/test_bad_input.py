@@ -236,7 +236,7 @@ AT_ONCE = {
     "evaluate torn": ("torn/checkpoints/", "damaged"),
     "train torn train.steps=50": ("torn/checkpoints/", "damaged"),
     "generate run checkpoint.step=1": ("checkpoint.step=1",),
-    "generate run model.family=bert data.raw=null": ("model.family=bert", "only gpt"),
+    "generate run model.family=bert data.raw=null": ("model.family=bert", "only models of task.name=causal_lm"),
     "generate run generate.prompts=[été]": ("generate.prompts: 'été'", "'é'", "position 0"),
     f"generate run generate.prompts=[{'the' * 11}]": ("generate.prompts: 'thethe", "33 tokens", "model.max_length=32"),
     "generate run generate.top_p=0": ("generate.top_p=0",),

@@ -113,8 +113,8 @@ def test_help_says_types_for_people():
     kinds = {name: kind for name, kind, *_ in config.key_table()}
     assert kinds["train.steps"] == "integer > 0"
     assert kinds["model.dropout"] == "number >= 0, < 1"
-    assert kinds["model.family"] == "gpt | bert"
-    assert kinds["model.bias"] == "true | false"
+    assert kinds["model.family"] == "gpt | llama | mistral | qwen2 | qwen3 | bert | roberta | distilbert | modernbert"
+    assert kinds["model.next_sentence"] == "true | false"
     assert kinds["data.corpus"] == "text | mapping of text to number > 0 | null"
     assert kinds["generate.prompts"] == "list of text"
 
@@ -168,18 +168,29 @@ def test_a_refusal_says_where(load):
     assert refusal(load, text, "train.steps=-3") == "train.steps=-3: expected integer > 0"
     assert load(text, "train.steps=3").train.steps == 3
     assert "run.yaml:6: train.steps is already set in line 4" in refusal(load, text + "  precision: float32\n  steps: 3\n")
-    assert "run.yaml:2: model.family='gtp': expected gpt | bert; did you mean 'gpt'?" in refusal(load, "model:\n  family: gtp\n")
+    wrong = refusal(load, "model:\n  family: gtp\n")
+    assert "run.yaml:2: model.family='gtp': expected gpt | llama | " in wrong and "did you mean 'gpt'?" in wrong
 
 
 CONTRADICTIONS = {
     "model.hidden_size=100 is not a multiple of model.num_heads=12": ["model.hidden_size=100"],
     "model.num_heads=12 is not a multiple of model.num_kv_heads=5": ["model.num_kv_heads=5"],
     "model.positions=rope needs an even head width": ["model.positions=rope", "model.head_dim=5"],
-    "model.positions=rope: only for gpt": ["model.family=bert", "model.positions=rope"],
-    "model.normalization=rmsnorm: only for gpt": ["model.family=bert", "model.normalization=rmsnorm"],
-    "model.tied_embeddings=false: only for gpt": ["model.family=bert", "model.tied_embeddings=false"],
-    "model.qk_norm=true: only for gpt": ["model.family=bert", "model.qk_norm=true"],
-    "model.next_sentence=true needs model.family=bert": ["model.next_sentence=true"],
+    "model.next_sentence=true needs a model that is not causal, as model.family=bert is, not gpt": ["model.next_sentence=true"],
+    "model.global_every=3 needs local layers": ["model.global_every=3"],
+    "model.first_norm=false needs model.norm_position=pre": ["model.family=bert", "model.first_norm=false"],
+    "model.attention=splash knows no model.attention_window": ["model.attention=splash", "model.attention_window=64"],
+    "model.rope_scaling needs model.positions=rope, not learned": ["model.rope_scaling={type: linear, factor: 2}"],
+    "model.rope_scaling: type is yarn, expected linear or llama3": [
+        "model.family=llama", "model.rope_scaling={type: yarn, factor: 2}"],
+    "model.rope_scaling: type=llama3 takes the numbers factor, low_freq_factor": [
+        "model.family=llama", "model.rope_scaling={type: llama3, factor: 2}"],
+    "model.rope_scaling: low_freq_factor is below high_freq_factor": [
+        "model.family=llama", "model.rope_scaling={type: llama3, factor: 2, low_freq_factor: 4, high_freq_factor: 1, "
+        "original_max_length: 8192}"],
+    "task.name=causal_lm and model.family=bert, which is not causal: expected task.name=masked_lm": [
+        "model.family=bert", "task.name=causal_lm"],
+    "task.name=bert and model.family=gpt, which is causal: expected task.name=causal_lm": ["task.name=bert"],
     "model.type_vocab_size=1": ["model.family=bert", "model.next_sentence=true", "model.type_vocab_size=1"],
     "model.attention=cudnn has no attention dropout": ["model.attention=cudnn", "model.dropout=0.1"],
     "data.sequence_length=2048 is longer than model.max_length=1024": ["data.sequence_length=2048"],
@@ -206,7 +217,7 @@ CONTRADICTIONS = {
         ["model.attention=splash", "data.sequence_length=100"],
     "model.attention=splash has no attention dropout": ["model.attention=splash", "model.dropout=0.1"],
     "model.experts_per_token=2 is more than model.num_experts=1": ["model.num_experts=1"],
-    "model.num_experts=4: only for gpt": ["model.num_experts=4", "model.family=bert"],
+    "model.num_experts=4 needs a causal model": ["model.num_experts=4", "model.family=bert"],
     "train.gradient_accumulation=3: a pipeline of mesh.stage=2 stages takes a multiple of as many micro-batches; use 4":
         ["mesh.stage=2", "train.gradient_accumulation=3", "data.global_batch_size=12"],
     "model.num_layers=12 does not divide into mesh.stage * train.stage_repeats = 10 groups":

@@ -166,7 +166,7 @@ def test_the_table_of_near_misses_holds_keys_and_values_that_are_there():
     ("per_device_train_batch_size=2", "data.global_batch_size"), ("num_train_epochs=2", "train.steps"),
     ("output_dir=x", "run_dir"),
     ("learning-rate=1", "optimizer.learning_rate"), ("Train.Steps=1", "train.steps"), ("train.lr=1", "optimizer.learning_rate"),
-    ("task.name=x", "no tasks"), ("lora.rank=3", "no tasks"), ("tp=2", "mesh.tensor"), ("num_gpus=2", "devices.count")])
+    ("lora.rank=3", "adapters"), ("tp=2", "mesh.tensor"), ("num_gpus=2", "devices.count")])
 def test_names_of_other_tools_are_answered_with_the_key_here(refused, typed, right):
     line = refused(f"train run.yaml {typed}")
     assert f"unknown key '{typed.partition('=')[0]}'" in line and right in line
@@ -174,7 +174,7 @@ def test_names_of_other_tools_are_answered_with_the_key_here(refused, typed, rig
 
 @pytest.mark.parametrize(("typed", "right"), [
     ("train.precision=bf16", "bfloat16"), ("train.precision=fp16", "bfloat16"), ("train.precision=fp32", "float32"),
-    ("optimizer.name=AdamW", "adamw"), ("model.family=GPT", "gpt"), ("model.family=llama", "gpt"),
+    ("optimizer.name=AdamW", "adamw"), ("model.family=GPT", "gpt"), ("model.family=llama3", "llama"), ("task.name=mlm", "masked_lm"),
     ("schedule.name=wsd", "warmup_stable_decay"),
     ("devices.platform=cuda", "gpu"), ("model.attention=flash", "auto"), ("model.positions=rotary", "rope"),
     ("train.remat=true", "full")])

@@ -18,7 +18,7 @@ from jaxlm.baselines.kneser_ney import KneserNey
 from jaxlm.baselines.ngrams import Scratch, chunks
 from jaxlm.console.progress import optional, print_line, waiting
 from jaxlm.data.batches import Batches
-from jaxlm.data.corpus import Corpus
+from jaxlm.data.corpus import Corpus, bytes_per_token
 from jaxlm.data.sequences import start_token
 from jaxlm.settings import DataSettings, to_dict
 from jaxlm.storage.files import exists, make_folder, read_text, write_json
@@ -54,7 +54,7 @@ def _key(train: Sequence[Corpus], validation: Sequence[Corpus], batches: Batches
     """The same for the same text, cut into the same rows."""
     rows = {name: value for name, value in to_dict(data).items()
             if name in ("sequence_length", "packing", "start_token", "masking")}
-    arrays = {name: [list(shape), str(dtype)] for name, (shape, dtype) in batches.spec.items()}
+    arrays = {name: [list(field.shape), str(field.dtype)] for name, field in batches.spec.items()}
     content = [VERSION, ORDER, [corpus.digest for corpus in train], [corpus.digest for corpus in validation], rows, arrays]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -77,17 +77,10 @@ def _next_token(train: Sequence[Corpus], validation: Sequence[Corpus], batches: 
         history = histories(batch["tokens"], batch.get("segment_ids"), ORDER - 1)
         losses -= np.log(model.probabilities(history[mask], batch["targets"][mask])).sum(axis=1)
         count += int(mask.sum())
-    bytes_per_token = _bytes_per_token(validation)
+    per_token = bytes_per_token(validation)
     return {f"n-gram ({n})": {"loss": loss, "perplexity": math.exp(loss),
-                              "bits_per_byte": bytes_per_token and loss / math.log(2) / bytes_per_token}
+                              "bits_per_byte": per_token and loss / math.log(2) / per_token}
             for n, loss in enumerate((losses / max(count, 1)).tolist(), 1)}
-
-
-def _bytes_per_token(corpora: Sequence[Corpus]) -> float | None:
-    """UTF-8 bytes of validation text for each of its tokens; None where text was lost."""
-    if any(corpus.loses_text for corpus in corpora):
-        return None
-    return sum(corpus.validation.num_bytes for corpus in corpora) / sum(corpus.validation.num_tokens for corpus in corpora)
 
 
 def sequences(corpora: Sequence[Corpus], packing: str, start: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:

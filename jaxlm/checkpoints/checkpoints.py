@@ -21,6 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from jaxlm.checkpoints.format1 import OLD_FORMAT, old_place
 from jaxlm.checkpoints.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -43,7 +44,7 @@ from jaxlm.storage.files import Location, absolute, delete, exists, make_folder,
 from jaxlm.storage.remote import is_remote
 
 STATE = "state"
-FORMAT = 1
+FORMAT = 2
 WRITERS = re.compile(r"(?:^|[./])process_(\d+)(?:/|$)")  # ocdbt.process_1/d/..., array_metadatas/process_1
 DAMAGED = ".damaged"
 PAUSE, REMOTE_PAUSE = 0.05, 1.0  # seconds between looks whether the others are done
@@ -248,9 +249,9 @@ class Checkpoints:
         """The manifest of a step. Raises Damaged, also when it is another step's, or of another format."""
         path = self.directory / str(step) / MANIFEST
         manifest = read_manifest(path.parent)
-        if manifest.get("format") != FORMAT or manifest.get("step") != step:
+        if manifest.get("format") not in (OLD_FORMAT, FORMAT) or manifest.get("step") != step:
             raise Damaged(f"{path}: damaged (it says format {shown(manifest.get('format'))}, step {shown(manifest.get('step'))}; "
-                          f"expected {FORMAT}, {step})")
+                          f"expected {FORMAT} or {OLD_FORMAT}, {step})")
         val_loss = manifest.get("val_loss", "")
         if not isinstance(manifest.get("metadata"), dict) or not isinstance(val_loss, int | float | None):
             raise Damaged(f"{path}: damaged (metadata or val_loss is not what is written there)")
@@ -268,7 +269,12 @@ class Checkpoints:
                             metadata["settings"]["train"].get("stage_repeats", 1))
         wanted = layout.abstract
         loaded = self._load(step, self._as_saved(step, wanted))
-        return layout.from_order({name: _like(tree, loaded[name]) for name, tree in wanted.items()}, saved)
+        trees = {}
+        for name, tree in wanted.items():
+            leaves = _by_place(loaded[name])
+            in_order = [leaves[place] for place in self._by_saved_place(step, tree)]
+            trees[name] = jax.tree.unflatten(jax.tree.structure(tree), in_order)
+        return layout.from_order(trees, saved)
 
     def restore_params(self, step: int, layout: Layout) -> Any:
         """The parameters alone, laid out by `layout`."""
@@ -283,11 +289,16 @@ class Checkpoints:
         with self._of_this_model(step), in_context(self.directory):
             there, found = ocp.checkpointables_metadata(self.directory / str(step) / STATE).metadata, {}
             for name, tree in wanted.items():
-                arrays, saved = _by_place(tree), _by_place(there[name])
+                arrays, saved = self._by_saved_place(step, tree), _by_place(there[name])
                 if different := sorted(arrays.keys() ^ saved.keys()):
                     raise ValueError(f"its {name} has {'no ' if different[0] in arrays else ''}{'.'.join(different[0])}")
                 found[name] = jax.tree.unflatten(jax.tree.structure(there[name]), [arrays[place] for place in saved])
             return found
+
+    def _by_saved_place(self, step: int, tree: Any) -> dict[tuple[str, ...], Any]:
+        """The leaves of `tree` by the paths that they have in this checkpoint, in the order of the tree."""
+        is_old = self._manifest(step)["format"] == OLD_FORMAT
+        return {old_place(place) if is_old else place: leaf for place, leaf in _by_place(tree).items()}
 
     def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
         with self._of_this_model(step), in_context(self.directory):
@@ -308,12 +319,6 @@ def _by_place(tree: Any) -> dict[tuple[str, ...], Any]:
         return str(next(getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)))
 
     return {tuple(map(name, path)): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
-
-
-def _like(wanted: Any, loaded: Any) -> Any:
-    """The leaves of `loaded` in the tree of `wanted`, each in its place."""
-    leaves = _by_place(loaded)
-    return jax.tree.unflatten(jax.tree.structure(wanted), [leaves[place] for place in _by_place(wanted)])
 
 
 def _reason(error: Exception) -> str:

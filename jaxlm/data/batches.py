@@ -4,20 +4,14 @@ Row r of step s is sample s * global_batch_size + r of an endless sequence. A sa
 mixture and a number in it, that to an epoch and a place, and that, through the epoch's permutation, to one sequence
 of the corpus.
 
-Arrays, int32 unless said (B rows, T = data.sequence_length, P predictions):
-- gpt: tokens, targets [B, T], loss_mask bool [B, T].
-- bert: tokens [B, T], masked_positions, masked_targets [B, P], masked_mask bool [B, P]; with next_sentence also
-  token_types [B, T], next_sentence [B] (0: B follows A) and next_sentence_mask bool [B].
-- segment_ids (1, 2, ... for the documents of a row, 0: padding) and positions [B, T] where a row can hold several
-documents
-  (packing=documents) or, for bert, padding (next_sentence, validation).
+What the arrays of a row are is its task's affair (`jaxlm.data.rows.Spec`).
 
-A row whose text is damaged ends the run, or (data.damaged=skip) is padding with masks that are all False; the others
-stay as they are.
+A row whose text is damaged ends the run, or (data.damaged=skip) holds nothing: padding, with masks that are all False;
+the others stay as they are.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
@@ -27,30 +21,15 @@ import numpy as np
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.damage import Damage, DamagedData
 from jaxlm.data.manifest import MANIFEST
-from jaxlm.data.masking import Masker, num_predictions
-from jaxlm.data.randomness import make_keys, shuffled
-from jaxlm.data.sequences import (
-    BertDocuments,
-    BertPairs,
-    BertWindows,
-    GptDocuments,
-    GptWindows,
-    Rows,
-    Sequences,
-    Spec,
-    empty_rows,
-    row_spec,
-    start_token,
-)
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.randomness import OFFSET, ORDER, SAMPLE, VALIDATION, make_keys, shuffled
+from jaxlm.data.rows import Rows, Sequences, empty_rows
 from jaxlm.errors import UserError
-from jaxlm.settings import DataSettings
 
 MIXTURE_PERIOD = 2**16  # weights are rounded to multiples of its inverse
 VALIDATION_SEED = 0  # masks and pairs are the same at each evaluation, of whichever run
-ORDER, OFFSET, SAMPLE, MASK, VALIDATION = range(5)  # what a key is for
 MAX_READ_THREADS = 4
-MASKED = ("masked_positions", "masked_targets", "masked_mask")
+
+Cut = Callable[[Corpus, bool], Sequences]  # (corpus, whether for training): its split, cut into sequences; or UserError
 
 
 class Example(NamedTuple):
@@ -87,11 +66,10 @@ class Source:
             return keys, keys
         return make_keys(self.seed, OFFSET, self.number, epochs), make_keys(self.seed, SAMPLE, self.number, numbers)
 
-    def rows(self, numbers: np.ndarray) -> tuple[Rows, np.ndarray]:
-        """The samples `numbers` (int64 [n]) of this source and their keys (uint64 [n]). Raises DamagedData."""
+    def rows(self, numbers: np.ndarray) -> Rows:
+        """The samples `numbers` (int64 [n]) of this source. Raises DamagedData."""
         epochs, indices = self.places(numbers)
-        epoch_keys, keys = self.keys(numbers, epochs)
-        return self.sequences.rows(indices, epoch_keys, keys), keys
+        return self.sequences.rows(indices, *self.keys(numbers, epochs))
 
     def examples(self, numbers: np.ndarray) -> list[Example]:
         """What the samples `numbers` (int64 [n]) of this source are made of; reads no text."""
@@ -142,15 +120,13 @@ class Batches:
     """
 
     def __init__(self, sources: list[Source], order: Mixture | Succession, shares: Sequence[float], global_batch_size: int,
-                 masker: Masker | None, pad: int, skip_damaged: bool):
-        self.sources, self.order, self.masker, self.pad = sources, order, masker, pad
+                 skip_damaged: bool):
+        self.sources, self.order = sources, order
         self.damage = Damage() if skip_damaged else None
         self.global_batch_size = global_batch_size
         self.sequences_per_epoch = sum(source.sequences.count for source in sources)  # with several corpora: of all together
         self.padding_share = float(np.average([source.sequences.padding_share for source in sources], weights=shares))
-        self.spec: Spec = dict(sources[0].sequences.spec)  # name -> (shape of one row, dtype)
-        if masker:
-            self.spec |= row_spec(masker.num_predictions, MASKED)
+        self.spec = sources[0].sequences.spec
 
     def __len__(self) -> int:
         """Validation: batches in the split, of which the last may have rows of padding. Training: more than any run
@@ -175,13 +151,11 @@ class Batches:
     def samples(self, numbers: np.ndarray) -> Rows:
         """The rows of any sample numbers, int64 [n]."""
         chosen, own_numbers = self.order.pick(numbers)
-        batch = empty_rows(self.spec, len(numbers), self.pad)
-        keys = np.zeros(len(numbers), np.uint64)
-        filled = np.zeros((len(numbers), 1), bool)
+        batch = empty_rows(self.spec, len(numbers))
 
         def fill(source: Source, places: np.ndarray) -> None:
             try:
-                part, keys[places] = source.rows(own_numbers[places])
+                part = source.rows(own_numbers[places])
             except DamagedData as error:
                 if self.damage is None or not (error.path.parent / MANIFEST).exists():  # nobody wants to do without all of it
                     raise
@@ -191,7 +165,6 @@ class Batches:
                 else:
                     self.damage.add(error, int(numbers[places[0]]))
                 return
-            filled[places] = True
             for name, array in part.items():
                 batch[name][places] = array
 
@@ -199,9 +172,6 @@ class Batches:
             places = np.flatnonzero(chosen == source.number)
             if len(places):
                 fill(source, places)
-        if self.masker:
-            real = batch["segment_ids"] > 0 if "segment_ids" in batch else np.broadcast_to(filled, batch["tokens"].shape)
-            batch |= self.masker(batch["tokens"], real, make_keys(MASK, keys))
         return batch
 
     def examples(self, step: int, rows: np.ndarray | None = None) -> list[Example | None]:
@@ -216,92 +186,34 @@ class Batches:
         return found
 
 
-def training_batches(corpora: Mapping[Corpus, float] | Sequence[tuple[Corpus, float]], data: DataSettings, *, family: str,
-                     next_sentence: bool = False, seed: int) -> Batches:
+def training_batches(corpora: Sequence[tuple[Corpus, float]], cut: Cut, *, batch_size: int, seed: int,
+                     skip_damaged: bool = False) -> Batches:
     """Endless shuffled batches from the train splits, mixed in proportion to the weights.
 
-    family: gpt or bert. UserError when the tokenizers differ or lack a token that is needed, or a split is too small.
+    Raises:
+      UserError: the tokenizers differ, or `cut` refuses a corpus.
     """
-    corpora, weights = zip(*(corpora.items() if isinstance(corpora, Mapping) else corpora), strict=True)
-    sources = make_sources(corpora, data, family, next_sentence, seed, training=True)
-    masker, pad = masker_and_pad(corpora[0], data, family)
-    return Batches(sources, Mixture(weights), weights, data.global_batch_size, masker, pad, data.damaged == "skip")
+    weights = [weight for _, weight in corpora]
+    sources = _sources([corpus for corpus, _ in corpora], cut, seed, training=True)
+    return Batches(sources, Mixture(weights), weights, batch_size, skip_damaged)
 
 
-def validation_batches(corpora: Corpus | Sequence[Corpus], data: DataSettings, *, family: str, next_sentence: bool = False,
-                       batch_size: int) -> Batches:
-    """The validation splits in order, each target once; the same masks and pairs each time. Errors as in
+def validation_batches(corpora: Sequence[Corpus], cut: Cut, *, batch_size: int, skip_damaged: bool = False) -> Batches:
+    """The validation splits in order, each sequence once; the same masks and pairs each time. Errors as in
     `training_batches`."""
-    corpora = corpora if isinstance(corpora, Sequence) else [corpora]
-    sources = make_sources(corpora, data, family, next_sentence, VALIDATION_SEED, training=False)
+    sources = _sources(corpora, cut, VALIDATION_SEED, training=False)
     counts = [source.sequences.count for source in sources]
-    masker, pad = masker_and_pad(corpora[0], data, family)
-    return Batches(sources, Succession(counts), counts, batch_size, masker, pad, data.damaged == "skip")
+    return Batches(sources, Succession(counts), counts, batch_size, skip_damaged)
 
 
-def masker_and_pad(corpus: Corpus, data: DataSettings, family: str) -> tuple[Masker | None, int]:
-    masker = Masker(corpus.tokenizer, data.masking, data.sequence_length) if family == "bert" else None
-    return masker, corpus.tokenizer.special.pad or 0
-
-
-def make_sources(corpora: Sequence[Corpus], data: DataSettings, family: str, next_sentence: bool, seed: int,
-                 training: bool) -> list[Source]:
+def _sources(corpora: Sequence[Corpus], cut: Cut, seed: int, training: bool) -> list[Source]:
     """One source for each corpus; UserError unless all of them can be used, and together."""
     first = corpora[0]
     for corpus in corpora[1:]:
         if corpus.tokenizer.digest != first.tokenizer.digest:
             raise UserError(f"data.corpus: {corpus.directory} and {first.directory} were prepared with different tokenizers; "
                             "the corpora of a mixture must share one")
-    if family == "bert":
-        check_special_tokens(first.tokenizer, str(first.directory))
-        least = 5 if next_sentence else 3
-        if data.sequence_length < least:
-            raise UserError(f"data.sequence_length: {data.sequence_length} is too short for bert, expected at least {least}")
-    return [Source(str(corpus.directory), cut(corpus, data, family, next_sentence, training), number, seed, training)
-            for number, corpus in enumerate(corpora)]
-
-
-def check_special_tokens(tokenizer: Tokenizer, where: str) -> None:
-    """UserError unless the tokenizer has what BERT needs."""
-    missing = [name for name in ("cls", "sep", "mask") if getattr(tokenizer.special, name) is None]
-    if missing:
-        raise UserError(f"{where}: the tokenizer has no {', '.join(missing)} token, which model.family=bert needs "
-                        "(data.tokenizer=wordpiece trains one that has)")
-
-
-def cut(corpus: Corpus, data: DataSettings, family: str, next_sentence: bool, training: bool) -> Sequences:
-    """The sequences of one split, cut in the way that the settings name; UserError when there is none."""
-    documents, special, length = corpus.train if training else corpus.validation, corpus.tokenizer.special, data.sequence_length
-    problem = (f"{corpus.directory}: the {'train' if training else 'validation'} split has {documents.num_tokens:,} tokens in "
-               f"{documents.num_documents:,} documents")
-    kind = kind_of_sequences(data, family, next_sentence)
-    start = start_token(special, data.packing) if data.start_token else None
-    own = {GptWindows: [training], BertWindows: [training], GptDocuments: [start]}.get(kind, [])
-    sequences = kind(documents, special, length, *own)
-    if kind is BertPairs and sequences.num_documents < 2:
-        raise UserError(f"{problem}; model.next_sentence=true needs at least 2 documents of 2 tokens or more "
-                        "(data.document=line makes one of each line)")
-    if not sequences.count:
-        raise UserError(f"{problem}, too few for one sequence of data.sequence_length={length:,}; expected more text"
-                        + (" or a shorter sequence" if documents.num_tokens > 1 else ""))
-    return sequences
-
-
-def kind_of_sequences(data: DataSettings, family: str, next_sentence: bool) -> type[Sequences]:
-    """How the settings cut text into sequences."""
-    if family == "bert" and next_sentence:
-        return BertPairs
-    if data.packing == "documents":
-        return GptDocuments if family == "gpt" else BertDocuments
-    return GptWindows if family == "gpt" else BertWindows
-
-
-def batch_spec(data: DataSettings, family: str, next_sentence: bool) -> Spec:
-    """What a row of a training batch holds, known without a corpus: name -> (shape, dtype)."""
-    spec = row_spec(data.sequence_length, kind_of_sequences(data, family, next_sentence).ARRAYS)
-    if family == "bert":
-        spec |= row_spec(num_predictions(data.masking, data.sequence_length), MASKED)
-    return spec
+    return [Source(str(corpus.directory), cut(corpus, training), number, seed, training) for number, corpus in enumerate(corpora)]
 
 
 class BatchIterator:

@@ -8,9 +8,12 @@ import math
 
 import numpy as np
 
-from jaxlm.data.randomness import below, random_words
+from jaxlm.data.randomness import MASK, below, make_keys, random_words
+from jaxlm.data.rows import Rows, Sequences, Spans, row_spec
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.settings import MaskingSettings
+
+ARRAYS = ("masked_positions", "masked_targets", "masked_mask")
 
 
 def num_predictions(settings: MaskingSettings, sequence_length: int) -> int:
@@ -63,6 +66,24 @@ class Masker:
         tenth = below(words[..., 0], 10)
         replaced = self.ordinary[below(words[..., 1], len(self.ordinary))]
         return np.where(tenth < 8, np.int32(self.mask_token), np.where(tenth == 8, replaced, targets))
+
+
+class Masked:
+    """The rows of other sequences, masked; each by the key of its sample."""
+
+    def __init__(self, sequences: Sequences, masker: Masker):
+        self.sequences, self.masker = sequences, masker
+        self.count, self.padding_share = sequences.count, sequences.padding_share
+        [length] = sequences.spec["tokens"].shape
+        self.spec = {**sequences.spec, **row_spec(masker.num_predictions, ARRAYS, positions=length)}
+
+    def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
+        rows = self.sequences.rows(indices, epoch_keys, sample_keys)
+        real = rows["segment_ids"] > 0 if "segment_ids" in rows else np.ones(rows["tokens"].shape, bool)
+        return rows | self.masker(rows["tokens"], real, make_keys(MASK, sample_keys))
+
+    def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
+        return self.sequences.spans(indices, epoch_keys, sample_keys)
 
 
 def choose_tokens(maskable: np.ndarray, wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:

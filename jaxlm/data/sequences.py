@@ -1,11 +1,4 @@
-"""From spans of a token stream to rows of a batch, for each family and packing.
-
-Each class below is one way to cut a split into sequences. It has `count` (sequences in an epoch), `padding_share`,
-`spec` {name: (row shape, dtype)} and `rows(indices, epoch_keys, sample_keys)`, which returns those arrays for
-several sequences: indices int64 [n]; epoch_keys and sample_keys uint64 [n] are all the randomness there is (see
-jaxlm.data.randomness). `spans`, of the same arguments, says of which stretches (start, stop) of the stream each one
-is made. Only `rows` reads them: DamagedData.
-"""
+"""From spans of a token stream to rows of a batch: the ways to cut text that language models learn from."""
 
 from collections.abc import Sequence
 
@@ -14,14 +7,11 @@ import numpy as np
 from jaxlm.data.corpus import Documents
 from jaxlm.data.packing import cut_documents, joined_ranges, pack_documents, training_windows, validation_windows
 from jaxlm.data.randomness import below, random_words
+from jaxlm.data.rows import Rows, Spans, empty_rows, row_spec
 from jaxlm.data.tokenizers import SpecialTokens
 
-Spec = dict[str, tuple[tuple[int, ...], np.dtype]]
-Rows = dict[str, np.ndarray]
-Spans = list[tuple[int, int]]
 
-
-class GptWindows:
+class ShiftedWindows:
     """tokens are a window of the stream, targets the same one token later."""
 
     ARRAYS = ("tokens", "targets", "loss_mask")
@@ -29,17 +19,17 @@ class GptWindows:
     def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int, training: bool):
         cut = training_windows if training else validation_windows
         self.windows = cut(documents.num_tokens, stride=sequence_length, overlap=1)
-        self.documents, self.pad, self.sequence_length = documents, special.pad or 0, sequence_length
+        self.documents, self.sequence_length = documents, sequence_length
         self.count = self.windows.count
         self.padding_share = share_padded(max(0, documents.num_tokens - 1), self.count * sequence_length, training)
-        self.spec = row_spec(sequence_length, self.ARRAYS)
+        self.spec = row_spec(sequence_length, self.ARRAYS, special.pad or 0)
 
     def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
         offsets = epoch_offsets(epoch_keys, self.windows.num_offsets)
         return [[span] for span in self.windows.spans(indices, offsets)]
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
-        batch = empty_rows(self.spec, len(indices), self.pad)
+        batch = empty_rows(self.spec, len(indices))
         for row, [(start, stop)] in enumerate(self.spans(indices, epoch_keys, sample_keys)):
             window = self.documents.read(start, stop)
             batch["tokens"][row, :len(window) - 1] = window[:-1]
@@ -49,7 +39,7 @@ class GptWindows:
 
 
 def start_token(special: SpecialTokens, packing: str) -> int | None:
-    """What a document of a gpt begins after: the only statement of it, for batches and for prompts. None: nothing.
+    """What a document of a causal model begins after, for batches and for prompts: stated only here. None: nothing.
 
     documents: the tokenizer's start token, which opens every document; its end token where it has none, as GPT-2 does.
     concatenate: the end token, since in the stream it closes the document before.
@@ -58,7 +48,7 @@ def start_token(special: SpecialTokens, packing: str) -> int | None:
     return next((token for token in order if token is not None), None)
 
 
-class GptDocuments:
+class ShiftedDocuments:
     """Whole documents packed together; every token is predicted once, from those before it in its document.
 
     The targets of a piece are its tokens. What predicts them stands one place earlier: the start token before the
@@ -70,16 +60,16 @@ class GptDocuments:
 
     def __init__(self, documents: Documents, special: SpecialTokens, sequence_length: int, start: int | None):
         self.plan, self.start = pack_documents(documents.offsets, sequence_length), start
-        self.documents, self.pad, self.sequence_length = documents, special.pad or 0, sequence_length
+        self.documents, self.sequence_length = documents, sequence_length
         self.count = len(self.plan)
         self.padding_share = share_padded(int(self.plan.pieces.lengths.sum()), self.count * sequence_length)
-        self.spec = row_spec(sequence_length, self.ARRAYS)
+        self.spec = row_spec(sequence_length, self.ARRAYS, special.pad or 0)
 
     def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
         return [self.plan.spans(index) for index in indices.tolist()]
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
-        batch = empty_rows(self.spec, len(indices), self.pad)
+        batch = empty_rows(self.spec, len(indices))
         row_of_piece, pieces = self.plan.pieces_of(indices)
         continued = pieces.starts > self.documents.offsets[pieces.documents]
         before, after = (continued, 0) if self.start is not None else (0, pieces.continues)  # what else of the stream is needed
@@ -103,7 +93,7 @@ class GptDocuments:
         return batch
 
 
-class BertWindows:
+class MarkedWindows:
     """[CLS] window [SEP]. Windows of the stream that do not overlap."""
 
     ARRAYS = ("tokens",)
@@ -115,14 +105,14 @@ class BertWindows:
         self.count = self.windows.count
         self.padding_share = share_padded(documents.num_tokens + 2 * self.count, self.count * sequence_length, training)
         padding = () if training else ("segment_ids", "positions")
-        self.spec = row_spec(sequence_length, (*self.ARRAYS, *padding))
+        self.spec = row_spec(sequence_length, (*self.ARRAYS, *padding), special.pad or 0)
 
     def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
         offsets = epoch_offsets(epoch_keys, self.windows.num_offsets)
         return [[span] for span in self.windows.spans(indices, offsets)]
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
-        batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
+        batch = empty_rows(self.spec, len(indices))
         lengths = np.empty(len(indices), np.int64)
         for row, [(start, stop)] in enumerate(self.spans(indices, epoch_keys, sample_keys)):
             lengths[row] = fill(batch["tokens"][row], [self.special.cls], self.documents.read(start, stop), [self.special.sep])
@@ -131,7 +121,7 @@ class BertWindows:
         return batch
 
 
-class BertDocuments:
+class MarkedDocuments:
     """[CLS] document [SEP], several packed together. The end mark of a document, which [SEP] replaces, is left out."""
 
     ARRAYS = ("tokens", "segment_ids", "positions")
@@ -141,13 +131,13 @@ class BertDocuments:
         self.documents, self.special, self.sequence_length = documents, special, sequence_length
         self.count = len(self.plan)
         self.padding_share = share_padded(int((self.plan.pieces.lengths + 2).sum()), self.count * sequence_length)
-        self.spec = row_spec(sequence_length, self.ARRAYS)
+        self.spec = row_spec(sequence_length, self.ARRAYS, special.pad or 0)
 
     def spans(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> list[Spans]:
         return [self.plan.spans(index) for index in indices.tolist()]
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
-        batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
+        batch = empty_rows(self.spec, len(indices))
         row_of_piece, pieces = self.plan.pieces_of(indices)
         lengths = pieces.lengths + 2
         begins = np.cumsum(lengths) - lengths
@@ -160,7 +150,7 @@ class BertDocuments:
         return batch
 
 
-class BertPairs:
+class SentencePairs:
     """[CLS] A [SEP] B [SEP], one pair in a sequence (Devlin et al. 2019, section 3.1, task 2).
 
     Documents are cut into pieces that fill a sequence (what is left at the end is shorter; a single token makes no
@@ -179,7 +169,7 @@ class BertPairs:
         self.end_marks = end_marks
         self.count = len(self.pieces.starts)
         self.padding_share = share_padded(int((self.pieces.lengths + 3).sum()), self.count * sequence_length)
-        self.spec = row_spec(sequence_length, self.ARRAYS)
+        self.spec = row_spec(sequence_length, self.ARRAYS, special.pad or 0)
 
     @property
     def num_documents(self) -> int:
@@ -187,7 +177,7 @@ class BertPairs:
         return len(np.unique(self.pieces.documents))
 
     def rows(self, indices: np.ndarray, epoch_keys: np.ndarray, sample_keys: np.ndarray) -> Rows:
-        batch = empty_rows(self.spec, len(indices), self.special.pad or 0)
+        batch = empty_rows(self.spec, len(indices))
         spans, is_other = self.pairs(indices, sample_keys)
         cls, sep, read = [self.special.cls], [self.special.sep], self.documents.read
         for row, (start_a, stop_a, start_b, stop_b) in enumerate(spans.tolist()):
@@ -232,20 +222,6 @@ class BertPairs:
         begins, ends = self.documents.offsets[other], self.documents.offsets[other + 1] - self.end_marks
         lengths = np.minimum(longest, ends - begins)
         return begins + below(words[:, 1], ends - begins - lengths + 1), lengths
-
-
-Sequences = GptWindows | GptDocuments | BertWindows | BertDocuments | BertPairs
-
-
-def row_spec(sequence_length: int, names: Sequence[str]) -> Spec:
-    """Shape and type of one row of these arrays: a number for each token, or one for the row."""
-    return {name: (() if name.startswith("next_sentence") else (sequence_length,),
-                   np.dtype(bool if name.endswith("mask") else np.int32)) for name in names}
-
-
-def empty_rows(spec: Spec, num_rows: int, pad: int) -> Rows:
-    """Rows of padding: tokens are `pad`, all else is 0 or False."""
-    return {name: np.full((num_rows, *shape), pad if name == "tokens" else 0, dtype) for name, (shape, dtype) in spec.items()}
 
 
 def epoch_offsets(epoch_keys: np.ndarray, num_offsets: int) -> np.ndarray:

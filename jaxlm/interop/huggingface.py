@@ -38,7 +38,7 @@ def from_huggingface(weights: dict[str, Array], model: ModelSettings) -> dict[st
         raise UserError("model.vocab_size: expected a number before weights can be read")
     weights = {plain_name(name): weight for name, weight in weights.items() if not BUFFERS.search(name)}
     check_settings(model)
-    table = gpt2_table(model) if model.family == "gpt" else bert_table(model)
+    table = gpt2_table(model) if model.causal else bert_table(model)
     drop_copies(weights, model)
     check_names(weights, table, model.num_layers)
     tree: dict[str, Any] = {}
@@ -50,7 +50,7 @@ def from_huggingface(weights: dict[str, Array], model: ModelSettings) -> dict[st
 
 
 def gpt2_table(model: ModelSettings) -> dict[str, Weight]:
-    """Parameters of `jaxlm.models.gpt` from GPT2LMHeadModel."""
+    """Parameters of `a GPT-2` from GPT2LMHeadModel."""
     width, heads, vocab = model.hidden_size, model.num_heads, model.vocab_size or 0
     inner, head_dim = intermediate_size(model), width // heads
     table = {
@@ -74,12 +74,12 @@ def gpt2_table(model: ModelSettings) -> dict[str, Weight]:
         table[f"blocks.attention.{name}.bias"] = Weight(
             "h.{}.attn.c_attn.bias", (3 * width,), lambda bias, part=part: bias.reshape(3, heads, head_dim)[part])
     if not model.tied_embeddings:
-        table["head.embedding"] = Weight("lm_head.weight", (vocab, width))
+        table["heads.next_token.embedding"] = Weight("lm_head.weight", (vocab, width))
     return table
 
 
 def bert_table(model: ModelSettings) -> dict[str, Weight]:
-    """Parameters of `jaxlm.models.bert` from BertForPreTraining."""
+    """Parameters of `a BERT` from BertForPreTraining."""
     width, heads, vocab = model.hidden_size, model.num_heads, model.vocab_size or 0
     inner, head_dim = intermediate_size(model), width // heads
     layer = "encoder.layer.{}"
@@ -95,9 +95,9 @@ def bert_table(model: ModelSettings) -> dict[str, Weight]:
         **linear("blocks.mlp.up", f"{layer}.intermediate.dense", width, inner),
         **linear("blocks.mlp.down", f"{layer}.output.dense", inner, width),
         **norm("blocks.mlp_norm", f"{layer}.output.LayerNorm", width),
-        **linear("mlm_transform", "cls.predictions.transform.dense", width, width),
-        **norm("mlm_norm", "cls.predictions.transform.LayerNorm", width),
-        "mlm_bias": Weight("cls.predictions.bias", (vocab,)),
+        **linear("heads.masked_token.transform", "cls.predictions.transform.dense", width, width),
+        **norm("heads.masked_token.norm", "cls.predictions.transform.LayerNorm", width),
+        "heads.masked_token.bias": Weight("cls.predictions.bias", (vocab,)),
     }
     for name in ("query", "key", "value"):
         table[f"blocks.attention.{name}.kernel"] = Weight(
@@ -105,8 +105,8 @@ def bert_table(model: ModelSettings) -> dict[str, Weight]:
         table[f"blocks.attention.{name}.bias"] = Weight(
             f"{layer}.attention.self.{name}.bias", (width,), lambda bias: bias.reshape(heads, head_dim))
     if model.next_sentence:
-        table |= linear("pooler", "pooler.dense", width, width)
-        table |= linear("next_sentence_head", "cls.seq_relationship", width, 2)
+        table |= linear("heads.next_sentence.pooler", "pooler.dense", width, width)
+        table |= linear("heads.next_sentence.classifier", "cls.seq_relationship", width, 2)
     return table
 
 
@@ -133,20 +133,20 @@ def check_settings(model: ModelSettings) -> None:
     """Refuses settings that neither GPT-2 nor BERT has weights for."""
     needed = {"positions": ("learned",), "normalization": ("layernorm",), "bias": (True,), "qk_norm": (False,),
               "num_kv_heads": (None, model.num_heads), "head_dim": (None, model.hidden_size // model.num_heads),
-              "activation": (None, "gelu", "gelu_tanh", "relu")}
-    if model.family == "bert":
+              "activation": ("gelu", "gelu_tanh", "relu")}
+    if not model.causal:
         needed["tied_embeddings"] = (True,)
     for key, allowed in needed.items():
         if getattr(model, key) not in allowed:
             choices = " or ".join("null" if value is None else str(value).lower() for value in allowed)
-            family = {"gpt": "GPT-2", "bert": "BERT"}[model.family]
+            family = "GPT-2" if model.causal else "BERT"
             raise UserError(f"model.{key}={getattr(model, key)}: {family} weights from Hugging Face need {choices}")
 
 
 def drop_copies(weights: dict[str, Array], model: ModelSettings) -> None:
     """Removes copies of tied weights (after a look whether they are copies) and the heads that the model does not
     have."""
-    if model.family == "gpt":
+    if model.causal:
         copies = {"lm_head.weight": "wte.weight"} if model.tied_embeddings else {}
     else:
         copies = {"cls.predictions.decoder.weight": "embeddings.word_embeddings.weight",
@@ -159,7 +159,7 @@ def drop_copies(weights: dict[str, Array], model: ModelSettings) -> None:
         found = weights.pop(copy, None)
         if found is not None and not np.array_equal(found, weights.setdefault(original, found)):
             raise UserError(f"weight '{copy}' differs from '{original}': expected tied embeddings"
-                            + ("; set model.tied_embeddings=false" if model.family == "gpt" else ""))
+                            + ("; set model.tied_embeddings=false" if model.causal else ""))
 
 
 def check_names(weights: dict[str, Array], table: dict[str, Weight], num_layers: int) -> None:

@@ -9,72 +9,63 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.sizes import attention_kernel, splash_block
 from jaxlm.parallel.dropout import attention_dropout
-from jaxlm.parallel.ring import NEGATIVE, Ring, Tokens, ring_attention, zigzag
+from jaxlm.parallel.ring import NEGATIVE, ring_attention, zigzag
 from jaxlm.parallel.sharding import axis_size, constrain, mesh_axes, per_device, platform
+from jaxlm.parallel.visible import Visible
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens, *, causal: bool,
-              mask: jax.Array | None = None, dropout_rate: float = 0.0, implementation: str = "auto") -> jax.Array:
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible, *, dropout_keys: jax.Array | None = None,
+              dropout_rate: float = 0.0, implementation: str = "auto") -> jax.Array:
     """softmax(Q K^T / sqrt(H)) V.
 
     Args:
       query: [B, T, N, H].
-      key, value: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N / K).
-      tokens: the segments (a token sees only tokens of its own; needs S = T) and the dropout keys of the queries.
-      causal: a token sees itself and what is before it (needs S = T).
-      mask: bool, broadcastable to [B, 1, T, S]; what a token may see, beside the above (KV cache).
+      key, value: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N / K). S = T without a
+        cache.
+      visible: what each query may see of the keys.
+      dropout_keys: uint32 [B, T, 2], of the queries; None: no dropout.
       dropout_rate: of the probabilities.
-      implementation: auto, xla, cudnn or splash. The fused kernels have no dropout and no `mask`; `auto` then takes
-      xla.
+      implementation: auto, xla, cudnn or splash. The fused kernels know neither dropout, nor windows, nor a cache; xla
+        is taken then.
         Where the sequence is cut over devices `auto` is ring attention; with the others an all-to-all gives each device
         whole sequences of some of the heads, and back (Ulysses, Jacobs et al. 2023).
 
     Returns:
       [B, T, N, H] in query's type; scores and softmax are float32.
     """
-    fused = mask is None and tokens.dropout_keys is None
-    if _is_ring(implementation) and mask is None:
+    fused, cached = visible.is_plain and dropout_keys is None, visible.cache_index is not None
+    if _is_ring(implementation) and not cached:
         [axis] = mesh_axes("sequence")
-        return ring_attention(query, key, value, tokens, Ring(axis, causal, dropout_rate))
+        return ring_attention(query, key, value, visible, dropout_keys, axis, dropout_rate)
     if implementation == "auto":
         implementation = attention_kernel(platform(), query.dtype.name, query.shape[1], query.shape[3], fused)
     heads, kv_heads = "heads", "kv_heads"
-    if axis_size("sequence") > 1 and mask is None:
+    if axis_size("sequence") > 1 and not cached:
         heads = kv_heads = "heads_of_whole_sequences"
         if key.shape[2] % axis_size(heads):  # too few to be cut so: every device takes whole sequences of all of them first
             key, value = (constrain(array, "batch", None, "kv_heads", None) for array in (key, value))
             key, value = (jnp.repeat(array, query.shape[2] // key.shape[2], axis=2) for array in (key, value))
         query, key, value = (constrain(array, "batch", None, heads, None) for array in (query, key, value))
     if implementation == "xla" or not fused:
-        out = _xla(query, key, value, tokens, _combined_mask(query, causal, tokens.segment_ids, mask), dropout_rate)
+        out = _xla(query, key, value, visible.mask(query.shape[1], key.shape[1]), dropout_keys, dropout_rate)
         return checkpoint_name(out, "attention")
-    kernel = functools.partial({"cudnn": _cudnn, "splash": _splash}[implementation], causal=causal)
+    kernel = functools.partial({"cudnn": _cudnn, "splash": _splash}[implementation], causal=visible.causal)
     query_axes, key_axes = ("batch", None, heads, None), ("batch", None, kv_heads, None)
     run = per_device(kernel, (query_axes, key_axes, key_axes, ("batch", None)), query_axes)
-    return run(query, key, value, tokens.segment_ids)
+    return run(query, key, value, visible.segment_ids)
 
 
-def causal_order(length: int, implementation: str) -> np.ndarray | None:
-    """The order in which the tokens of a causal sequence are to be laid out; None: as they are."""
-    return zigzag(length, axis_size("sequence")) if _is_ring(implementation) else None
+def sequence_order(length: int, causal: bool, implementation: str) -> np.ndarray | None:
+    """int32 [length]: the order in which the tokens of a sequence are to be laid out; None: as they are."""
+    return zigzag(length, axis_size("sequence")) if causal and _is_ring(implementation) else None
 
 
 def _is_ring(implementation: str) -> bool:
     return implementation == "auto" and axis_size("sequence") > 1
 
 
-def _combined_mask(query: jax.Array, causal: bool, segment_ids: jax.Array | None, mask: jax.Array | None) -> jax.Array | None:
-    length = query.shape[1]
-    parts = [] if mask is None else [mask]
-    if causal:
-        parts.append(jnp.tril(jnp.ones((length, length), bool))[None, None])
-    if segment_ids is not None:
-        parts.append((segment_ids[:, :, None] == segment_ids[:, None, :])[:, None])
-    return functools.reduce(jnp.logical_and, parts) if parts else None
-
-
-def _xla(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens, mask: jax.Array | None, dropout_rate: float
-         ) -> jax.Array:
+def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, dropout_keys: jax.Array | None,
+         dropout_rate: float) -> jax.Array:
     batch, length, num_heads, head_dim = query.shape
     slots, kv_heads = key.shape[1:3]
     group = num_heads // kv_heads
@@ -83,8 +74,8 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens, mas
     if mask is not None:
         scores = jnp.where(mask[:, :, None], scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1)
-    if tokens.dropout_keys is not None:
-        factors = attention_dropout(tokens.dropout_keys, jnp.arange(slots), jnp.arange(num_heads), dropout_rate)
+    if dropout_keys is not None:
+        factors = attention_dropout(dropout_keys, jnp.arange(slots), jnp.arange(num_heads), dropout_rate)
         weights = weights * factors.reshape(weights.shape)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(query.dtype), value, preferred_element_type=jnp.float32)
     return out.astype(query.dtype).reshape(batch, length, num_heads, head_dim)

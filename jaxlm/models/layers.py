@@ -1,8 +1,9 @@
-"""The parts that GPT and BERT share: matrix products, norms, embeddings, dropout, attention, MLP, the stack of blocks.
+"""What models are made of: matrix products, norms, embeddings, dropout, attention, MLP, the stack of blocks.
 
 Shapes: B sequences, T tokens, D hidden size, N query heads, K key/value heads, H head width, F MLP width, V vocabulary.
 Parameters are float32; the compute type is the type of the activations, and every product casts its weights to it.
-Each parameter names its axes (`axes=`); `jaxlm.parallel.sharding` says what that means on a mesh.
+Each parameter names its axes (`axes=`; `jaxlm.parallel.sharding` says what that means on a mesh) and its role
+(`role=`): kernel, table, bias, scale or router, by which optimizers, gradients and plans treat it.
 """
 
 import functools
@@ -16,14 +17,22 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.models.attention import attention
-from jaxlm.models.sizes import GATED, attention_dropout_rate, head_dim, intermediate_size, kv_heads
+from jaxlm.models.sizes import (
+    GATED,
+    attention_dropout_rate,
+    head_dim,
+    intermediate_size,
+    kv_heads,
+    local_rope_theta,
+    query_key_value_bias,
+)
 from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
 from jaxlm.parallel.experts import RouterSums, Routing, mixture
 from jaxlm.parallel.pipeline import num_stages, run_pipeline
 from jaxlm.parallel.products import TOKENS, residual_axes
-from jaxlm.parallel.ring import Tokens
 from jaxlm.parallel.sharding import constrain, mesh_axes, per_device, platform
+from jaxlm.parallel.visible import Visible
 from jaxlm.settings import ModelSettings
 
 
@@ -35,6 +44,7 @@ class Context(NamedTuple):
     segment_ids: jax.Array | None = None  # int32 [B, T]: tokens see only their own segment; 0 is padding
     dropout_keys: jax.Array | None = None  # uint32 [B, T, 2], one key for each token; None: no dropout
     cache_index: jax.Array | None = None  # int32 []: slot of the KV cache that the first token goes to
+    layer: jax.Array | None = None  # int32 []: number of the layer that reads this
 
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
@@ -42,12 +52,13 @@ class Context(NamedTuple):
 class Linear(nnx.Module):
     """y = x W + b over one or more trailing dimensions; applied by `fan_out` and `fan_in`."""
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, stddev: float, rngs: nnx.Rngs):
+    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, stddev: float, rngs: nnx.Rngs,
+                 role: str = "kernel"):
         """`inputs` and `outputs` map axis names to sizes, in order."""
         self.axes = (*inputs, *outputs)
         self.kernel = nnx.Param(
-            stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=self.axes)
-        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs)) if bias else None
+            stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=self.axes, role=role)
+        self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs), role="bias") if bias else None
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
@@ -72,8 +83,8 @@ class Norm(nnx.Module):
     """LayerNorm (Ba et al. 2016) or RMSNorm (Zhang & Sennrich 2019) over the last dimension, in float32."""
 
     def __init__(self, size: int, axis: str | None, *, kind: str, epsilon: float, bias: bool):
-        self.scale = nnx.Param(jnp.ones(size), axes=(axis,))
-        self.bias = nnx.Param(jnp.zeros(size), axes=(axis,)) if bias and kind == "layernorm" else None
+        self.scale = nnx.Param(jnp.ones(size), axes=(axis,), role="scale")
+        self.bias = nnx.Param(jnp.zeros(size), axes=(axis,), role="bias") if bias and kind == "layernorm" else None
         self.centered = kind == "layernorm"
         self.epsilon = epsilon
 
@@ -90,7 +101,8 @@ class Embedding(nnx.Module):
     """A table of vectors. Looked up by index; as a matrix it is the tied output head."""
 
     def __init__(self, size: int, hidden_size: int, axis: str, *, stddev: float, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(stddev * jax.random.normal(rngs.params(), (size, hidden_size)), axes=(axis, "embed"))
+        self.embedding = nnx.Param(
+            stddev * jax.random.normal(rngs.params(), (size, hidden_size)), axes=(axis, "embed"), role="table")
         self.axis = axis
 
     def __call__(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -116,14 +128,33 @@ def take_positions(x: jax.Array, indices: jax.Array) -> jax.Array:
     return per_device(on_device, (states, ("batch", None)), (*TOKENS, None), check_vma=True)(x, indices)
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021) in the rotate-half form of Llama. x [B, T, N, H], positions [B, T]."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary position embedding (Su et al. 2021) in the rotate-half form of Llama. x [B, T, N, H], positions int32
+    [B, T], frequencies float32 [H/2]."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rope_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | None) -> jax.Array:
+    """float32 [width / 2]: radians that each pair of numbers turns by from one position to the next.
+
+    scaling linear: positions divided by factor (Chen et al. 2023). llama3: only of pairs that turn slowly; those that
+    turn less than low_freq_factor times in original_max_length wholly, those that turn more than high_freq_factor times
+    not at all (Dubey et al. 2024, as in Llama 3.1's released code).
+    """
+    half = width // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        return frequencies
+    scaled = frequencies / scaling["factor"]
+    if scaling["type"] == "linear":
+        return scaled
+    turns = scaling["original_max_length"] * frequencies / (2 * math.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return kept * frequencies + (1 - kept) * scaled
 
 
 # ---- attention and MLP -----------------------------------------------------------------------------------------------
@@ -131,20 +162,19 @@ def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
 class Attention(nnx.Module):
     """Multi-head self-attention (Vaswani et al. 2017), with grouped-query heads (Ainslie et al. 2023) where K < N."""
 
-    def __init__(self, settings: ModelSettings, *, causal: bool, output_stddev: float, rngs: nnx.Rngs):
-        embed, stddev, bias = {"embed": settings.hidden_size}, settings.initializer_range, settings.bias
+    def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
+        embed, stddev, bias = {"embed": settings.hidden_size}, settings.initializer_range, query_key_value_bias(settings)
         width = head_dim(settings)
         heads = {"heads": settings.num_heads, "head_dim": width}
         keys = {"kv_heads": kv_heads(settings), "head_dim": width}
         self.query = Linear(embed, heads, bias=bias, stddev=stddev, rngs=rngs)
         self.key = Linear(embed, keys, bias=bias, stddev=stddev, rngs=rngs)
         self.value = Linear(embed, keys, bias=bias, stddev=stddev, rngs=rngs)
-        self.output = Linear(heads, embed, bias=bias, stddev=output_stddev, rngs=rngs)
-        epsilon = norm_epsilon(settings)
-        head_norm = functools.partial(Norm, width, None, kind="rmsnorm", epsilon=epsilon, bias=False)
+        self.output = Linear(heads, embed, bias=settings.bias, stddev=output_stddev(settings), rngs=rngs)
+        head_norm = functools.partial(Norm, width, None, kind="rmsnorm", epsilon=settings.norm_epsilon, bias=False)
         self.query_norm = head_norm() if settings.qk_norm else None
         self.key_norm = head_norm() if settings.qk_norm else None
-        self.settings, self.causal = settings, causal
+        self.settings = settings
         self.dropout_rate = attention_dropout_rate(settings)
 
     @jax.named_scope("attention")
@@ -153,23 +183,36 @@ class Attention(nnx.Module):
         query, key, value = fan_out(x, self.query, self.key, self.value)  # [B, T, N or K, H]
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
+        is_local = self._is_local(context)
         if self.settings.positions == "rope":
-            query, key = (rotate(heads, context.positions, self.settings.rope_theta) for heads in (query, key))
+            frequencies = self._frequencies(is_local)
+            query, key = (rotate(heads, context.positions, frequencies) for heads in (query, key))
         query = constrain(query, "batch", "sequence", "heads", None)
         key, value = (constrain(heads, "batch", "sequence", "kv_heads", None) for heads in (key, value))
         query, key, value = (checkpoint_name(heads, "query_key_value") for heads in (query, key, value))
-        mask = None
         if cache is not None:
             at = (0, context.cache_index, 0, 0)
             cache = {"key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), at),
                      "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), at)}
             key, value = cache["key"], cache["value"]
-            slots = context.cache_index + jnp.arange(x.shape[1])
-            mask = (jnp.arange(key.shape[1])[None, :] <= slots[:, None])[None, None]  # [1, 1, T, slots]
-        tokens = Tokens(context.places, context.segment_ids, fold_in(context.dropout_keys, 0) if self.dropout_rate else None)
-        out = attention(query, key, value, tokens, causal=self.causal and cache is None, mask=mask,
-                        dropout_rate=self.dropout_rate, implementation=self.settings.attention)
+        visible = Visible(self.settings.causal, self.settings.attention_window, context.places, context.segment_ids, is_local,
+                          None if cache is None else context.cache_index)
+        out = attention(query, key, value, visible, dropout_rate=self.dropout_rate, implementation=self.settings.attention,
+                        dropout_keys=fold_in(context.dropout_keys, 0) if self.dropout_rate else None)
         return checkpoint_name(fan_in(out, self.output), "attention_output"), cache
+
+    def _is_local(self, context: Context) -> jax.Array | None:
+        """bool []: whether this layer is a local one; None where all layers are alike."""
+        every = self.settings.global_every
+        return None if every is None or self.settings.attention_window is None else context.layer % every != 0
+
+    def _frequencies(self, is_local: jax.Array | None) -> jax.Array:
+        settings = self.settings
+        frequencies = functools.partial(rope_frequencies, head_dim(settings), scaling=settings.rope_scaling)
+        if local_rope_theta(settings) == settings.rope_theta or settings.attention_window is None:
+            return frequencies(settings.rope_theta)
+        local = frequencies(local_rope_theta(settings))
+        return local if is_local is None else jnp.where(is_local, local, frequencies(settings.rope_theta))
 
 
 def gelu(x: jax.Array) -> jax.Array:
@@ -190,13 +233,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class MLP(nnx.Module):
     """Two linear layers around an activation, gated when the activation says so."""
 
-    def __init__(self, settings: ModelSettings, *, activation: str, output_stddev: float, rngs: nnx.Rngs):
+    def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
         embed = {"embed": settings.hidden_size}
         inner = {"mlp": intermediate_size(settings)}
-        stddev, bias = settings.initializer_range, settings.bias
+        stddev, bias, activation = settings.initializer_range, settings.bias, settings.activation
         self.up = Linear(embed, inner, bias=bias, stddev=stddev, rngs=rngs)
         self.gate = Linear(embed, inner, bias=bias, stddev=stddev, rngs=rngs) if activation in GATED else None
-        self.down = Linear(inner, embed, bias=bias, stddev=output_stddev, rngs=rngs)
+        self.down = Linear(inner, embed, bias=bias, stddev=output_stddev(settings), rngs=rngs)
         self.activation = activation
 
     @jax.named_scope("mlp")
@@ -212,14 +255,14 @@ class MLP(nnx.Module):
 class Experts(nnx.Module):
     """Many MLPs, of which each token takes a few (Shazeer et al. 2017); see `jaxlm.parallel.experts`."""
 
-    def __init__(self, settings: ModelSettings, *, activation: str, output_stddev: float, rngs: nnx.Rngs):
+    def __init__(self, settings: ModelSettings, rngs: nnx.Rngs):
         experts, embed = {"experts": settings.num_experts}, {"embed": settings.hidden_size}
-        inner, stddev = {"mlp": intermediate_size(settings)}, settings.initializer_range
+        inner, stddev, activation = {"mlp": intermediate_size(settings)}, settings.initializer_range, settings.activation
         linear = functools.partial(Linear, bias=False, rngs=rngs)
-        self.router = linear(embed, {None: settings.num_experts}, stddev=stddev)
+        self.router = linear(embed, {None: settings.num_experts}, stddev=stddev, role="router")
         self.up = linear(experts | embed, inner, stddev=stddev)
         self.gate = linear(experts | embed, inner, stddev=stddev) if activation in GATED else None
-        self.down = linear(experts | inner, embed, stddev=output_stddev)
+        self.down = linear(experts | inner, embed, stddev=output_stddev(settings))
         self.activation = activation
         self.routing = Routing(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
 
@@ -248,11 +291,13 @@ def stack(make_block: Callable[[nnx.Rngs], nnx.Module], num_layers: int, rngs: n
 
 
 class Execution(NamedTuple):
-    """How a stack of blocks runs. Nothing of it changes what comes out."""
+    """How a model runs. Nothing of it changes what comes out."""
 
     remat: Callable[..., Any] | None = None  # policy of what is kept for the backward pass; None: everything
     micro_batches: int = 1  # in which a pipeline takes the rows, at most
     repeats: int = 1  # groups of layers in each stage of a pipeline
+    loss_chunk: int | None = None  # positions whose logits exist at a time; None: by `jaxlm.models.sizes.loss_chunk`
+    logits_memory: float = 0.0  # bytes of each device that may be filled with float32 logits
 
 
 class Beside(NamedTuple):
@@ -278,7 +323,7 @@ def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, cont
     def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, Beside]:
         number, layer_params, layer_cache = layer
         x = checkpoint_name(x, "residual")
-        layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, number))
+        layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, number), layer=number)
         x, beside = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
         return constrain(x, *residual_axes(x.shape[1])), beside
 
@@ -318,11 +363,6 @@ def _loops_are_slow() -> bool:
     return platform() == "cpu" and jax.sharding.get_abstract_mesh().size <= 1
 
 
-def norm_epsilon(settings: ModelSettings) -> float:
-    """1e-5 as in GPT-2, 1e-12 as in BERT, unless set."""
-    return settings.norm_epsilon or {"gpt": 1e-5, "bert": 1e-12}[settings.family]
-
-
 def output_stddev(settings: ModelSettings) -> float:
     """Initial scale of the layers that write into the residual stream: GPT-2 divides it by the root of their number."""
-    return settings.initializer_range / (math.sqrt(2 * settings.num_layers) if settings.family == "gpt" else 1)
+    return settings.initializer_range / (math.sqrt(2 * settings.num_layers) if settings.scaled_initialization else 1)

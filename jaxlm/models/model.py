@@ -4,6 +4,7 @@
 """
 
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,51 +12,71 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.models.bert import BERT
-from jaxlm.models.gpt import GPT
 from jaxlm.models.layers import Execution, remat_policy
+from jaxlm.models.objectives import Objectives, pretraining_objectives
 from jaxlm.parallel.sharding import Axes
+from jaxlm.presets import TRUNKS
 from jaxlm.settings import ModelSettings, TrainSettings, remat_choices
 
 Params = dict[str, Any]
-FAMILIES = {"gpt": GPT, "bert": BERT}
+Batch = dict[str, jax.Array]
 
 
 class Model:
-    """The structure of one model; holds no arrays.
+    """The structure of one model, a trunk and the heads of its objectives; holds no arrays.
 
     Attributes:
       settings: its architecture, vocab_size filled in.
+      objectives: what it learns, in the order in which they are summed.
       dtype: the compute type.
-      axes: the parameters' tree with each leaf's `Axes`.
+      axes: the parameters' tree with each leaf's `Axes`: names of dimensions, and role.
       shapes: the parameters' tree with each leaf's `jax.ShapeDtypeStruct` (float32).
     """
 
-    def __init__(self, settings: ModelSettings, train: TrainSettings, logits_memory: float = 0.0):
-        """`logits_memory`: bytes of a device for the loss's logits (`jaxlm.models.loss.Head`), where
-        train.loss_chunk is null."""
+    def __init__(self, settings: ModelSettings, train: TrainSettings, objectives: Objectives | None = None,
+                 logits_memory: float = 0.0):
+        """`objectives`: None: `pretraining_objectives`. `logits_memory`: bytes of a device for the loss's logits
+        (`jaxlm.models.loss.Head`), where train.loss_chunk is null."""
         self.settings, self.dtype, self.logits_memory = settings, jnp.dtype(train.precision), logits_memory
+        self.objectives = pretraining_objectives(settings) if objectives is None else objectives
         choices = remat_choices(train.remat)
         remat = None if choices is None else remat_policy(choices)
-        execution = Execution(remat, train.gradient_accumulation, train.stage_repeats)
-        self._make: Callable[[jax.Array], nnx.Module] = lambda key: FAMILIES[settings.family](
-            settings, dtype=self.dtype, execution=execution, loss_chunk=train.loss_chunk,
-            logits_memory=logits_memory, rngs=nnx.Rngs(params=key))
-        self._graph, state = nnx.split(nnx.eval_shape(lambda: self._make(jax.random.key(0))))
+        self._execution = Execution(remat, train.gradient_accumulation, train.stage_repeats, train.loss_chunk, logits_memory)
+        self._graph, state = nnx.split(nnx.eval_shape(lambda: self._network(jax.random.key(0))))
         self._structure = jax.tree.structure(state)
         self.shapes = nnx.to_pure_dict(state)
         # A stacked parameter has one dimension more than the block it was written in named.
         self.axes = nnx.to_pure_dict(jax.tree.map(
-            lambda variable: Axes(("layers",) * (len(variable.shape) - len(variable.axes)) + variable.axes),
+            lambda variable: Axes(("layers",) * (len(variable.shape) - len(variable.axes)) + variable.axes, variable.role),
             state, is_leaf=lambda node: isinstance(node, nnx.Variable)))
+
+    def _network(self, key: jax.Array) -> nnx.Module:
+        """The trunk of the family, with the heads as its `heads`."""
+        rngs = nnx.Rngs(params=key)
+        trunk = importlib.import_module(f"jaxlm.models.{TRUNKS.get(self.settings.family, 'transformer')}").Trunk
+        network = trunk(self.settings, dtype=self.dtype, execution=self._execution, rngs=rngs)
+        heads = {objective.name: objective.head(self.settings, rngs) for objective in self.objectives}
+        heads = {name: head for name, head in heads.items() if head is not None}
+        network.heads = nnx.Dict(heads) if heads else None
+        return network
 
     def init(self, key: jax.Array) -> Params:
         """Initial parameters; the same for every mesh."""
-        return nnx.to_pure_dict(nnx.state(self._make(key)))
+        return nnx.to_pure_dict(nnx.state(self._network(key)))
 
-    def bind(self, params: Params) -> GPT | BERT:
+    def bind(self, params: Params) -> Any:
         """The module with these parameters in it. Inside a jitted function this costs nothing at run time."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, jax.tree.leaves(params)))
+
+    def terms(self, params: Params, batch: Batch, dropout_keys: jax.Array | None = None) -> dict[str, Any]:
+        """Each objective's sums over a batch (`Objective.terms`), by name. `dropout_keys`: of the rows, [B]."""
+        network = self.bind(params)
+        states = network.states(batch, dropout_keys)
+        return {objective.name: objective.terms(network, states, batch) for objective in self.objectives}
+
+    def counts(self, batch: Batch) -> dict[str, jax.Array]:
+        """What each objective's loss is to be divided by."""
+        return {objective.name: objective.count(batch) for objective in self.objectives}
 
     def traced(self, function: Callable) -> Callable:
         """`function` as it has to be traced, so that its products are as exact as the compute type says.

@@ -1,8 +1,4 @@
-"""What a model's settings say of its size: shapes, axes, numbers of parameters, FLOPs. No JAX: estimates build no
-model."""
-
-import math
-from typing import NamedTuple
+"""What a model's settings say of its sizes and its FLOPs. No JAX."""
 
 from jaxlm.settings import ModelSettings
 
@@ -12,13 +8,6 @@ VOCAB_PADDING = 128  # the vocabulary's table has a multiple of this many rows
 # traffic for the table and its gradient: with so many the products take 15 (v6e) to 50 (v5p) times as long, and more
 # would gain nothing.
 ENOUGH = 16384
-
-
-class Shape(NamedTuple):
-    """Of a parameter: its dimensions, and the names of their axes (`jaxlm.parallel.rules.RULES`)."""
-
-    sizes: tuple[int, ...]
-    axes: tuple[str | None, ...]
 
 
 def padded_vocab_size(vocab_size: int) -> int:
@@ -41,6 +30,19 @@ def kv_heads(model: ModelSettings) -> int:
     return model.num_kv_heads or model.num_heads
 
 
+def norm_bias(model: ModelSettings) -> bool:
+    """Whether layernorms have an offset."""
+    return bool(model.bias) if model.norm_bias is None else model.norm_bias
+
+
+def query_key_value_bias(model: ModelSettings) -> bool:
+    return bool(model.bias) if model.query_key_value_bias is None else model.query_key_value_bias
+
+
+def local_rope_theta(model: ModelSettings) -> float:
+    return model.local_rope_theta or model.rope_theta
+
+
 def is_gated(model: ModelSettings) -> bool:
     return model.activation in GATED
 
@@ -60,6 +62,11 @@ def attention_kernel(platform: str, dtype: str, length: int, head_dim: int, fuse
     return "xla"
 
 
+def fits_fused_kernels(model: ModelSettings) -> bool:
+    """Whether fused attention kernels know all that is asked for: neither dropout on probabilities nor windows."""
+    return not attention_dropout_rate(model) and model.attention_window is None
+
+
 def splash_block(length: int) -> int:
     """Tokens in one block of splash attention's scores."""
     return next(size for size in (512, 256, 128) if length % size == 0)
@@ -68,74 +75,7 @@ def splash_block(length: int) -> int:
 def visible_blocks(model: ModelSettings, length: int) -> float:
     """Share of splash attention's blocks that it computes: a causal mask hides almost half of them, and it skips
     those."""
-    return (1 + splash_block(length) / length) / 2 if model.family == "gpt" else 1.0
-
-
-def parameters(model: ModelSettings) -> dict[str, Shape]:
-    """Every parameter by its dotted path in the model's tree, as the models (`gpt.py`, `bert.py`) make them."""
-    width, rows = model.hidden_size, padded_vocab_size(model.vocab_size)
-    found = {"token_embedding.embedding": Shape((rows, width), ("vocab", "embed"))}
-    if model.positions == "learned":
-        found["position_embedding.embedding"] = Shape((model.max_length, width), ("positions", "embed"))
-    stacked = {f"blocks.{name}": Shape((model.num_layers, *sizes), ("layers", *axes))
-               for name, (sizes, axes) in _block(model).items()}
-    if model.family == "gpt":
-        head = {} if model.tied_embeddings else {"head.embedding": found["token_embedding.embedding"]}
-        return found | stacked | _norm("final_norm", model) | head
-    found["type_embedding.embedding"] = Shape((model.type_vocab_size, width), ("types", "embed"))
-    found |= _norm("embedding_norm", model) | stacked | _linear("mlm_transform", {"embed": width}, {"residual": width}, True)
-    found |= _norm("mlm_norm", model) | {"mlm_bias": Shape((rows,), ("vocab",))}
-    if model.next_sentence:
-        found |= _linear("pooler", {"embed": width}, {"residual": width}, True)
-        found |= _linear("next_sentence_head", {"residual": width}, {None: 2}, True)
-    return found
-
-
-def _block(model: ModelSettings) -> dict[str, Shape]:
-    embed, heads = {"embed": model.hidden_size}, {"heads": model.num_heads, "head_dim": head_dim(model)}
-    keys, inner = {"kv_heads": kv_heads(model), "head_dim": head_dim(model)}, {"mlp": intermediate_size(model)}
-    bias, found = model.bias, _norm("attention_norm", model) | _norm("mlp_norm", model)
-    for name, outputs in (("query", heads), ("key", keys), ("value", keys)):
-        found |= _linear(f"attention.{name}", embed, outputs, bias)
-    found |= _linear("attention.output", heads, embed, bias)
-    if model.qk_norm:
-        found |= {f"attention.{name}_norm.scale": Shape((head_dim(model),), (None,)) for name in ("query", "key")}
-    experts = {}
-    if model.num_experts is not None:
-        experts, bias = {"experts": model.num_experts}, False
-        found |= _linear("mlp.router", embed, {None: model.num_experts}, False)
-    for name, inputs, outputs in (("up", embed, inner), ("gate", embed, inner), ("down", inner, embed)):
-        if name != "gate" or is_gated(model):
-            found |= _linear(f"mlp.{name}", experts | inputs, outputs, bias)
-    return found
-
-
-def _linear(name: str, inputs: dict[str | None, int], outputs: dict[str | None, int], bias: bool) -> dict[str, Shape]:
-    found = {f"{name}.kernel": Shape((*inputs.values(), *outputs.values()), (*inputs, *outputs))}
-    return found | ({f"{name}.bias": Shape(tuple(outputs.values()), tuple(outputs))} if bias else {})
-
-
-def _norm(name: str, model: ModelSettings) -> dict[str, Shape]:
-    bias = model.normalization == "layernorm" and (model.bias or model.family == "bert")
-    return {f"{name}.{part}": Shape((model.hidden_size,), ("residual",)) for part in ("scale", *(("bias",) if bias else ()))}
-
-
-def num_parameters(model: ModelSettings) -> int:
-    """Parameters, without the padding of the vocabulary."""
-    padding = padded_vocab_size(model.vocab_size) - model.vocab_size
-    shapes = parameters(model).values()
-    return (sum(math.prod(sizes) for sizes, _ in shapes)
-            - padding * sum(math.prod(sizes) // padded_vocab_size(model.vocab_size) for sizes, axes in shapes if "vocab" in axes))
-
-
-def training_flops(model: ModelSettings, sequence_length: int, predictions: int) -> float:
-    """FLOPs of one sequence's forward and backward pass, as PaLM counts them (Chowdhery et al. 2022, appendix B).
-
-    Matrix products only, a backward pass is two forward passes, attention counts every pair of positions, and
-    recomputation does not count. `predictions`: positions that reach the output head.
-    """
-    forward = model.num_layers * block_flops(model, sequence_length) + head_flops(model, predictions)
-    return 3 * forward
+    return (1 + splash_block(length) / length) / 2 if model.causal else 1.0
 
 
 def block_flops(model: ModelSettings, sequence_length: int) -> float:
@@ -172,9 +112,3 @@ def loss_chunk(length: int, rows: int, vocab_size: int, width: int, most: int | 
     if 2 * size < most:  # a prime length, say: its largest divisor would be 1
         size = -(-length // -(-length // most))
     return size
-
-
-def head_flops(model: ModelSettings, predictions: int) -> float:
-    """FLOPs of one sequence's predictions."""
-    width = model.hidden_size
-    return 2 * predictions * width * (model.vocab_size + (width if model.family == "bert" else 0))

@@ -22,6 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxlm.parallel.dropout import attention_dropout
 from jaxlm.parallel.sharding import per_device
+from jaxlm.parallel.visible import Visible
 
 SCORE_BYTES = 64 * 2**20  # of a chunk of queries against a block; more queries wait
 NEGATIVE = -2.0**30  # a masked score; finite, so that a row with nothing to see stays a number
@@ -43,9 +44,10 @@ def zigzag(length: int, devices: int) -> np.ndarray:
 class Tokens(NamedTuple):
     """Which tokens a block holds."""
 
-    places: jax.Array | None = None  # int32 [1, T]: places in the sequence, the same in every row; only a ring asks
-    segment_ids: jax.Array | None = None  # int32 [B, T]: tokens see only their own segment
-    dropout_keys: jax.Array | None = None  # uint32 [B, T, 2]
+    places: jax.Array  # int32 [1, T]: places in the sequence, the same in every row
+    segment_ids: jax.Array | None  # int32 [B, T]: tokens see only their own segment
+    dropout_keys: jax.Array | None  # uint32 [B, T, 2]
+    is_local: jax.Array | None  # bool [1, T]: whether the layer is a local one, where there are both kinds
 
 
 class Ring(NamedTuple):
@@ -53,6 +55,7 @@ class Ring(NamedTuple):
 
     axis: str
     causal: bool
+    window: int | None  # see `jaxlm.parallel.visible.Visible`
     dropout_rate: float
     heads: jax.Array | None = None  # int32 [N]: numbers of this device's heads; known once on the device
 
@@ -62,25 +65,35 @@ class Ring(NamedTuple):
         return jax.lax.ppermute(tree, self.axis, [(i, (i + 1) % size) for i in range(size)])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def ring_attention(query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens, ring: Ring) -> jax.Array:
-    """softmax(Q K^T / sqrt(H)) V, with the sequence cut over a mesh axis.
+def ring_attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible, dropout_keys: jax.Array | None,
+                   axis: str, dropout_rate: float) -> jax.Array:
+    """softmax(Q K^T / sqrt(H)) V, with the sequence cut over the mesh axis `axis`.
 
     Args:
-      query: [B, T, N, H].
-      key, value: [B, T, K, H].
-      tokens: laid out in `zigzag` order if causal.
-      ring: causal: a token sees itself and what is before it.
+      query: [B, T, N, H], laid out in `zigzag` order if causal.
+      key, value: [B, T, K, H], likewise.
+      visible: with the places of all slots.
+      dropout_keys: uint32 [B, T, 2], of the queries; None: no dropout.
+      axis: of the mesh.
+      dropout_rate: of the probabilities.
 
     Returns:
       [B, T, N, H] in query's type; scores and softmax are float32.
     """
+    is_local = None if visible.is_local is None else jnp.broadcast_to(visible.is_local, visible.places.shape)
+    tokens = Tokens(visible.places, visible.segment_ids, dropout_keys, is_local)
+    return _ring(query, key, value, tokens, Ring(axis, visible.causal, visible.window, dropout_rate))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _ring(query, key, value, tokens, ring):
     return _forward(query, key, value, tokens, ring)[0]
 
 
 def _token_axes(tokens: Tokens) -> Tokens:
-    return Tokens((None, "sequence"), None if tokens.segment_ids is None else TOKENS,
-                  None if tokens.dropout_keys is None else (*TOKENS, None))
+    same = (None, "sequence")
+    return Tokens(same, None if tokens.segment_ids is None else TOKENS,
+                  None if tokens.dropout_keys is None else (*TOKENS, None), None if tokens.is_local is None else same)
 
 
 def _forward(query, key, value, tokens, ring):
@@ -97,7 +110,7 @@ def _backward(ring, saved, grad):
     return *run(*saved, jnp.arange(grad.shape[2]), grad), None
 
 
-ring_attention.defvjp(_forward, _backward)
+_ring.defvjp(_forward, _backward)
 
 
 # ---- one device's way round the ring ---------------------------------------------------------------------------------
@@ -195,7 +208,7 @@ def _attend(ring, queries, block, *, causal):
     N]."""
     def some_queries(_, chunk):
         query, tokens = chunk
-        scores = _scores(query, tokens, block, causal)
+        scores = _scores(ring, query, tokens, block, causal)
         largest = scores.max(-1, keepdims=True)
         exponentials = jnp.exp(scores - largest)
         total = exponentials.sum(-1, keepdims=True)
@@ -219,7 +232,7 @@ def _attend_backward(ring, queries, block, *, causal):
         query, tokens, grad, log_sum, delta = chunk
         rows, length, _, head_dim = query.shape
         grouped = (rows, length, key.shape[2], -1, head_dim)
-        weights = jnp.exp(_scores(query, tokens, block, causal) - _grouped(log_sum, key)[..., None])
+        weights = jnp.exp(_scores(ring, query, tokens, block, causal) - _grouped(log_sum, key)[..., None])
         grad = grad.reshape(grouped)
         grad_weights = jnp.einsum("btkgh,bskh->bkgts", grad, value, preferred_element_type=jnp.float32)
         dropped = weights
@@ -238,13 +251,16 @@ def _attend_backward(ring, queries, block, *, causal):
     return grad_query, grad_key, grad_value
 
 
-def _scores(query, tokens, block, causal):
-    """float32 [B, K, G, T, S]."""
+def _scores(ring, query, tokens, block, causal):
+    """float32 [B, K, G, T, S]. `causal`: whether this block still has to be masked so."""
     key, _, key_tokens = block
     rows, length, _, head_dim = query.shape
     grouped = (query * head_dim**-0.5).reshape(rows, length, key.shape[2], -1, head_dim)
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
     visible = tokens.places[:, :, None] >= key_tokens.places[:, None, :] if causal else True
+    if ring.window is not None:
+        is_local = None if tokens.is_local is None else tokens.is_local[:, :, None]
+        visible &= Visible(ring.causal, ring.window, is_local=is_local).near(tokens.places, key_tokens.places)
     if tokens.segment_ids is not None:
         visible &= tokens.segment_ids[:, :, None] == key_tokens.segment_ids[:, None, :]
     return scores if visible is True else jnp.where(visible[:, None, None], scores, NEGATIVE)

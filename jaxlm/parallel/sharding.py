@@ -16,9 +16,11 @@ from jaxlm.parallel.rules import RULES, cutting
 
 @dataclasses.dataclass(frozen=True)
 class Axes:
-    """The axis names of one array. A leaf in a pytree, so that a tree of them mirrors a tree of arrays."""
+    """What the dimensions of one array are called, and what it is. A leaf in a pytree, so that a tree of them mirrors a
+    tree of arrays."""
 
     names: tuple[str | None, ...]
+    role: str | None = None  # of a parameter: kernel, table, bias, scale, router
 
 
 def spec(*axes: str | None) -> PartitionSpec:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxlm.console.progress import waiting
-from jaxlm.models.sizes import num_parameters, visible_blocks
+from jaxlm.models.sizes import visible_blocks
 from jaxlm.planning import hlo
 from jaxlm.planning.buffers import largest_live
 from jaxlm.planning.collectives import collectives
@@ -22,6 +22,7 @@ from jaxlm.planning.targets import Target
 from jaxlm.planning.traffic import memory_traffic
 from jaxlm.reporting.memory import Memory, memory_of
 from jaxlm.settings import Settings
+from jaxlm.training.footprint import count_parameters
 from jaxlm.training.step import Trainer
 
 
@@ -80,7 +81,7 @@ def read_program(program: Program, settings: Settings, target: Target) -> Plan:
     largest = largest_live(module, names_of(settings, mesh.shape))
     chip, compute = target.chip, executed.seconds(target.device_kind)
     speed = roofline(compute, traffic, found, chip, network_of_mesh(mesh, chip, island)) if compute and chip.bandwidth else None
-    return Plan(settings, target, dict(mesh.shape), num_parameters(settings.model), program.state, program.memory,
+    return Plan(settings, target, dict(mesh.shape), count_parameters(settings), program.state, program.memory,
                 found, model_flops(settings) / mesh.size, executed.total, traffic, speed, largest,
                 program.seconds)
 

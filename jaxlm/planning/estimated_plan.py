@@ -15,14 +15,11 @@ from typing import NamedTuple
 from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.models.sizes import (
     attention_flops,
-    head_flops,
     intermediate_size,
     is_gated,
     kv_heads,
     loss_chunk,
-    num_parameters,
     padded_vocab_size,
-    parameters,
     visible_blocks,
 )
 from jaxlm.parallel.rules import across, mesh_shape
@@ -37,13 +34,16 @@ from jaxlm.training.footprint import (
     Share,
     Sizes,
     activations_kept,
+    count_parameters,
     element_size,
     gradient_element_size,
+    head_flops,
     kept_of_a_layer,
     kept_size,
     kernel_of,
     logits_memory,
     moments_size,
+    parameters_of,
     predictions,
     share_of,
     state_sizes,
@@ -118,7 +118,7 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
         speed = roofline(executed / peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
     if target.platform == "tpu" and settings.train.precision == "float32":
         executed *= FLOAT32_PASSES
-    return Plan(settings, target, sizes, num_parameters(settings.model), state, memory, found, wanted, executed, traffic, speed,
+    return Plan(settings, target, sizes, count_parameters(settings), state, memory, found, wanted, executed, traffic, speed,
                 largest, None)
 
 
@@ -164,7 +164,7 @@ def memory_of(settings: Settings, sizes: Sizes, share: Share, head: Head, habits
     temporaries = sum(peak.values())
     largest = sorted((Buffer(name, size) for name, size in peak.items()), key=lambda one: -one.size)[:5]
     if settings.optimizer.offload:
-        on_host += FLOAT32 * sum(moments_size(settings.optimizer.name, *one, sizes) for one in parameters(settings.model).items())
+        on_host += FLOAT32 * sum(moments_size(settings.optimizer.name, one, sizes) for one in parameters_of(settings).values())
     return Memory(round(arguments), round(temporaries), round(on_host), round(arguments + temporaries)), largest
 
 
@@ -188,7 +188,7 @@ def executed_flops(settings: Settings, sizes: Sizes, target: Target) -> float:
         router = 2 * length * model.hidden_size * model.num_experts
     # products of scores, in forward passes; all but plain XLA leave out what causality hides
     forward, backward = {"xla": (1, 2), "splash": (1, 3.5), "cudnn": (1, 2.5), "ring": (1, 2.5)}[kernel]
-    seen = 0.5 if kernel in ("cudnn", "ring") and model.family == "gpt" else 1.0
+    seen = 0.5 if kernel in ("cudnn", "ring") and model.causal else 1.0
     if kernel == "splash":
         seen = visible_blocks(model, length)
     recomputed = recompute(settings)
@@ -204,7 +204,7 @@ def executed_flops(settings: Settings, sizes: Sizes, target: Target) -> float:
     if settings.mesh.stage > 1:
         busy = train.gradient_accumulation * train.stage_repeats
         idle = (busy + settings.mesh.stage - 1) / busy
-    head = 3 * head_flops(model, predictions(settings)) * padded_vocab_size(model.vocab_size) / model.vocab_size
+    head = 3 * head_flops(settings) * padded_vocab_size(model.vocab_size) / model.vocab_size
     return settings.data.global_batch_size * (model.num_layers * block * idle + head)
 
 
@@ -268,11 +268,11 @@ def _of_parameters(settings: Settings, sizes: Sizes, share: Share) -> Iterator[t
     """Kernels are fetched for each pass, and their gradients go home."""
     element, sent = element_size(settings), gradient_element_size(settings)
     fsdp = _left(sizes["fsdp"])
-    for name, shape in parameters(settings.model).items():
-        layers = share.layers * settings.train.stage_repeats if name.startswith("blocks.") else 1
+    for name, shape in parameters_of(settings).items():
+        layers = share.layers * settings.train.stage_repeats if shape.is_stacked else 1
         whole, kept = whole_size(shape, sizes) / layers, kept_size(shape, sizes) / layers
-        blocks, experts = name.startswith("blocks."), "experts" in shape.axes
-        if name.endswith(("kernel", "embedding")) and "embed" in shape.axes:
+        blocks, experts = shape.is_stacked, "experts" in shape.axes
+        if shape.is_matrix and "embed" in shape.axes:
             runs = layers * (share.runs if blocks else settings.train.gradient_accumulation)
             reduced = element if experts else sent
             tied = name == "token_embedding.embedding" and settings.model.tied_embeddings

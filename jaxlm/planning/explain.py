@@ -9,11 +9,14 @@ from rich.table import Table
 
 from jaxlm.checks import check_layout, require_vocabulary
 from jaxlm.console.units import format_size
-from jaxlm.models.sizes import Shape, head_dim, intermediate_size, kv_heads, parameters
+from jaxlm.models.sizes import head_dim, intermediate_size, kv_heads
 from jaxlm.parallel.rules import cutting, mesh_shape, parts
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.targets import Target
 from jaxlm.settings import Settings
+from jaxlm.training.footprint import parameters_of
+
+Shape = tuple[tuple[int, ...], tuple[str | None, ...]]  # sizes and axes
 
 
 def explain(settings: Settings, target: Target) -> RenderableType:
@@ -26,7 +29,7 @@ def explain(settings: Settings, target: Target) -> RenderableType:
     sizes = mesh_shape(settings.mesh, target.num_devices)
     check_layout(settings, sizes)
     return Group(
-        "parameters (float32)", _arrays(parameters(settings.model), 4, sizes), "",
+        "parameters (float32)", _arrays({name: one[:2] for name, one in parameters_of(settings).items()}, 4, sizes), "",
         f"activations ({settings.train.precision}, of one micro-batch)", _activations(settings, sizes), "",
         "what each product sends", _products(settings, sizes))
 
@@ -47,10 +50,10 @@ def _activations(settings: Settings, sizes: Mapping[str, int]) -> Table:
     rows = data.global_batch_size // settings.train.gradient_accumulation * sizes["stage"]
     tokens, width = (rows, data.sequence_length), 2 if settings.train.precision == "bfloat16" else 4
     return _arrays({
-        "residual (between the parts)": Shape((*tokens, model.hidden_size), ("batch", "residual_sequence", "residual")),
-        "query": Shape((*tokens, model.num_heads, head_dim(model)), ("batch", "sequence", "heads", None)),
-        "key, value": Shape((*tokens, kv_heads(model), head_dim(model)), ("batch", "sequence", "kv_heads", None)),
-        "mlp_hidden": Shape((*tokens, intermediate_size(model)), ("batch", "sequence", "mlp")),
+        "residual (between the parts)": ((*tokens, model.hidden_size), ("batch", "residual_sequence", "residual")),
+        "query": ((*tokens, model.num_heads, head_dim(model)), ("batch", "sequence", "heads", None)),
+        "key, value": ((*tokens, kv_heads(model), head_dim(model)), ("batch", "sequence", "kv_heads", None)),
+        "mlp_hidden": ((*tokens, intermediate_size(model)), ("batch", "sequence", "mlp")),
     }, width, sizes)
 
 

@@ -3,12 +3,12 @@
 
 from typing import Any, NamedTuple
 
-from jaxlm.models.sizes import attention_flops, training_flops
+from jaxlm.models.sizes import attention_flops
 from jaxlm.planning.targets import Target
 from jaxlm.reporting.memory import Memory
 from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
-from jaxlm.training.footprint import predictions
+from jaxlm.training.footprint import training_flops
 
 
 def what_helps(settings: Settings, platform: str) -> str:
@@ -137,13 +137,13 @@ class Plan(NamedTuple):
 
 
 def model_flops(settings: Settings) -> float:
-    """What the model asks for in a whole step on all devices (`jaxlm.models.sizes.training_flops`)."""
-    return settings.data.global_batch_size * training_flops(settings.model, settings.data.sequence_length, predictions(settings))
+    """What the model asks for in a whole step on all devices (`jaxlm.training.footprint`)."""
+    return settings.data.global_batch_size * training_flops(settings)
 
 
 def masked_flops(settings: Settings) -> float:
     """What of `model_flops` a causal mask hides: half of the attention, scores and sums, forward and backward."""
-    if settings.model.family != "gpt":
+    if not settings.model.causal:
         return 0.0
     _, attention = attention_flops(settings.model, settings.data.sequence_length)
     return settings.data.global_batch_size * settings.model.num_layers * 3 * attention / 2

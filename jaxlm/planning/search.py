@@ -17,7 +17,7 @@ from jaxlm import config
 from jaxlm.checks import require_vocabulary
 from jaxlm.console.units import counted, format_seconds, format_size
 from jaxlm.errors import RunError, UserError
-from jaxlm.models.sizes import attention_dropout_rate, attention_kernel, head_dim
+from jaxlm.models.sizes import attention_kernel, fits_fused_kernels, head_dim
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.plan import Plan, what_helps
@@ -146,7 +146,7 @@ def attentions(settings: Settings, mesh: MeshSettings, target: Target) -> set[st
     kinds = {model.attention, "auto"}
     if mesh.context > 1:
         kinds.add(attention_kernel(target.platform, settings.train.precision, settings.data.sequence_length, head_dim(model),
-                                   fused=not attention_dropout_rate(model)))
+                                   fused=fits_fused_kernels(model)))
     return kinds - {"xla"}
 
 

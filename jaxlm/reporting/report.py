@@ -1,6 +1,5 @@
 """RUN_DIR/report.md, one page about a run, and a table that compares runs."""
 
-import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +55,6 @@ def results(run: Run) -> dict[str, str]:
         last, best = run.evaluations[-1], min(run.evaluations, key=lambda row: row["val_loss"])
         figures["validation loss"] = f"{last['val_loss']:.4f} (step {last['step']})"
         figures["lowest validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
-        if "perplexity" not in last and "val_perplexity" not in last and run.config.get("model.family") == "gpt":
-            figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"
         apart = ("step", "time", "tokens", "epoch", "val_loss", "loss")
         others = {key: value for key, value in last.items() if key not in apart and value is not None}
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}

@@ -1,5 +1,5 @@
-"""What a run shows of itself on its way (logging.samples_every_steps): prompts continued by a gpt, masks filled by a
-bert."""
+"""What a run shows of itself on its way (logging.samples_every_steps): prompts continued, or
+masks filled."""
 
 import dataclasses
 import math
@@ -10,11 +10,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.models.model import Params
+from jaxlm.models.objectives import MaskedToken
 from jaxlm.serving.sampling import make_generator
 from jaxlm.settings import AXES
+from jaxlm.tasks.find import find_task
 from jaxlm.training.loop import Sampler
 from jaxlm.training.setup import Corpora, dropless, make_validation_batches, on_devices, start
-from jaxlm.training.step import Trainer
+from jaxlm.training.step import Batch, Trainer
 
 SHOWN = 3  # rows of masked text
 SEPARATOR = "-" * 40 + "\n"
@@ -23,7 +25,9 @@ SEPARATOR = "-" * 40 + "\n"
 def make_sampler(trainer: Trainer, corpora: Corpora) -> Sampler | None:
     """For the parameters of `run` as they lie on its mesh; None: there is no text to show. Compiles at its first
     use, and changes nothing of the run. Every process of the run has to call it."""
-    return _continuing(trainer, corpora) if trainer.settings.model.family == "gpt" else _filling(trainer, corpora)
+    if find_task(trainer.settings).continues_text:
+        return _continuing(trainer, corpora)
+    return _filling(trainer, corpora) if MaskedToken() in trainer.model.objectives else None
 
 
 def _continuing(trainer: Trainer, corpora: Corpora) -> Sampler:
@@ -65,8 +69,13 @@ def _filling(trainer: Trainer, corpora: Corpora) -> Sampler | None:
     with on_devices(validation, 0, 1, trainer.mesh, prefetch=1) as source:
         batch = next(iter(source))
     model = trainer.model
-    fill = jax.jit(model.traced(lambda params, batch: model.bind(params).fill_masks(batch)),
-                   out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))  # every process reads the whole answer
+
+    def filled_in(params: Params, batch: Batch) -> jax.Array:
+        network = model.bind(params)
+        return MaskedToken().filled(network, network.states(batch), batch)
+
+    # every process reads the whole answer
+    fill = jax.jit(model.traced(filled_in), out_shardings=NamedSharding(trainer.mesh, PartitionSpec()))
 
     def sample(params: Params) -> str:
         filled = np.asarray(fill(params, batch))

@@ -1,4 +1,4 @@
-"""Text from a trained GPT: prompts in, continuations out, one token at a time over a KV cache."""
+"""Text from a causal model: prompts in, continuations out, one token at a time over a KV cache."""
 
 import functools
 import sys
@@ -16,10 +16,11 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model, Params
+from jaxlm.models.objectives import NextToken
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.parallel.sharding import constrain
 from jaxlm.runtime.processes import is_main
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
+from jaxlm.tasks.find import find_task
 from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
 from jaxlm.training.origin import say_which
 from jaxlm.training.setup import dropless, encode_prompts, lay_mesh, resolve, start
@@ -42,8 +43,9 @@ PROMPT_END = "[prompt ends]"
 
 def generate_from_run(settings: Settings) -> list[Sample]:
     """Continues `generate.prompts` with a checkpoint of `run_dir`. Raises UserError."""
-    if settings.model.family != "gpt":
-        raise UserError(f"model.family={settings.model.family}: only gpt models continue text")
+    task = find_task(settings)
+    if not task.continues_text:
+        raise UserError(f"{task}: only models of task.name=causal_lm continue text")
     settings, mesh = lay_mesh(settings)
     mesh = _for_decoding(mesh)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
@@ -119,15 +121,13 @@ def decode_batch(model: Model, settings: GenerateSettings, prefill: int, end_tok
     prompt is longer take their own next token. Stops early when every row has produced `end_token`.
     """
     rows, slots = tokens.shape
-    gpt = model.bind(params)
-    shape = (model.settings.num_layers, rows, slots, *_kv_shape(model))
-    empty = constrain(jnp.zeros(shape, gpt.dtype), "layers", "batch", None, "kv_heads", None)
+    network, head = model.bind(params), NextToken()
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows))
 
     def next_logits(tokens: jax.Array, index: jax.Array | int, cache: dict) -> tuple[jax.Array, dict]:
         positions = jnp.broadcast_to(index + jnp.arange(tokens.shape[1]), tokens.shape)
-        x, cache = gpt.hidden_with_cache(tokens, Context(positions, cache_index=jnp.asarray(index)), cache)
-        return gpt.logits(x[:, -1:])[:, 0], cache
+        x, cache = network.hidden_with_cache(tokens, Context(positions, cache_index=jnp.asarray(index)), cache)
+        return head.logits(network, x[:, -1:])[:, 0], cache
 
     def one_position(carry: tuple) -> tuple:
         index, tokens, logits, cache, ended = carry
@@ -137,7 +137,7 @@ def decode_batch(model: Model, settings: GenerateSettings, prefill: int, end_tok
         logits, cache = next_logits(token[:, None], index, cache)
         return index + 1, tokens.at[:, index].set(token), logits, cache, ended
 
-    logits, cache = next_logits(tokens[:, :prefill], 0, {"key": empty, "value": empty})
+    logits, cache = next_logits(tokens[:, :prefill], 0, network.empty_cache(rows, slots))
     carry = (jnp.asarray(prefill), tokens, logits, cache, jnp.zeros(rows, bool))
     return jax.lax.while_loop(lambda carry: (carry[0] < slots) & ~carry[-1].all(), one_position, carry)[1]
 
@@ -157,8 +157,3 @@ def draw(settings: GenerateSettings, key: jax.Array, logits: jax.Array) -> jax.A
         smallest = jnp.where(before < settings.top_p, descending, jnp.inf).min()
         logits = jnp.where(logits < smallest, -jnp.inf, logits)
     return jax.random.categorical(key, logits)
-
-
-def _kv_shape(model: Model) -> tuple[int, int]:
-    """(key/value heads, head width)."""
-    return model.shapes["blocks"]["attention"]["key"]["kernel"].shape[-2:]

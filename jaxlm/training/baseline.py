@@ -13,7 +13,15 @@ from jaxlm.reporting.runs import read_summary
 from jaxlm.runtime import processes
 from jaxlm.settings import Settings
 from jaxlm.storage.files import as_path, write_json
+from jaxlm.tasks.find import find_task
 from jaxlm.training.setup import Corpora
+
+
+def check_baseline(settings: Settings) -> None:
+    """Raises UserError for a task that predicts no tokens."""
+    task = find_task(settings)
+    if not {"targets", "masked_targets"} & task.spec().keys():
+        raise UserError(f"--baseline ngram: {task} predicts no tokens; n-grams stand beside causal_lm and masked_lm")
 
 
 def beside(settings: Settings, saved: dict[str, Any], corpora: Corpora, validation: Batches) -> Figures:

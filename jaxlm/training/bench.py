@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.data.rows import Field
 from jaxlm.errors import UserError
-from jaxlm.models.sizes import training_flops
 from jaxlm.reporting.memory import memory_of
 from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
+from jaxlm.tasks.find import find_task
+from jaxlm.training.footprint import training_flops
 from jaxlm.training.setup import batch_shapes, lay_mesh, start
 from jaxlm.training.step import Batch, batch_sharding
 
@@ -38,7 +40,7 @@ def bench(settings: Settings) -> dict[str, Any]:
     seconds = statistics.median(times[settings.bench.warmup_steps :])
     length, rows = settings.data.sequence_length, settings.data.global_batch_size
     peak = products_peak(trainer.mesh.devices.flatten()[0].device_kind, settings.train.precision)
-    flops = rows * training_flops(settings.model, length, batch.get("masked_positions", batch["tokens"]).shape[1])
+    flops = rows * training_flops(settings)
     return {
         "median_step_ms": 1e3 * seconds, "tokens_per_second": rows * length / seconds,
         "mfu": flops / seconds / (peak * trainer.mesh.size) if peak else None,
@@ -53,14 +55,15 @@ def random_batch(settings: Settings, mesh: jax.sharding.Mesh) -> Batch:
     random = np.random.default_rng(settings.seed)
     length, vocabulary = settings.data.sequence_length, settings.model.vocab_size
 
-    def values(name: str, shape: tuple[int, ...]) -> np.ndarray:
-        if name.endswith("_mask") or name == "segment_ids":
+    def values(field: Field, shape: tuple[int, ...]) -> np.ndarray:
+        if field.values in ("mask", "segment"):
             return np.ones(shape)
-        if name == "masked_positions":
+        if field.values == "position" and field.shape != (length,):  # some of them, in any order
             return np.argsort(random.random((shape[0], length)), axis=1)[:, : shape[1]]
-        if name == "positions":
+        if field.values == "position":
             return np.broadcast_to(np.arange(length), shape)
-        return random.integers(0, 2 if name in ("token_types", "next_sentence") else vocabulary, shape)
+        return random.integers(0, field.bound or vocabulary, shape)
 
-    batch = {name: values(name, leaf.shape).astype(leaf.dtype) for name, leaf in batch_shapes(settings).items()}
+    shapes, spec = batch_shapes(settings), find_task(settings).spec()
+    batch = {name: values(spec[name], leaf.shape).astype(leaf.dtype) for name, leaf in shapes.items()}
     return jax.device_put(batch, batch_sharding(mesh))

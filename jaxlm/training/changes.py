@@ -36,7 +36,7 @@ def find_changes(saved: dict[str, Any], own: dict[str, Any]) -> Changed:
     """{key: [before, after]} of what a checkpoint says of the run that made it, and of this one: every key of the
     settings, the sizes of the mesh, the versions of the packages, the corpus. A key that is younger than the checkpoint
     had no value then; where the run lies is no part of it."""
-    before, after = flatten(saved["settings"]), flatten(own["settings"])
+    before, after = flatten(as_now(saved["settings"])), flatten(own["settings"])
     changed = {key: [before[key], value] for key, value in after.items()
                if key in before and before[key] != value and key != "run_dir"}
     for axis, size in own["mesh"].items():
@@ -86,7 +86,7 @@ def check_allowed(keys: list[str]) -> None:
 def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str, Any], where: Location) -> None:
     """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for
     those in checkpoint.allow. Raises UserError."""
-    before, now = flatten(saved), flatten(wanted)
+    before, now = flatten(as_now(saved)), flatten(as_now(wanted))
     if (before.get("model.family"), before.get("data.packing")) == ("gpt", "documents"):
         before.setdefault("data.start_token", False)  # what older runs did, without the key
     for key, reason in keys.items():
@@ -95,6 +95,11 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
             ways = "set it back or choose another run_dir" if key in MODEL_KEYS else (
                 f"set it back, choose another run_dir, or insist with 'checkpoint.allow=[{key}]'")
             raise UserError(f"{key}={now[key]}: the checkpoints in {where} were made with {before[key]}, and {reason}; {ways}")
+
+
+def as_now(saved: dict[str, Any]) -> dict[str, Any]:
+    """Settings that a checkpoint has, with the model's nulls filled in by its family, as they are today."""
+    return saved | {"model": dataclasses.asdict(_read(ModelSettings, saved["model"]))} if "model" in saved else saved
 
 
 def _read(section: type, values: dict[str, Any]) -> Any:

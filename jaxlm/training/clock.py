@@ -8,8 +8,8 @@ import jax
 import numpy as np
 
 from jaxlm.data.batches import Batches
-from jaxlm.models.sizes import training_flops
 from jaxlm.runtime.chips import products_peak
+from jaxlm.training.footprint import training_flops
 from jaxlm.training.setup import SkippedRows
 from jaxlm.training.step import Trainer
 
@@ -62,12 +62,11 @@ class Clock:
 
     def __init__(self, trainer: Trainer, batches: Batches, skipped_rows: SkippedRows, first: int, saved: dict[str, Any]):
         length, devices = trainer.settings.data.sequence_length, trainer.mesh.devices.flatten()
-        predictions = batches.spec["masked_positions"][0][0] if "masked_positions" in batches.spec else length
         self.first, self.slots = first, batches.global_batch_size * length
         self.slots_before = saved.get("slots", first * self.slots)  # of the batches that earlier starts had
         self.tokens = TokenCount(batches, self.slots, skipped_rows, first, saved)
         self.epochs = batches.global_batch_size / batches.sequences_per_epoch  # that a step takes
-        self.flops = batches.global_batch_size * training_flops(trainer.settings.model, length, predictions)
+        self.flops = batches.global_batch_size * training_flops(trainer.settings)
         peak = products_peak(devices[0].device_kind, trainer.settings.train.precision)
         self.peak = peak and peak * len(devices)
         self.restart(first)

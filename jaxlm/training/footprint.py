@@ -1,9 +1,9 @@
 """What one device holds of a run: parameters, optimizer, gradients, and the activations that wait for the backward
 pass.
 
-Counted from shapes and settings, without JAX. `jaxlm plan --fast` adds to it what compilers make of a step; and a
-run, or a plan that compiles, takes from it how much of a device's memory is left for the logits of the loss, the
-same for both.
+Counted from shapes and settings; nothing is built or compiled. `jaxlm plan --fast` adds to it what compilers make of
+a step; and a run, or a plan that compiles, takes from it how much of a device's memory is left for the logits of the
+loss, the same for both.
 """
 
 import math
@@ -11,20 +11,20 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
-from jaxlm.data.masking import num_predictions
+from jaxlm.models.parameters import Parameter, num_parameters, parameters
 from jaxlm.models.sizes import (
-    Shape,
-    attention_dropout_rate,
     attention_kernel,
+    block_flops,
+    fits_fused_kernels,
     head_dim,
     intermediate_size,
     is_gated,
     kv_heads,
-    parameters,
 )
 from jaxlm.parallel.rules import parts
 from jaxlm.runtime.chips import find_chip
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
+from jaxlm.tasks.find import find_task
 
 Sizes = Mapping[str, int]  # of the mesh's axes
 FLOAT32 = 4  # bytes
@@ -82,7 +82,7 @@ def kernel_of(settings: Settings, platform: str) -> str:
     if model.attention != "auto":
         return model.attention
     return attention_kernel(platform, settings.train.precision, data.sequence_length, head_dim(model),
-                            fused=not attention_dropout_rate(model))
+                            fused=fits_fused_kernels(model))
 
 
 def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:
@@ -95,8 +95,8 @@ def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:
     scores = {"xla": length**2, "ring": (length / sizes["context"])**2}.get(kernel, 0)
     scores *= FLOAT32 * rows * model.num_heads / tensor
     mask = element * rows * length**2 if kernel == "cudnn" and data.packing == "documents" else 0.0
-    kernels = sum(whole_size(shape, sizes) / model.num_layers * sizes["stage"] for name, shape in parameters(model).items()
-                  if name.startswith("blocks.") and name.endswith("kernel"))
+    kernels = sum(whole_size(shape, sizes) / model.num_layers * sizes["stage"] for shape in parameters_of(settings).values()
+                  if shape.is_stacked and shape.is_matrix)
     ticks = train.gradient_accumulation * train.stage_repeats + sizes["stage"] - 1
     return Share(
         tokens, states=element * tokens * model.hidden_size / tensor, width=element * tokens * model.hidden_size,
@@ -112,7 +112,7 @@ def kept_of_a_layer(settings: Settings, share: Share) -> float:
     """Bytes of a layer's activations that stay on the device until the backward pass, by train.remat."""
     gates = 2 if is_gated(settings.model) else 1
     block = share.block | {"mlp_hidden": share.mlp * gates}
-    if settings.model.family == "gpt":
+    if settings.model.norm_position == "pre":
         block["mlp_output"] = 0.0  # nothing asks for it
     choices = remat_choices(settings.train.remat)
     if choices is None:  # what every function of the block asks for, too: norms and rotations in float32, the activation
@@ -127,10 +127,34 @@ def activations_kept(settings: Settings, sizes: Sizes, share: Share) -> float:
     return kept_of_a_layer(settings, share) * share.layers * (share.runs if sizes["stage"] > 1 else 1)
 
 
+def parameters_of(settings: Settings) -> dict[str, Parameter]:
+    """Of the run's model and the heads of its task, by dotted path."""
+    return parameters(settings.model, find_task(settings).objectives())
+
+
+def count_parameters(settings: Settings) -> int:
+    """Numbers in them, without the padding of the vocabulary."""
+    return num_parameters(settings.model, find_task(settings).objectives())
+
+
 def predictions(settings: Settings) -> int:
     """Positions of a sequence that reach the output head."""
-    length = settings.data.sequence_length
-    return length if settings.model.family == "gpt" else num_predictions(settings.data.masking, length)
+    return sum(objective.predictions(settings.data) for objective in find_task(settings).objectives())
+
+
+def head_flops(settings: Settings) -> float:
+    """FLOPs of one sequence's forward pass through the heads."""
+    return sum(objective.flops(settings.model, objective.predictions(settings.data))
+               for objective in find_task(settings).objectives())
+
+
+def training_flops(settings: Settings) -> float:
+    """FLOPs of one sequence's forward and backward pass, as PaLM counts them (Chowdhery et al. 2022, appendix B).
+
+    Matrix products only, a backward pass is two forward passes, attention counts every pair of positions, and
+    recomputation does not count.
+    """
+    return 3 * (settings.model.num_layers * block_flops(settings.model, settings.data.sequence_length) + head_flops(settings))
 
 
 def element_size(settings: Settings) -> int:
@@ -142,32 +166,32 @@ def gradient_element_size(settings: Settings) -> int:
     return 2 if settings.train.gradient_precision == "bfloat16" else FLOAT32
 
 
-def whole_size(shape: Shape, sizes: Sizes) -> float:
+def whole_size(shape: Parameter, sizes: Sizes) -> float:
     """Numbers of a parameter that a device works with: cut by all axes but fsdp, over which it is fetched."""
     return math.prod(shape.sizes) / parts(shape.axes, {**sizes, "fsdp": 1})
 
 
-def kept_size(shape: Shape, sizes: Sizes) -> float:
+def kept_size(shape: Parameter, sizes: Sizes) -> float:
     """Numbers of a parameter that a device keeps."""
     return math.prod(shape.sizes) / parts(shape.axes, sizes)
 
 
 def state_sizes(settings: Settings, sizes: Sizes) -> dict[str, float]:
     """Bytes of parameters, optimizer on the device, gradients."""
-    shapes, name = parameters(settings.model), settings.optimizer.name
+    shapes, name = parameters_of(settings), settings.optimizer.name
     numbers = sum(kept_size(shape, sizes) for shape in shapes.values())
-    moments = sum(moments_size(name, path, shape, sizes) for path, shape in shapes.items())
+    moments = sum(moments_size(name, shape, sizes) for shape in shapes.values())
     return {"parameters": FLOAT32 * numbers, "optimizer": 0.0 if settings.optimizer.offload else FLOAT32 * moments,
             "gradients": FLOAT32 * numbers}
 
 
-def moments_size(optimizer: str, path: str, shape: Shape, sizes: Sizes) -> float:
+def moments_size(optimizer: str, shape: Parameter, sizes: Sizes) -> float:
     """Numbers that an update rule keeps of a parameter on each device."""
     if optimizer == "muon":  # for the hidden matrices; Adam for the others
-        return (1 if path.startswith("blocks.") and path.endswith("kernel") else 2) * kept_size(shape, sizes)
+        return (1 if shape.is_stacked and shape.is_matrix else 2) * kept_size(shape, sizes)
     if optimizer != "adafactor":
         return MOMENTS[optimizer] * kept_size(shape, sizes)
-    stacked = shape.axes[0] == "layers"
+    stacked = shape.is_stacked
     *rest, second, first = sorted((1, 1, *shape.sizes[stacked:]))
     if second < FACTORED:
         return kept_size(shape, sizes)

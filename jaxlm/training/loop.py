@@ -25,6 +25,7 @@ from jaxlm.safety.copies import find_differences, has_copies, make_digests
 from jaxlm.safety.preemption import WEEK, Preemption
 from jaxlm.safety.watch import Watch
 from jaxlm.storage.files import as_path, plain, write_text
+from jaxlm.tasks.find import find_task
 from jaxlm.training.clock import Clock
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.setup import (
@@ -210,7 +211,7 @@ class Loop:
             val_loss = self._evaluate(step, state.params)
         if self._samples_at(step) and not self.preemption.agreed:
             with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
-                shows_itself = step == self.settings.train.steps and self.settings.model.family == "gpt"  # when it has ended
+                shows_itself = step == self.settings.train.steps and find_task(self.settings).continues_text  # when it has ended
                 self.output.samples(step, self.sample(state.params), shown=not shows_itself)
         if self._saves_at(step) or self.preemption.agreed:
             cut_short = self._evaluates_at(step) and self.preemption.agreed

@@ -1,6 +1,7 @@
 """Update rules and learning-rate schedules, put together from Optax."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -44,54 +45,60 @@ def make_optimizer(settings: OptimizerSettings, axes: Any) -> optax.GradientTran
     run's own clock, also past steps that were skipped. `axes` is the parameters' tree of `Axes`. Clipping happens in
     the step, where the norm is known.
     """
-    decay = optax.add_decayed_weights(settings.weight_decay, mask=decayed) if settings.weight_decay else optax.identity()
+    def decay(axes: Any) -> optax.GradientTransformation:
+        weight_decay = settings.weight_decay
+        return optax.add_decayed_weights(weight_decay, mask=decayed(axes)) if weight_decay else optax.identity()
+
     b1, b2, epsilon = settings.b1, settings.b2, settings.epsilon
     momentum = optax.trace(b1) if b1 else optax.identity()
     match settings.name:
         case "adamw":
-            return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay)
+            return optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay(axes))
         case "adam":
-            return optax.chain(decay, optax.scale_by_adam(b1, b2, epsilon))
+            return optax.chain(decay(axes), optax.scale_by_adam(b1, b2, epsilon))
         case "sgd":
-            return optax.chain(decay, momentum)
+            return optax.chain(decay(axes), momentum)
         case "rmsprop":
-            return optax.chain(decay, optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False), momentum)
+            return optax.chain(decay(axes), optax.scale_by_rms(b2, epsilon, eps_in_sqrt=False), momentum)
         case "lion":
-            return optax.chain(optax.scale_by_lion(b1, b2), decay)
+            return optax.chain(optax.scale_by_lion(b1, b2), decay(axes))
         case "lamb":
-            return per_layer(optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay, optax.scale_by_trust_ratio()))
+            return per_layer(lambda axes: optax.chain(optax.scale_by_adam(b1, b2, epsilon), decay(axes),
+                                                      optax.scale_by_trust_ratio()), axes)
         case "adafactor":
             # Optax's own weight decay comes after the learning rate, and its sign is turned; here both are as
             # everybody's.
             factored = optax.chain(optax.adafactor(learning_rate=None, decay_rate=0.8), optax.scale(-1.0))
-            return per_layer(optax.chain(factored, decay))
+            return per_layer(lambda axes: optax.chain(factored, decay(axes)), axes)
         case "muon":
-            return optax.chain(_muon_or_adam(settings, axes), decay)
+            return optax.chain(_muon_or_adam(settings, axes), decay(axes))
     raise ValueError(settings.name)
 
 
-def decayed(params: Any) -> Any:
+def decayed(axes: Any) -> Any:
     """True for the matrices and tables, False for biases and norms."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "embedding"), params)
+    return jax.tree.map(lambda leaf: leaf.role in ("kernel", "router", "table"), axes)
 
 
-def per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def per_layer(make: Callable[[Any], optax.GradientTransformation], axes: Any) -> optax.GradientTransformation:
     """Applies a rule that looks at whole tensors (a trust ratio, a factored moment) to each layer of the stack by
-    itself."""
+    itself. `make`: from a tree of `Axes` to the rule for these parameters."""
 
     def split(tree: dict | None) -> tuple[dict | None, dict | None]:
         if tree is None:
             return None, None
         return tree["blocks"], {name: value for name, value in tree.items() if name != "blocks"}
 
+    stacked, alone = map(make, split(axes))
+
     def init(params: dict) -> dict:
         blocks, rest = split(params)
-        return {"layers": jax.vmap(inner.init)(blocks), "rest": inner.init(rest)}
+        return {"layers": jax.vmap(stacked.init)(blocks), "rest": alone.init(rest)}
 
     def update(updates: dict, state: dict, params: dict | None = None) -> tuple[dict, dict]:
         (blocks, rest), (block_params, rest_params) = split(updates), split(params)
-        blocks, layers_state = jax.vmap(inner.update)(blocks, state["layers"], block_params)
-        rest, rest_state = inner.update(rest, state["rest"], rest_params)
+        blocks, layers_state = jax.vmap(stacked.update)(blocks, state["layers"], block_params)
+        rest, rest_state = alone.update(rest, state["rest"], rest_params)
         return {"blocks": blocks, **rest}, {"layers": layers_state, "rest": rest_state}
 
     return optax.GradientTransformation(init, update)
@@ -122,7 +129,7 @@ def state_axes(optimizer: optax.GradientTransformation, shapes: Any, axes: Any) 
 
 def _muon_or_adam(settings: OptimizerSettings, axes: Any) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the hidden matrices, Adam for embeddings, heads, norms and biases."""
-    dimensions = jax.tree_util.tree_map_with_path(_muon_dimensions, axes)
+    dimensions = jax.tree.map(_muon_dimensions, axes)
     labels = jax.tree.map(
         lambda leaf: "adam" if isinstance(leaf, optax.MaskedNode) else "muon", dimensions, is_leaf=_is_muon_leaf)
 
@@ -139,10 +146,10 @@ def _muon_or_adam(settings: OptimizerSettings, axes: Any) -> optax.GradientTrans
     return optax.partition({"muon": muon, "adam": optax.scale_by_adam(settings.b1, settings.b2, settings.epsilon)}, labels)
 
 
-def _muon_dimensions(path: tuple, leaf: Axes) -> contrib.MuonDimensionNumbers | optax.MaskedNode:
+def _muon_dimensions(leaf: Axes) -> contrib.MuonDimensionNumbers | optax.MaskedNode:
     """Which dimensions of a hidden matrix are its rows and columns; a MaskedNode for what is none."""
     names = leaf.names
-    if path[-1].key != "kernel" or names[0] != "layers":
+    if leaf.role not in ("kernel", "router") or names[0] != "layers":
         return optax.MaskedNode()
     embed = names.index("embed")
     others = tuple(i for i in range(1, len(names)) if i != embed and names[i] != "experts")

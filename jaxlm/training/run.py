@@ -19,7 +19,6 @@ from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.sequences import start_token
 from jaxlm.errors import LostProcess, RunError, UserError, reason
-from jaxlm.models.sizes import num_parameters
 from jaxlm.parallel.mesh import crossings, islands_of
 from jaxlm.reporting.goodput import Account, goodput
 from jaxlm.reporting.metrics import MetricsWriter, read_metrics
@@ -31,7 +30,8 @@ from jaxlm.safety.watch import Watch
 from jaxlm.settings import Settings, dump, to_dict
 from jaxlm.storage.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
 from jaxlm.storage.remote import is_remote
-from jaxlm.training.baseline import beside
+from jaxlm.tasks.find import find_task
+from jaxlm.training.baseline import beside, check_baseline
 from jaxlm.training.changes import (
     FIXED_KEYS,
     MODEL_KEYS,
@@ -44,6 +44,7 @@ from jaxlm.training.changes import (
 )
 from jaxlm.training.evaluated_text import describe, open_evaluated
 from jaxlm.training.evaluation import evaluate_run
+from jaxlm.training.footprint import count_parameters
 from jaxlm.training.loop import Loop, Output, Sampler
 from jaxlm.training.origin import origin_of, say_which
 from jaxlm.training.setup import (
@@ -227,7 +228,7 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
     batch, length = settings.data.global_batch_size, settings.data.sequence_length
     accumulation = settings.train.gradient_accumulation
     lines = [
-        f"{settings.model.family} of {format_count(num_parameters(settings.model))} parameters, {settings.train.precision} "
+        f"{settings.model.family} of {format_count(count_parameters(settings))} parameters, {settings.train.precision} "
         f"compute; {counted(trainer.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
         + (f"; between {islands_of(device.platform)}: {slow}" if slow else ""),
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
@@ -237,9 +238,9 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
     for corpus, _ in corpora:
-        lines += [f"{corpus.directory}: {corpus.lost}"] if settings.model.family == "gpt" and corpus.loses_text else []
+        lines += [f"{corpus.directory}: {corpus.lost}"] if find_task(settings).continues_text and corpus.loses_text else []
         lines += corpus.warnings()
-    if settings.model.family == "gpt" and settings.data.packing == "documents" and (
+    if find_task(settings).continues_text and settings.data.packing == "documents" and (
             start_token(corpora[0][0].tokenizer.special, "documents") is None or not settings.data.start_token):
         why = "the tokenizer has none" if settings.data.start_token else "data.start_token=false"
         lines.append(f"documents begin without a start token ({why}): their first token is not learnt, so an empty prompt "
@@ -298,7 +299,7 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
         "mfu": seconds and clock.mfu(seconds),
         "devices": trainer.mesh.size, "device_kind": trainer.mesh.devices.flatten()[0].device_kind,
         "mesh": dict(trainer.mesh.shape),
-        "parameters": num_parameters(trainer.settings.model), "wall_seconds": loop.account.wall_seconds,
+        "parameters": count_parameters(trainer.settings), "wall_seconds": loop.account.wall_seconds,
         "compile_seconds": loop.account.parts["compile"], "goodput": goodput(settings.run_dir),
     })
 
@@ -306,6 +307,8 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
 def evaluate_checkpoint(settings: Settings, with_baseline: bool = False) -> dict[str, Any]:
     """A checkpoint of run_dir over the whole validation set: `step` and the metrics; and as `baseline` what n-grams
     make of it (`jaxlm.baselines`), if asked for. Raises UserError."""
+    if with_baseline:
+        check_baseline(settings)
     settings, mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)

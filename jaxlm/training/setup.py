@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout
 from jaxlm.console.progress import print_line
-from jaxlm.data.batches import Batches, batch_spec, check_special_tokens, iterate, training_batches, validation_batches
+from jaxlm.data.batches import Batches, iterate
 from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.manifest import MANIFEST
@@ -30,6 +30,7 @@ from jaxlm.parallel.rules import cutting, shrunk
 from jaxlm.runtime import processes, runtime_log
 from jaxlm.settings import Settings, flatten, to_dict
 from jaxlm.storage.files import as_path, exists
+from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import logits_memory
 from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
 
@@ -59,7 +60,8 @@ def start(settings: Settings, mesh: Mesh) -> Trainer:
     """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`)."""
     device = mesh.devices.flat[0]
     memory = logits_memory(settings, mesh.shape, device.platform, device.device_kind)
-    return make_trainer(Model(settings.model, settings.train, memory), settings, mesh)
+    model = Model(settings.model, settings.train, find_task(settings).objectives(), memory)
+    return make_trainer(model, settings, mesh)
 
 
 def dropless(settings: Settings) -> Settings:
@@ -105,8 +107,7 @@ def check_given_tokenizer(settings: Settings) -> None:
     tokenizer = given_tokenizer(settings.data)
     if tokenizer:
         resolve(settings, tokenizer)
-        if settings.model.family == "bert":
-            check_special_tokens(tokenizer, f"data.tokenizer={settings.data.tokenizer}")
+        find_task(settings).check_tokenizer(tokenizer, f"data.tokenizer={settings.data.tokenizer}")
 
 
 def check_corpora(settings: Settings, corpora: Corpora) -> None:
@@ -116,7 +117,7 @@ def check_corpora(settings: Settings, corpora: Corpora) -> None:
     settings = resolve(settings, tokenizer)
     make_training_batches(settings, corpora)
     make_validation_batches(settings, corpora)
-    if settings.model.family == "gpt":
+    if find_task(settings).continues_text:
         encode_prompts(settings, tokenizer)
 
 
@@ -164,22 +165,18 @@ def evaluation_batch_size(settings: Settings) -> int:
 
 def batch_shapes(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and type of every array of a training batch, known without a corpus."""
-    spec = batch_spec(settings.data, settings.model.family, settings.model.next_sentence)
-    return {name: jax.ShapeDtypeStruct((settings.data.global_batch_size, *shape), kind) for name, (shape, kind) in spec.items()}
+    rows = settings.data.global_batch_size
+    return {name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype) for name, field in find_task(settings).spec().items()}
 
 
 def make_training_batches(settings: Settings, corpora: Corpora) -> Batches:
     """`batch(step)` of the whole run."""
-    return training_batches(corpora, settings.data, family=settings.model.family, next_sentence=settings.model.next_sentence,
-                            seed=settings.seed)
+    return find_task(settings).training_batches(corpora)
 
 
 def make_validation_batches(settings: Settings, corpora: Corpora) -> Batches | None:
     """The validation set, once through, padded to whole batches; None when nothing is held out."""
-    if not any(corpus.validation.num_tokens for corpus, _ in corpora):
-        return None
-    return validation_batches([corpus for corpus, _ in corpora], settings.data, family=settings.model.family,
-                              next_sentence=settings.model.next_sentence, batch_size=evaluation_batch_size(settings))
+    return find_task(settings).validation_batches([corpus for corpus, _ in corpora], evaluation_batch_size(settings))
 
 
 @contextlib.contextmanager

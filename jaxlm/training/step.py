@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 
-from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model, Params
+from jaxlm.models.objectives import Objectives
 from jaxlm.models.sizes import attention_dropout_rate
 from jaxlm.parallel.layout import Layout, on_host, reorder_layers
 from jaxlm.parallel.pipeline import layer_order
@@ -21,6 +21,7 @@ from jaxlm.settings import Settings
 from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
 
 Batch = dict[str, jax.Array]
+Terms = dict[str, Any]  # of each objective, by name: sums that add up (`jaxlm.models.objectives`)
 
 
 class TrainState(NamedTuple):
@@ -41,7 +42,7 @@ class Trainer(NamedTuple):
     layout: Layout  # of the whole state, a TrainState
     init: Callable[[int], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # jitted; donates the state
-    evaluate: Callable[[Params, Batch], dict[str, Sums]]  # jitted; experts drop nothing
+    evaluate: Callable[[Params, Batch], Terms]  # jitted; experts drop nothing
 
     @property
     def mesh(self) -> Mesh:
@@ -76,7 +77,8 @@ def make_trainer(model: Model, settings: Settings, mesh: Mesh) -> Trainer:
 
     dropless = model
     if settings.model.capacity_factor is not None:  # a token's loss must not depend on the batch that it is measured in
-        dropless = Model(dataclasses.replace(settings.model, capacity_factor=None), settings.train, model.logits_memory)
+        dropless = Model(dataclasses.replace(settings.model, capacity_factor=None), settings.train, model.objectives,
+                         model.logits_memory)
     layout = Layout(mesh, axes, jax.eval_shape(init, 0), shardings(mesh, axes), order)
     step = _train_step(model, optimizer, schedule, settings, mesh.shape["stage"] > 1, layout.shardings.optimizer)
     if settings.optimizer.offload:
@@ -86,7 +88,7 @@ def make_trainer(model: Model, settings: Settings, mesh: Mesh) -> Trainer:
         settings, model, layout,
         init=jax.jit(init, out_shardings=layout.shardings),
         step=jax.jit(model.traced(step), donate_argnums=0, out_shardings=(layout.shardings, None)),
-        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_sums, dropless), 1))))
+        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_terms, dropless), 1))))
 
 
 def as_saved(state: TrainState) -> dict[str, Any]:
@@ -114,15 +116,15 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
 
     travels_as = jnp.dtype(settings.train.gradient_precision)
 
-    def loss_and_sums(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, dict[str, Sums]]:
-        sums = model.bind(params).losses(batch, keys)
-        return sum(term.loss / counts[name] for name, term in sums.items()), sums
+    def loss_and_terms(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, Terms]:
+        terms = model.terms(params, batch, keys)
+        return sum(term.loss / counts[name] for name, term in terms.items()), terms
 
-    def gradients(params: Params, batch: Batch, keys: jax.Array | None) -> tuple[Params, dict[str, Sums]]:
+    def gradients(params: Params, batch: Batch, keys: jax.Array | None) -> tuple[Params, Terms]:
         # Divided by the whole batch's counts, so that micro-batches simply add up to the big batch's gradient.
-        counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in model.bind(params).counts(batch).items()}
-        gradient = jax.grad(loss_and_sums, has_aux=True)
-        params = _as_type(params, travels_as)
+        counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in model.counts(batch).items()}
+        gradient = jax.grad(loss_and_terms, has_aux=True)
+        params = _as_type(params, model.axes, travels_as)
         if settings.train.gradient_accumulation == 1:
             return gradient(params, batch, keys, counts)
         one_by_one = gradient if pipelined else functools.partial(_accumulated, gradient, settings.train.gradient_accumulation)
@@ -133,7 +135,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         if has_dropout:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(batch["tokens"])))
-        grads, sums = gradients(state.params, batch, keys)
+        grads, terms = gradients(state.params, batch, keys)
         with jax.named_scope("optimizer"):
             grads = jax.tree.map(lambda grad: grad.astype(jnp.float32), grads)
             norm = optax.tree.norm(grads)
@@ -144,8 +146,8 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
             direction, after = optimizer.update(grads, before, state.params)
             rate = jnp.asarray(schedule(state.step), jnp.float32)
             params = jax.tree.map(lambda param, update: param - rate * update, state.params, direction)
-        metrics = training_metrics(sums) | {"learning_rate": rate, "grad_norm": norm}
-        predicted = sum(term.count for term in sums.values() if isinstance(term, Sums))
+        metrics = training_metrics(model.objectives, terms) | {"learning_rate": rate, "grad_norm": norm}
+        predicted = sum(terms[objective.name].count for objective in model.objectives if objective.is_evaluated)
         good = is_good(state.recent, metrics["loss"], norm, predicted, settings.guards.spike_sigma)
         params, after = jax.tree.map(lambda new, old: jnp.where(good, new, old), (params, after), (state.params, before))
         recent = remembered(state.recent, metrics["loss"], norm, good)
@@ -157,19 +159,16 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
     return train_step
 
 
-def _evaluation_sums(model: Model, params: Params, batch: Batch) -> dict[str, Sums]:
-    """The sums of what is predicted; how experts are used is a matter of training."""
-    return {name: sums for name, sums in model.bind(params).losses(batch).items() if isinstance(sums, Sums)}
+def _evaluation_terms(model: Model, params: Params, batch: Batch) -> Terms:
+    """What an evaluation adds up."""
+    terms = model.terms(params, batch)
+    return {objective.name: terms[objective.name] for objective in model.objectives if objective.is_evaluated}
 
 
-def _as_type(params: Params, dtype: jnp.dtype) -> Params:
+def _as_type(params: Params, axes: Any, dtype: jnp.dtype) -> Params:
     """Kernels and tables in `dtype`, and so their gradients, which travel as what they belong to. Every product
     casts them to the compute type in any case; the router of experts, which computes in float32, stays as it is."""
-    def cast(path: tuple, leaf: jax.Array) -> jax.Array:
-        names = [entry.key for entry in path]
-        return leaf.astype(dtype) if names[-1] in ("kernel", "embedding") and "router" not in names else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree.map(lambda leaf, about: leaf.astype(dtype) if about.role in ("kernel", "table") else leaf, params, axes)
 
 
 def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> Any:
@@ -190,15 +189,12 @@ def _micro_batches(array: jax.Array, pieces: int) -> jax.Array:
     return constrain(cut, None, "batch") if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else cut
 
 
-def training_metrics(sums: dict[str, Sums]) -> dict[str, jax.Array]:
+def training_metrics(objectives: Objectives, terms: Terms) -> dict[str, jax.Array]:
     """`loss` (what is minimized, per prediction) and, where there are several objectives, each one's part."""
-    parts = {name: term.loss / jnp.maximum(term.count, 1) for name, term in sums.items()}
+    parts = {name: term.loss / jnp.maximum(term.count, 1) for name, term in terms.items()}
     metrics = {"loss": sum(parts.values())}
     if len(parts) > 1:
         metrics |= {f"{name}_loss": part for name, part in parts.items()}
-    if "router" in sums:  # of the fullest and the emptiest expert of any layer, 1 being an even share
-        load = sums["router"].load
-        share = load * load.shape[1] / load.sum(1, keepdims=True)
-        metrics |= {"expert_load_max": share.max(), "expert_load_min": share.min(),
-                    "dropped_fraction": sums["router"].dropped / load.sum()}
+    for objective in objectives:
+        metrics |= objective.training_figures(terms[objective.name])
     return metrics

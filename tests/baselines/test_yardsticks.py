@@ -9,10 +9,10 @@ import pytest
 
 from jaxlm.baselines import ngrams, yardsticks
 from jaxlm.baselines.yardsticks import histories, sequences
-from jaxlm.data.batches import validation_batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.prepare import prepare
-from jaxlm.settings import DataSettings
+from jaxlm.settings import DataSettings, ModelSettings, Settings
+from jaxlm.tasks.find import find_task
 
 ORDER = yardsticks.ORDER
 VOCABULARY = {"bytes": None, "wordpiece": 39}  # of LINES and HELD_OUT
@@ -32,6 +32,11 @@ def corpus(tmp_path, monkeypatch):
     return make
 
 
+def batches_of(corpus, data, family, size):
+    model = ModelSettings(family=family, max_length=256, vocab_size=corpus.tokenizer.vocab_size)
+    return find_task(Settings(model=model, data=data)).validation_batches([corpus], size)
+
+
 def documents(split):
     return [split.read(begin, end).tolist() for begin, end in zip(split.offsets[:-1], split.offsets[1:], strict=True)]
 
@@ -45,7 +50,7 @@ def test_figures_are_those_of_the_formula(packing, start_token, corpus, formula_
     if packing == "documents" and start_token:
         opening = corpus.tokenizer.special.bos if corpus.tokenizer.special.bos is not None else corpus.tokenizer.special.eos
         train, held_out = ([[opening, *tokens] for tokens in found] for found in (train, held_out))
-    batches = validation_batches(corpus, data, family="gpt", batch_size=2)
+    batches = batches_of(corpus, data, "gpt", 2)
     found = yardsticks.yardsticks([corpus], [corpus], batches, data)
 
     formula = formula_of(train, corpus.tokenizer.vocab_size, ORDER)
@@ -62,7 +67,7 @@ def test_figures_are_those_of_the_formula(packing, start_token, corpus, formula_
 
 def test_a_masked_model_is_beside_the_frequencies_of_words(corpus):
     corpus, data = corpus("wordpiece")
-    batches = validation_batches(corpus, data, family="bert", batch_size=2)
+    batches = batches_of(corpus, data, "bert", 2)
     found = yardsticks.yardsticks([corpus], [corpus], batches, data)
     assert list(found) == ["unigram"]
     stream = [token for tokens in documents(corpus.train) for token in tokens if token not in corpus.tokenizer.special.ids]
@@ -77,21 +82,21 @@ def test_a_masked_model_is_beside_the_frequencies_of_words(corpus):
 
 def test_figures_are_kept_with_the_corpus_and_counted_anew_for_other_rows(corpus, monkeypatch):
     corpus, data = corpus("bytes", packing="documents")
-    batches = validation_batches(corpus, data, family="gpt", batch_size=2)
+    batches = batches_of(corpus, data, "gpt", 2)
     found = yardsticks.yardsticks([corpus], [corpus], batches, data)
     kept = list((corpus.directory / "baseline").iterdir())
     assert len(kept) == 1
     monkeypatch.setattr(yardsticks, "KneserNey", None)  # nothing is counted again
-    assert yardsticks.yardsticks([corpus], [corpus], validation_batches(corpus, data, family="gpt", batch_size=3), data) == found
+    assert yardsticks.yardsticks([corpus], [corpus], batches_of(corpus, data, "gpt", 3), data) == found
     shorter = DataSettings(**{**vars(data), "sequence_length": 8})
     with pytest.raises(TypeError):
-        yardsticks.yardsticks([corpus], [corpus], validation_batches(corpus, shorter, family="gpt", batch_size=2), shorter)
+        yardsticks.yardsticks([corpus], [corpus], batches_of(corpus, shorter, "gpt", 2), shorter)
 
 
 def test_where_text_was_lost_bits_per_byte_are_not_known(corpus, monkeypatch):
     corpus, data = corpus("bytes", packing="documents")
     monkeypatch.setattr(Corpus, "loses_text", True)
-    found = yardsticks.yardsticks([corpus], [corpus], validation_batches(corpus, data, family="gpt", batch_size=2), data)
+    found = yardsticks.yardsticks([corpus], [corpus], batches_of(corpus, data, "gpt", 2), data)
     assert found["n-gram (5)"]["bits_per_byte"] is None and found["n-gram (5)"]["loss"] > 0
 
 

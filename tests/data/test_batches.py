@@ -8,11 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from jaxlm.data.batches import batch_spec, iterate, training_batches, validation_batches
+from jaxlm.data.batches import iterate
 from jaxlm.data.prepare import prepare
 from jaxlm.data.tokenizers import SpecialTokens
 from jaxlm.errors import UserError
-from jaxlm.settings import DataSettings, MaskingSettings
+from jaxlm.settings import DataSettings, MaskingSettings, ModelSettings, Settings
+from jaxlm.tasks.find import find_task
 
 FIRST = 10  # ids below are special, also without a name
 SPECIAL = SpecialTokens(pad=0, unk=1, eos=2, cls=4, sep=5, mask=6)
@@ -24,7 +25,8 @@ class InMemory:
     """A split: documents of these lengths (their end mark included), whose tokens are FIRST, FIRST + 1, ... along
     the stream."""
 
-    def __init__(self, lengths: list[int]):
+    def __init__(self, lengths: list[int], directory: str = "corpus", split: str = "train"):
+        self.directory, self.split = directory, split
         self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.num_documents = len(lengths)
         self.num_tokens = int(self.offsets[-1])
@@ -39,12 +41,16 @@ def make_corpus(lengths: list[int], validation: list[int] | None = None, *, spec
                 name: str = "corpus", digest: str = "same") -> SimpleNamespace:
     vocab_size = FIRST + 5000
     tokenizer = SimpleNamespace(special=special, vocab_size=vocab_size, starts_word=np.arange(vocab_size) % 2 == 0, digest=digest)
-    return SimpleNamespace(directory=name, tokenizer=tokenizer, train=InMemory(lengths),
-                           validation=InMemory(lengths if validation is None else validation))
+    return SimpleNamespace(directory=name, tokenizer=tokenizer, train=InMemory(lengths, name),
+                           validation=InMemory(lengths if validation is None else validation, name, "validation"))
 
 
 LENGTHS = [7, 40, 3, 19, 2, 11, 90, 5, 16, 17, 33, 8, 1, 25]
 CORPUS = make_corpus(LENGTHS)
+
+
+def task_of(data, family, next_sentence=False, seed=0):
+    return find_task(Settings(data=data, model=ModelSettings(family=family, next_sentence=next_sentence), seed=seed))
 
 
 def training(corpora, family="gpt", packing="concatenate", next_sentence=False, seed=0, length=16, size=4, start_token=True,
@@ -52,12 +58,13 @@ def training(corpora, family="gpt", packing="concatenate", next_sentence=False, 
     corpora = corpora if isinstance(corpora, list) else [(corpora, 1.0)]
     data = DataSettings(sequence_length=length, global_batch_size=size, packing=packing, start_token=start_token,
                         masking=MaskingSettings(**masking))
-    return training_batches(corpora, data, family=family, next_sentence=next_sentence, seed=seed)
+    return task_of(data, family, next_sentence, seed).training_batches(corpora)
 
 
 def validation(corpora, family="gpt", packing="concatenate", next_sentence=False, length=16, size=4, start_token=True):
+    corpora = corpora if isinstance(corpora, list) else [corpora]
     data = DataSettings(sequence_length=length, packing=packing, start_token=start_token)
-    return validation_batches(corpora, data, family=family, next_sentence=next_sentence, batch_size=size)
+    return task_of(data, family, next_sentence).validation_batches(corpora, batch_size=size)
 
 
 def epoch_of(batches, number=0):
@@ -88,8 +95,10 @@ def assert_same(first, second):
 def test_what_a_batch_holds_is_known_without_a_corpus(family, packing, next_sentence):
     batches = training(CORPUS, family, packing, next_sentence)
     data = DataSettings(sequence_length=16, packing=packing)
-    assert batch_spec(data, family, next_sentence) == batches.spec
-    assert {name: (array.shape[1:], array.dtype) for name, array in batches.batch(0).items()} == batches.spec
+    known = task_of(data, family, next_sentence).spec()
+    assert known == {name: field._replace(fill=0) for name, field in batches.spec.items()}
+    assert {name: (array.shape[1:], array.dtype) for name, array in batches.batch(0).items()} == {
+        name: (field.shape, field.dtype) for name, field in batches.spec.items()}
 
 
 # ----------------------------------------------------------------------------------------------- the same batch for all
@@ -113,7 +122,7 @@ def test_batch_is_a_pure_function(family, packing, next_sentence):
 def test_spec_says_what_a_batch_holds(family, packing, next_sentence, make):
     batches = make(CORPUS, family, packing, next_sentence, size=5)
     batch = batches.batch(0)
-    assert {name: ((5, *shape), dtype) for name, (shape, dtype) in batches.spec.items()} == {
+    assert {name: ((5, *field.shape), field.dtype) for name, field in batches.spec.items()} == {
         name: (array.shape, array.dtype) for name, array in batch.items()}
     several = packing == "documents" or next_sentence or (family == "bert" and make is validation)
     expected = {"gpt": {"tokens", "targets", "loss_mask"},
@@ -380,9 +389,9 @@ WITHOUT_MASK = make_corpus(LENGTHS, special=SpecialTokens(pad=0, cls=4, sep=5))
     (lambda: training(make_corpus([16])), ["train split", "16 tokens in 1 documents", "data.sequence_length=16"]),
     (lambda: training(make_corpus([]), packing="documents"), ["0 tokens"]),
     (lambda: training(make_corpus([5]), "bert"), ["5 tokens"]),
-    (lambda: validation(make_corpus([50], [])), ["validation split", "0 tokens in 0 documents"]),
+    (lambda: validation([CORPUS, make_corpus([50], [])]), ["validation split", "0 tokens in 0 documents"]),
     (lambda: validation(make_corpus([50], [1])), ["1 tokens"]),
-    (lambda: validation(make_corpus([50], []), "bert", "documents"), ["0 tokens"]),
+    (lambda: validation([CORPUS, make_corpus([50], [])], "bert", "documents"), ["0 tokens"]),
     (lambda: training(make_corpus([500]), "bert", next_sentence=True), ["model.next_sentence", "1 documents"]),
     (lambda: training(CORPUS, "bert", length=2), ["data.sequence_length", "2"]),
 ])
@@ -430,8 +439,8 @@ def test_a_prepared_corpus(tmp_path):
     data = DataSettings(raw=str(tmp_path / "text.txt"), document="line", tokenizer="bytes", sequence_length=160,
                         global_batch_size=4, packing="documents", validation=0.2)
     corpus = prepare(data, tmp_path / "corpus", processes=1)
-    epochs = [epoch_of(training_batches({corpus: 1.0}, data, family="gpt", seed=1)),
-              all_of(validation_batches(corpus, data, family="gpt", batch_size=4))]
+    task = task_of(data, "gpt", seed=1)
+    epochs = [epoch_of(task.training_batches([(corpus, 1.0)])), all_of(task.validation_batches([corpus], batch_size=4))]
     special = corpus.tokenizer.special.ids
     found = [corpus.tokenizer.decode([token for token in row[ids == segment].tolist() if token not in special])
              for epoch in epochs for row, ids in zip(epoch["tokens"], epoch["segment_ids"], strict=True)

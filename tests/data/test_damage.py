@@ -16,14 +16,15 @@ import numpy as np
 import pytest
 
 from jaxlm.data import corpus as corpus_module
-from jaxlm.data.batches import iterate, training_batches, validation_batches
+from jaxlm.data.batches import iterate
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.damage import DamagedData
 from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.prepare import prepare
 from jaxlm.data.shards import BLOCK_TOKENS
 from jaxlm.errors import UserError
-from jaxlm.settings import DataSettings
+from jaxlm.settings import DataSettings, ModelSettings, Settings
+from jaxlm.tasks.find import find_task
 
 SHARD_TOKENS = 3 * BLOCK_TOKENS - 1000  # the last block of every shard is shorter
 EVERY_KIND = [("gpt", "concatenate", False), ("gpt", "documents", False), ("bert", "concatenate", False),
@@ -249,10 +250,11 @@ def settings_of(packing, damaged="stop"):
 
 
 def batches(corpus, family, packing, next_sentence=False, damaged="stop", training=True):
-    data = settings_of(packing, damaged)
+    model = ModelSettings(family=family, next_sentence=next_sentence)
+    task = find_task(Settings(data=settings_of(packing, damaged), model=model, seed=3))
     if training:
-        return training_batches({corpus: 1.0}, data, family=family, next_sentence=next_sentence, seed=3)
-    return validation_batches(corpus, data, family=family, next_sentence=next_sentence, batch_size=16)
+        return task.training_batches([(corpus, 1.0)])
+    return task.validation_batches([corpus], batch_size=16)
 
 
 def touches(example, damaged_spans):

@@ -87,9 +87,10 @@ def bert_logits(tree, tokens, mask, types):
         x = normalize(x + attend(x, block["attention"], mask[:, None] > 0), block["attention_norm"], 1e-12)
         mlp = linear(gelu_erf(linear(x, block["mlp"]["up"])), block["mlp"]["down"])
         x = normalize(x + mlp, block["mlp_norm"], 1e-12)
-    transformed = normalize(gelu_erf(linear(x, tree["mlm_transform"])), tree["mlm_norm"], 1e-12)
-    pooled = np.tanh(linear(x[:, 0], tree["pooler"]))
-    return transformed @ tree["token_embedding"]["embedding"].T + tree["mlm_bias"], linear(pooled, tree["next_sentence_head"])
+    masked, paired = tree["heads"]["masked_token"], tree["heads"]["next_sentence"]
+    transformed = normalize(gelu_erf(linear(x, masked["transform"])), masked["norm"], 1e-12)
+    pooled = np.tanh(linear(x[:, 0], paired["pooler"]))
+    return transformed @ tree["token_embedding"]["embedding"].T + masked["bias"], linear(pooled, paired["classifier"])
 
 
 def test_gpt2_logits_by_hand():
@@ -132,12 +133,14 @@ def test_shapes():
            "final_norm.scale": (32,), "final_norm.bias": (32,)} | all_blocks(128)
     assert shapes(GPT_WEIGHTS, GPT) == gpt
     untied = {**GPT_WEIGHTS, "lm_head.weight": np.ones((97, 32))}
-    assert shapes(untied, replace(GPT, tied_embeddings=False)) == gpt | {"head.embedding": (97, 32)}
+    assert shapes(untied, replace(GPT, tied_embeddings=False)) == gpt | {"heads.next_token.embedding": (97, 32)}
     bert = {"token_embedding.embedding": (101, 32), "position_embedding.embedding": (20, 32), "type_embedding.embedding": (2, 32),
-            "embedding_norm.scale": (32,), "embedding_norm.bias": (32,), "mlm_transform.kernel": (32, 32),
-            "mlm_transform.bias": (32,), "mlm_norm.scale": (32,), "mlm_norm.bias": (32,), "mlm_bias": (101,)} | all_blocks(64)
-    pair = {"pooler.kernel": (32, 32), "pooler.bias": (32,),
-            "next_sentence_head.kernel": (32, 2), "next_sentence_head.bias": (2,)}
+            "embedding_norm.scale": (32,), "embedding_norm.bias": (32,), **{
+                f"heads.masked_token.{name}": shape for name, shape in {
+                    "transform.kernel": (32, 32), "transform.bias": (32,), "norm.scale": (32,), "norm.bias": (32,),
+                    "bias": (101,)}.items()}} | all_blocks(64)
+    pair = {f"heads.next_sentence.{name}": shape for name, shape in {
+        "pooler.kernel": (32, 32), "pooler.bias": (32,), "classifier.kernel": (32, 2), "classifier.bias": (2,)}.items()}
     assert shapes(BERT_WEIGHTS, BERT) == bert | pair
     assert shapes(BERT_WEIGHTS, replace(BERT, next_sentence=False)) == bert
 

@@ -11,6 +11,7 @@ import pytest
 from jaxlm.interop.huggingface import from_huggingface
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model
+from jaxlm.models.objectives import MaskedToken, NextSentence
 from jaxlm.settings import ModelSettings, TrainSettings
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bert.npz"
@@ -42,9 +43,9 @@ def test_logits_loss_and_gradients_equal_transformers(golden):
         def loss(params):
             bound = model.bind(params)
             positions = jnp.broadcast_to(jnp.arange(20), tokens.shape)
-            x = bound.hidden(tokens, Context(positions, segment_ids=segment_ids), batch["token_types"])
-            loss = sum(sums.loss / sums.count for sums in bound.losses(batch).values())
-            return loss, (bound.logits(x), bound.next_sentence_logits(x))
+            x, _ = bound.hidden(tokens, Context(positions, segment_ids=segment_ids), batch["token_types"])
+            loss = sum(sums.loss / sums.count for sums in model.terms(params, batch).values())
+            return loss, (MaskedToken().logits(bound, x), NextSentence().logits(bound, x))
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, (logits, sentence_logits)), grads = run(model.pad_vocabulary(from_huggingface(weights, settings)))
@@ -59,7 +60,7 @@ def tiny(models, random_params):
     """A model, random parameters of it, and its compiled losses(batch)."""
     model = Model(models["bert"], TrainSettings())
     params = random_params(model)
-    return model, params, jax.jit(lambda batch: model.bind(params).losses(batch))
+    return model, params, jax.jit(lambda batch: model.terms(params, batch))
 
 
 def test_tokens_see_both_sides_but_no_padding(tiny, make_batch):
@@ -87,7 +88,7 @@ def test_masked_out_predictions_do_not_count(tiny, make_batch):
     model, _, losses = tiny
     batch = make_batch("bert", 0)
     sums = losses(batch)
-    assert sums["masked_token"].count == batch["masked_mask"].sum() == model.bind(model.shapes).counts(batch)["masked_token"]
+    assert sums["masked_token"].count == batch["masked_mask"].sum() == model.counts(batch)["masked_token"]
     assert sums["next_sentence"].count == 15  # one row has none
     other = {"masked_targets": np.where(batch["masked_mask"], batch["masked_targets"], 5),
              "masked_positions": np.where(batch["masked_mask"], batch["masked_positions"], 0),
@@ -97,15 +98,15 @@ def test_masked_out_predictions_do_not_count(tiny, make_batch):
 
 def test_without_next_sentence_there_is_no_pooler(models, make_batch):
     model = Model(replace(models["bert"], next_sentence=False), TrainSettings())
-    assert not {"pooler", "next_sentence_head"} & model.shapes.keys()
-    sums = jax.eval_shape(lambda params: model.bind(params).losses(make_batch("bert", 0)), model.shapes)
+    assert model.shapes["heads"].keys() == {"masked_token"}
+    sums = jax.eval_shape(lambda params: model.terms(params, make_batch("bert", 0)), model.shapes)
     assert sums.keys() == {"masked_token"}
 
 
 def test_only_masked_positions_reach_the_vocabulary(tiny, make_batch, array_shapes):
     model, _, _ = tiny
     batch = make_batch("bert", 0)
-    shapes = array_shapes(jax.grad(lambda params: model.bind(params).losses(batch)["masked_token"].loss), model.shapes)
+    shapes = array_shapes(jax.grad(lambda params: model.terms(params, batch)["masked_token"].loss), model.shapes)
     with_vocabulary = {shape for shape in shapes if 384 in shape or 300 in shape}
     assert (16, 4, 384) in with_vocabulary  # the logits: 4 predictions in each of 16 rows
     assert max(np.prod(shape) for shape in with_vocabulary) == 16 * 4 * 384

@@ -11,6 +11,7 @@ import pytest
 from jaxlm.interop.huggingface import from_huggingface
 from jaxlm.models.layers import Context
 from jaxlm.models.model import Model
+from jaxlm.models.objectives import NextToken
 from jaxlm.parallel.dropout import token_keys
 from jaxlm.settings import ModelSettings, TrainSettings
 
@@ -29,7 +30,7 @@ def shape(request, models, random_params):
     @jax.jit
     def logits(tokens, positions, segment_ids):
         bound = model.bind(params)
-        return bound.logits(bound.hidden(tokens, Context(positions, segment_ids=segment_ids))[0])
+        return NextToken().logits(bound, bound.hidden(tokens, Context(positions, segment_ids=segment_ids))[0])
 
     return model, params, logits
 
@@ -64,8 +65,8 @@ def test_logits_loss_and_gradients_equal_transformers(golden):
         def loss(params):
             bound = model.bind(params)
             positions = jnp.broadcast_to(jnp.arange(24), tokens.shape)
-            sums = bound.losses(batch)["next_token"]
-            return sums.loss / sums.count, bound.logits(bound.hidden(tokens, Context(positions))[0])
+            sums = model.terms(params, batch)["next_token"]
+            return sums.loss / sums.count, NextToken().logits(bound, bound.hidden(tokens, Context(positions))[0])
         return jax.value_and_grad(loss, has_aux=True)(params)
 
     (loss, logits), grads = run(model.pad_vocabulary(from_huggingface(weights, settings)))
@@ -97,15 +98,14 @@ def test_padding_and_the_future_change_nothing(shape):
 def test_decoding_with_a_cache_equals_the_whole_pass(shape):
     model, params, logits = shape
     tokens, _, _ = row(documents(16))
-    heads = model.shapes["blocks"]["attention"]["key"]["kernel"].shape[2:]
-    cache = {name: jnp.zeros((2, 1, 20, *heads)) for name in ("key", "value")}  # with slots to spare
+    cache = model.bind(params).empty_cache(1, 20)  # with slots to spare
 
     @jax.jit
     def decode(tokens, start, cache):
         bound = model.bind(params)
         positions = start + jnp.arange(tokens.shape[1])[None]
         x, cache = bound.hidden_with_cache(tokens, Context(positions, cache_index=start), cache)
-        return bound.logits(x), cache
+        return NextToken().logits(bound, x), cache
 
     pieces = []
     for start, stop in ((0, 7), *((index, index + 1) for index in range(7, 16))):  # the prompt, then one by one
@@ -117,7 +117,7 @@ def test_decoding_with_a_cache_equals_the_whole_pass(shape):
 
 def test_soft_cap_bounds_the_logits_and_padding_is_not_among_them(models, random_params):
     model = Model(replace(models["gpt"], **LLAMA), TrainSettings())
-    logits = model.bind(random_params(model)).logits(100 * jnp.ones((1, 2, 32)))
+    logits = NextToken().logits(model.bind(random_params(model)), 100 * jnp.ones((1, 2, 32)))
     assert logits.shape == (1, 2, 300) and logits.dtype == jnp.float32
     assert np.abs(logits).max() <= 5.0
 
@@ -130,7 +130,7 @@ def test_remat_changes_no_gradient(models, make_batch, random_params):
     batch, grads = make_batch("gpt", 0), {}
     for remat, choices in REMAT.items():
         model = Model(models["gpt"], TrainSettings(remat=choices))
-        gradient = jax.jit(jax.grad(lambda params, model=model: model.bind(params).losses(batch)["next_token"].loss))
+        gradient = jax.jit(jax.grad(lambda params, model=model: model.terms(params, batch)["next_token"].loss))
         traced = gradient.trace(random_params(model))
         assert ("remat" in str(traced.jaxpr)) == (remat != "none")
         assert ("<host>" in str(traced.jaxpr)) == (remat == "host")
@@ -172,7 +172,7 @@ def ranks(states):
 def test_full_logits_never_exist(models, make_batch, array_shapes):
     batch = make_batch("gpt", 0)
     model = Model(models["gpt"], TrainSettings(loss_chunk=2))
-    shapes = array_shapes(jax.grad(lambda params: model.bind(params).losses(batch)["next_token"].loss), model.shapes)
+    shapes = array_shapes(jax.grad(lambda params: model.terms(params, batch)["next_token"].loss), model.shapes)
     assert (16, 2, 384) in shapes
     sizes = [np.prod(shape) for shape in shapes if 384 in shape or 300 in shape]
     assert max(sizes) == max(384 * 32, 16 * 2 * 384)  # the table, and one chunk of the logits of 16 rows

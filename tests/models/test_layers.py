@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from jaxlm.models.layers import MLP, Norm, rotate
+from jaxlm.models.layers import MLP, Norm, rope_frequencies, rotate
 from jaxlm.models.model import Model
 from jaxlm.models.sizes import padded_vocab_size
 from jaxlm.settings import TrainSettings
@@ -41,7 +41,27 @@ def test_rotate_turns_pairs_by_their_position():
     frequencies = theta ** (-2 * np.arange(4) / 8)  # Su et al. 2021, section 3.2.2
     turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * positions[..., None, None] * frequencies)
     want = np.concatenate([turned.real, turned.imag], -1)
-    np.testing.assert_allclose(rotate(jnp.asarray(x), jnp.asarray(positions), theta), want, rtol=1e-3, atol=1e-3)
+    got = rotate(jnp.asarray(x), jnp.asarray(positions), rope_frequencies(8, theta, None))
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_rotations_for_longer_contexts():
+    """Llama 3.1's own numbers (factor 8, 1 to 4 turns in 8,192 positions), by the formula of its released code; linear:
+    positions divided."""
+    plain = 500000.0 ** (-np.arange(64) / 64)
+    np.testing.assert_allclose(rope_frequencies(128, 500000.0, {"type": "linear", "factor": 4.0}), plain / 4, rtol=1e-5)
+    want = []
+    for frequency in plain:
+        length = 2 * np.pi / frequency
+        if length < 8192 / 4:
+            want.append(frequency)
+        elif length > 8192 / 1:
+            want.append(frequency / 8)
+        else:
+            smooth = (8192 / length - 1) / (4 - 1)
+            want.append((1 - smooth) * frequency / 8 + smooth * frequency)
+    scaling = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_length": 8192}
+    np.testing.assert_allclose(rope_frequencies(128, 500000.0, scaling), want, rtol=1e-5)
 
 
 ACTIVATIONS = {
@@ -55,8 +75,8 @@ ACTIVATIONS["geglu"] = ACTIVATIONS["gelu"]
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp(activation, models):
-    settings = replace(models["gpt"], intermediate_size=24, initializer_range=0.3, bias=False)
-    mlp, x = MLP(settings, activation=activation, output_stddev=0.3, rngs=nnx.Rngs(0)), normal(2, 3, 32)
+    settings = replace(models["gpt"], intermediate_size=24, initializer_range=0.3, bias=False, activation=activation)
+    mlp, x = MLP(settings, nnx.Rngs(0)), normal(2, 3, 32)
     up, down = np.asarray(mlp.up.kernel[...]), np.asarray(mlp.down.kernel[...])
     activate = ACTIVATIONS[activation]
     gated = activation in ("swiglu", "geglu")  # Shazeer 2020

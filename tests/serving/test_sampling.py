@@ -11,6 +11,7 @@ import pytest
 from jaxlm.data.tokenizers import SpecialTokens, Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.layers import Context
+from jaxlm.models.objectives import NextToken
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import shardings
 from jaxlm.serving.sampling import Sample, draw, generate
@@ -64,7 +65,7 @@ def whole_passes(random_params) -> Callable[[ModelSettings, list[int]], np.ndarr
     def last_logits(trainer: Trainer, params: dict, tokens: jax.Array, last: jax.Array) -> jax.Array:
         gpt = trainer.model.bind(params)
         x, _ = gpt.hidden(tokens[None], Context(jnp.arange(MAX_LENGTH)[None]))
-        return gpt.logits(x)[0, last]
+        return NextToken().logits(gpt, x)[0, last]
 
     def next_logits(model: ModelSettings, tokens: list[int]) -> np.ndarray:
         if model not in compiled:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.data.batches import training_batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.tasks.find import find_task
 
 SHARD_TOKENS, STEPS, ROWS = 1000, 12, 8
 SMALL = (f"data.shard_tokens={SHARD_TOKENS}", "logging.tensorboard=false")
@@ -53,7 +53,7 @@ def damaged(whole, tmp_path) -> Path:
 @pytest.fixture
 def skipped_by_step(whole, run_file) -> np.ndarray:
     """int [STEPS]: rows of each step whose text is in the shards 1 or 4."""
-    batches = training_batches({Corpus(whole): 1.0}, config.load(run_file).data, family="gpt", seed=0)
+    batches = find_task(config.load(run_file)).training_batches([(Corpus(whole), 1.0)])
     spans = [[example.spans[0] for example in batches.examples(step)] for step in range(STEPS)]
     touched = [[any(start < (number + 1) * SHARD_TOKENS and number * SHARD_TOKENS < stop for number in (1, 4))
                 for start, stop in step] for step in spans]

@@ -15,12 +15,12 @@ from jaxlm.training.optimizers import decayed, make_optimizer, make_schedule, st
 
 RATE, DECAY, B1, B2, EPSILON = 0.01, 0.1, 0.8, 0.9, 1e-3
 AXES = {
-    "blocks": {"attention": {"query": {"kernel": Axes(("layers", "embed", "heads", "head_dim")),
-                                       "bias": Axes(("layers", "heads", "head_dim"))},
-                             "output": {"kernel": Axes(("layers", "heads", "head_dim", "embed"))}},
-               "norm": {"scale": Axes(("layers", "residual"))}},
-    "token_embedding": {"embedding": Axes(("vocab", "embed"))},
-    "final_norm": {"bias": Axes(("residual",))},
+    "blocks": {"attention": {"query": {"kernel": Axes(("layers", "embed", "heads", "head_dim"), "kernel"),
+                                       "bias": Axes(("layers", "heads", "head_dim"), "bias")},
+                             "output": {"kernel": Axes(("layers", "heads", "head_dim", "embed"), "kernel")}},
+               "norm": {"scale": Axes(("layers", "residual"), "scale")}},
+    "token_embedding": {"embedding": Axes(("vocab", "embed"), "table")},
+    "final_norm": {"bias": Axes(("residual",), "bias")},
 }
 SHAPES = {
     "blocks": {"attention": {"query": {"kernel": (2, 12, 3, 2), "bias": (2, 3, 2)}, "output": {"kernel": (2, 3, 2, 12)}},
@@ -166,7 +166,8 @@ def test_two_updates_follow_the_paper(rule):
 
 
 def test_adafactor_factors_the_moments_of_large_matrices():
-    shapes, axes = {"blocks": {"up": {"kernel": (2, 128, 130)}}}, {"blocks": {"up": {"kernel": Axes(("layers", "embed", "mlp"))}}}
+    shapes = {"blocks": {"up": {"kernel": (2, 128, 130)}}}
+    axes = {"blocks": {"up": {"kernel": Axes(("layers", "embed", "mlp"), "kernel")}}}
     (param, grads, results), = two_updates("adafactor", shapes, axes).values()
     for layer in range(2):
         for got, want in zip(results, adafactor(param[layer], [grad[layer] for grad in grads], DECAY), strict=True):
@@ -197,9 +198,9 @@ def test_muon_never_decays_vectors():  # the formulas above show it for the othe
 
 @pytest.mark.parametrize("family", ["gpt", "bert"])
 def test_what_decays_in_the_models(family, models):
-    shapes = Model(models[family], TrainSettings()).shapes
-    leaves, _ = jax.tree_util.tree_flatten_with_path(shapes)
-    for (path, leaf), decays in zip(leaves, jax.tree.leaves(decayed(shapes)), strict=True):
+    model = Model(models[family], TrainSettings())
+    leaves, _ = jax.tree_util.tree_flatten_with_path(model.shapes)
+    for (path, leaf), decays in zip(leaves, jax.tree.leaves(decayed(model.axes)), strict=True):
         dimensions = len(leaf.shape) - (path[0].key == "blocks")
         is_bias = path[-1].key == "bias"  # those of query, key and value are written as heads x width
         assert decays == (dimensions > 1 and not is_bias), path

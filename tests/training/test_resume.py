@@ -20,7 +20,6 @@ from matplotlib import image
 from jaxlm import config
 from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.units import format_scientific
-from jaxlm.data.batches import training_batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
@@ -35,6 +34,7 @@ from jaxlm.settings import (
     TrainSettings,
     to_dict,
 )
+from jaxlm.tasks.find import find_task
 from jaxlm.training.changes import refuse_rise
 from jaxlm.training.origin import origin_of
 from jaxlm.training.run import train
@@ -151,7 +151,7 @@ def test_a_pipeline_and_one_device_take_over_from_each_other(folder, run_file, j
 
 def test_every_mesh_gets_the_same_examples(finished, folder, meshes):
     settings = config.load(finished)
-    batches = training_batches([(Corpus(folder / "one"), 1.0)], settings.data, family="gpt", seed=0)
+    batches = find_task(settings).training_batches([(Corpus(folder / "one"), 1.0)])
     for mesh in meshes.values():
         with on_devices(batches, 5, 8, mesh, prefetch=2) as source:
             for step, batch in zip((5, 6, 7), source, strict=True):
@@ -373,7 +373,7 @@ def test_padding_counts_as_no_token(folder, run_file, devices_are_there):
     train(config.load(run_dir, ["train.steps=12", "devices.count=4", "mesh.data=2", "mesh.fsdp=2"]))
     settings = config.load(run_dir)
     corpus = Corpus(folder / "pairs")
-    batches = training_batches([(corpus, 1.0)], settings.data, family="bert", next_sentence=True, seed=0)
+    batches = find_task(settings).training_batches([(corpus, 1.0)])
     pad = corpus.tokenizer.special.pad
     real = np.cumsum([(batches.batch(step)["tokens"] != pad).sum() for step in range(12)])
     assert real[-1] < 0.5 * 12 * 8 * 32

@@ -15,10 +15,11 @@ import pytest
 import yaml
 
 from jaxlm import config
-from jaxlm.data.batches import validation_batches
 from jaxlm.data.corpus import Corpus, Documents
 from jaxlm.models.layers import Context
+from jaxlm.models.objectives import NextToken
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.tasks.find import find_task
 from jaxlm.training.run import train
 
 WAY = {"time", "tokens", "epoch"}  # of every row
@@ -122,7 +123,7 @@ def surprise(run_dir: Path, restore: Callable, sequences: Iterable[np.ndarray]) 
     @jax.jit
     def logits(tokens):
         gpt = trainer.model.bind(state.params)
-        return gpt.logits(gpt.hidden(tokens[None], Context(np.arange(length)[None]))[0])[0]
+        return NextToken().logits(gpt, gpt.hidden(tokens[None], Context(np.arange(length)[None]))[0])[0]
 
     found = []
     for sequence in sequences:
@@ -202,7 +203,7 @@ def test_bert_trains_and_is_evaluated_whole(folder, run_file, jaxlm, restore):
 
     trainer, state = restore(run_dir)
     settings = config.load(run_dir)
-    one_by_one = validation_batches(Corpus(folder / "wordpiece"), settings.data, family="bert", next_sentence=True, batch_size=1)
+    one_by_one = find_task(settings).validation_batches([Corpus(folder / "wordpiece")], batch_size=1)
     assert len(one_by_one) % 8
     totals = [trainer.evaluate(state.params, one_by_one.batch(number)) for number in range(len(one_by_one))]
     for name, short in (("masked_token", "mlm"), ("next_sentence", "nsp")):

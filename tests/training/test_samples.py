@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.data.batches import validation_batches
 from jaxlm.data.corpus import Corpus
 from jaxlm.models.layers import Context
+from jaxlm.models.objectives import MaskedToken
 from jaxlm.reporting.metrics import read_metrics
 from jaxlm.serving.sampling import generate_from_run
+from jaxlm.tasks.find import find_task
 
 BERT = ("model.family=bert", "model.vocab_size=40", "data.tokenizer=wordpiece")
 GREEDY = ("generate.temperature=0", "generate.prompts=[ba, cab]")
@@ -58,14 +59,15 @@ def test_a_bert_fills_masks_of_the_validation_text(folder, run_file, jaxlm, rest
     blocks = (run_dir / "samples" / "6.txt").read_text().split("-" * 40 + "\n")
     assert len(blocks) == 3
     settings, corpus = config.load(run_dir), Corpus(folder / "masked")
-    batch = validation_batches(corpus, settings.data, family="bert", batch_size=3).batch(0)
+    batch = find_task(settings).validation_batches([corpus], batch_size=3).batch(0)
     trainer, state = restore(run_dir)
     mask = corpus.tokenizer.special.mask
 
     @jax.jit
     def every_logit(params, tokens, positions, segments):
         bert = trainer.model.bind(params)
-        return bert.logits(bert.hidden(tokens, Context(positions, np.arange(tokens.shape[1])[None], segments)))
+        states, _ = bert.hidden(tokens, Context(positions, np.arange(tokens.shape[1])[None], segments))
+        return MaskedToken().logits(bert, states)
 
     best = np.asarray(every_logit(state.params, batch["tokens"], batch["positions"], batch["segment_ids"])).argmax(-1)
     for row, block in enumerate(blocks):

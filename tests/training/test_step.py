@@ -11,6 +11,7 @@ import pytest
 
 from jaxlm.models.loss import Sums
 from jaxlm.models.model import Model
+from jaxlm.models.objectives import NextToken
 from jaxlm.parallel.sharding import Axes
 from jaxlm.settings import MeshSettings, OptimizerSettings, ScheduleSettings, Settings, TrainSettings
 from jaxlm.training.step import TrainState, batch_sharding, make_trainer
@@ -141,17 +142,16 @@ def test_a_small_batch_is_learned_by_heart(family, models, make_batch, meshes, r
 def line(settings):
     """loss = sum of |w - target|^2 / 2 over the rows that count; with dropout keys, of targets shifted by a draw
     from them."""
-    def losses(params, batch, keys=None):
+    def terms(params, batch, keys=None):
         shift = 0.0 if keys is None else jax.vmap(lambda key: jax.random.normal(key, (3,)))(keys)
         error = jnp.square(params["w"]["kernel"] - batch["tokens"] - shift).sum(1) / 2
         loss, count = jnp.where(batch["mask"], error, 0).sum(), batch["mask"].sum().astype(jnp.float32)
         return {"next_token": Sums(loss, loss, count, count)}
 
     model = SimpleNamespace(
-        axes={"w": {"kernel": Axes((None,))}}, shapes={"w": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}},
-        init=lambda key: {"w": {"kernel": jnp.zeros(3)}}, traced=lambda function: function,
-        bind=lambda params: SimpleNamespace(losses=lambda batch, keys=None: losses(params, batch, keys),
-                                            counts=lambda batch: {"next_token": batch["mask"].sum()}))
+        axes={"w": {"kernel": Axes((None,), "kernel")}}, shapes={"w": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}},
+        init=lambda key: {"w": {"kernel": jnp.zeros(3)}}, traced=lambda function: function, objectives=(NextToken(),),
+        terms=terms, counts=lambda batch: {"next_token": batch["mask"].sum()})
     mesh = jax.make_mesh((1,) * 6, ("stage", "data", "fsdp", "expert", "context", "tensor"), devices=jax.devices()[:1],
                          axis_types=(jax.sharding.AxisType.Auto,) * 6)
     return make_trainer(model, settings, mesh), mesh

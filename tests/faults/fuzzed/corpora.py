@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from fuzzed.damage import FILE_DAMAGES, SCALARS, VALUES, Damage, apply, damages
 from fuzzed.world import World, call, command, tree
-from jaxlm.data.batches import training_batches, validation_batches
 from jaxlm.data.corpus import Corpus
-from jaxlm.settings import DataSettings
+from jaxlm.settings import DataSettings, Settings
+from jaxlm.tasks.find import find_task
 
 # ------------------------------------------------------------------------------------------------------------- raw text
 
@@ -115,8 +115,8 @@ class Cut(NamedTuple):
         """Some batches of both splits."""
         corpus = Corpus(folder, whole=self.damaged == "stop")
         data = DataSettings(sequence_length=16, global_batch_size=8, packing=self.packing, damaged=self.damaged)
-        splits = [training_batches([(corpus, 1.0)], data, family="gpt", seed=1),
-                  validation_batches(corpus, data, family="gpt", batch_size=8)]
+        task = find_task(Settings(data=data, seed=1))
+        splits = [task.training_batches([(corpus, 1.0)]), task.validation_batches([corpus], batch_size=8)]
         return [batches.batch(step) for batches in splits for step in (0, 2, 5)]
 
 

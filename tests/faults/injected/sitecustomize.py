@@ -83,7 +83,7 @@ def break_it(loop):
 
     from jaxlm.models.model import Model
 
-    plain_next, plain_shapes, plain_bind = loop.Loop._next, loop.batch_shapes, Model.bind
+    plain_next, plain_shapes, plain_terms = loop.Loop._next, loop.batch_shapes, Model.terms
     steps = set(FAULTS.get("steps", ()))
 
     def factor(batch, value, only_one_row=False):
@@ -124,23 +124,13 @@ def break_it(loop):
 
     only_backward.defvjp(lambda loss, value: (loss, value), lambda value, slope: (slope * value, None))
 
-    class Broken:
-        def __init__(self, inner):
-            self.inner = inner
-
-        def counts(self, batch):
-            return self.inner.counts({name: array for name, array in batch.items() if name != "factor"})
-
-        def losses(self, batch, keys=None):
-            sums = self.inner.losses({name: array for name, array in batch.items() if name != "factor"}, keys)
-            if "factor" not in batch:
-                return sums
-            value = jnp.mean(batch["factor"])
-            change = (lambda loss: only_backward(loss, value)) if FAULTS.get("nan") == "gradient" else (lambda loss: loss * value)
-            return {name: term._replace(loss=change(term.loss)) for name, term in sums.items()}
-
-        def __getattr__(self, name):
-            return getattr(self.inner, name)
+    def broken(self, params, batch, keys=None):
+        terms = plain_terms(self, params, {name: array for name, array in batch.items() if name != "factor"}, keys)
+        if "factor" not in batch:
+            return terms
+        value = jnp.mean(batch["factor"])
+        change = (lambda loss: only_backward(loss, value)) if FAULTS.get("nan") == "gradient" else (lambda loss: loss * value)
+        return {name: term._replace(loss=change(term.loss)) for name, term in terms.items()}
 
     def diagnose(self, step_function, state, last):
         batch = last.batch | {"factor": factor(last.batch, 1.0)} if FAULTS.get("transient") else last.batch
@@ -167,7 +157,7 @@ def break_it(loop):
     loop.Loop._next, loop.batch_shapes = next_batch, shapes
     loop.Loop._diagnose, loop.Loop._pause = diagnose, pause
     if "nan" in FAULTS or "spike" in FAULTS:
-        Model.bind = lambda self, params: Broken(plain_bind(self, params))
+        Model.terms = broken
 
 
 CHANGES = {"jax._src.compiler": keep_all_programs}

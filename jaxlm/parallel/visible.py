@@ -1,0 +1,58 @@
+"""What a token may see: the one statement of it, for plain attention, the ring, fused kernels and the KV cache."""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["places", "segment_ids", "is_local", "cache_index"],
+                   meta_fields=["causal", "window"])
+@dataclass(frozen=True)
+class Visible:
+    """What each token of a batch may see of the same sequence.
+
+    Attributes:
+      causal: itself and what is before it; else all.
+      window: in a local layer: causal, the last so many tokens, its own included; else those at most half as many away.
+      places: int32 [1, T], each slot's place in the sequence, the same in every row; None: slot i is place i.
+      segment_ids: int32 [B, T]; a token sees only its own segment (0 is padding); None: one segment.
+      is_local: bool [], whether this is a local layer; None: every layer is one where there is a window.
+      cache_index: int32 []; keys are the slots of a KV cache, and the first query stands in this one.
+    """
+
+    causal: bool
+    window: int | None = None
+    places: jax.Array | None = None
+    segment_ids: jax.Array | None = None
+    is_local: jax.Array | None = None
+    cache_index: jax.Array | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but causality and segments, which fused kernels know."""
+        return self.window is None and self.cache_index is None
+
+    def mask(self, length: int, slots: int) -> jax.Array | None:
+        """bool, broadcastable to [B, 1, T, S]: which of `slots` keys each of `length` queries sees; None: all. For
+        sequences in their natural order."""
+        queries, keys = jnp.arange(length), jnp.arange(slots)
+        if self.cache_index is not None:
+            queries = self.cache_index + queries
+        parts = []
+        if self.cache_index is not None:
+            parts.append((keys[None, :] <= queries[:, None])[None, None])
+        elif self.causal:
+            parts.append(jnp.tril(jnp.ones((length, length), bool))[None, None])
+        if self.window is not None:
+            parts.append(self.near(queries[None, :], keys[None, :])[:, None])
+        if self.segment_ids is not None:
+            parts.append((self.segment_ids[:, :, None] == self.segment_ids[:, None, :])[:, None])
+        return functools.reduce(jnp.logical_and, parts) if parts else None
+
+    def near(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
+        """bool [1, T, S]: whether keys at these places (int32 [1, S]) lie in the window of queries (int32 [1, T])."""
+        distance = queries[:, :, None] - keys[:, None, :]
+        inside = distance < self.window if self.causal else jnp.abs(distance) <= self.window // 2
+        return inside if self.is_local is None else inside | ~self.is_local

@@ -1,0 +1,1 @@
+"""What is learned from what: the only room that knows both models and data."""
