@@ -40,5 +40,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# The file of models/ that a family's trunk stands in, where it is no transformer.
+# The file of models/ that a family's trunk stands in, where it is recurrent (it reads token by token) and no transformer.
 TRUNKS: dict[str, str] = {}

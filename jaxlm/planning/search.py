@@ -17,7 +17,14 @@ from jaxlm import config
 from jaxlm.checks import require_vocabulary
 from jaxlm.console.units import counted, format_seconds, format_size
 from jaxlm.errors import RunError, UserError
-from jaxlm.models.sizes import attention_kernel, fits_fused_kernels, head_dim
+from jaxlm.models.sizes import (
+    attention_kernel,
+    fits_fused_kernels,
+    head_dim,
+    is_recurrent,
+    query_heads,
+    recurrent_width,
+)
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.plan import Plan, what_helps
@@ -124,10 +131,11 @@ def meshes(settings: Settings, target: Target) -> Iterator[MeshSettings]:
     """Every mesh worth a thought: tensor inside an island, sequences not cut too short, experts only where there are
     some."""
     model, total = settings.model, target.num_devices
-    for tensor in _divisors(min(total, target.island_size), model.num_heads):
-        for context in _divisors(total // tensor, settings.data.sequence_length // SHORTEST or 1):
+    for tensor in _divisors(min(total, target.island_size), query_heads(model) or recurrent_width(model)):
+        longest = 1 if is_recurrent(model) else settings.data.sequence_length // SHORTEST
+        for context in _divisors(total // tensor, longest or 1):
             for expert in _divisors(total // tensor // context, model.num_experts or 1):
-                for stage in _divisors(total // tensor // context // expert, model.num_layers // 2):
+                for stage in _divisors(total // tensor // context // expert, 1 if is_recurrent(model) else model.num_layers // 2):
                     left = total // tensor // context // expert // stage
                     for fsdp in _divisors(left, model.hidden_size):
                         sizes = dict(data=left // fsdp, stage=stage, fsdp=fsdp, expert=expert, context=context, tensor=tensor)

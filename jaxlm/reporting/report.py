@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.console.units import counted, format_count, format_duration, format_milliseconds
+from jaxlm.presets import TRUNKS
 from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.metrics import is_number
 from jaxlm.reporting.runs import Run, read_run, yaml_scalar
@@ -86,7 +87,9 @@ def what_ran(run: Run) -> dict[str, str]:
     config = run.config
     parameters, tokens = run.figure("parameters"), run.figure("tokens")
     shape = (f"{config.get('model.family', '?')}, {config.get('model.num_layers', '?')} layers, "
-             f"width {config.get('model.hidden_size', '?')}, {config.get('model.num_heads', '?')} heads")
+             f"width {config.get('model.hidden_size', '?')}")
+    if config.get("model.family") not in TRUNKS:  # which have no heads
+        shape += f", {config.get('model.num_heads', '?')} heads"
     if config.get("model.num_experts"):
         shape += f", {config['model.num_experts']} experts of which a token takes {config.get('model.experts_per_token', '?')}"
     batch = f"{run.setting('data.global_batch_size')} sequences of {run.setting('data.sequence_length')} tokens"
