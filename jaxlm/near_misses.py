@@ -136,7 +136,7 @@ _VALUES = {
     "train.remat": {"full": "true yes on all", "none": "false no off", "dots": "minimal selective"},
     "model.family": {"gpt": "gpt2 gpt_2 gpt3 gpt_3 gpt_neo decoder causal_lm", "llama": "llama2 llama3 llama_2 llama_3",
                      "qwen2": "qwen qwen2_5", "bert": "encoder masked_lm mlm", "roberta": "xlm_roberta",
-                     "distilbert": "distil_bert"},
+                     "distilbert": "distil_bert", "lstm": "rnn bilstm recurrent"},
     "task.name": {"causal_lm": "clm lm language_modeling next_token", "masked_lm": "mlm fill_mask", "bert": "nsp pretraining"},
     "model.positions": {"rope": "rotary", "learned": "absolute embedding"},
     "model.normalization": {"rmsnorm": "rms rms_norm", "layernorm": "layer_norm ln"},

@@ -298,7 +298,7 @@ def _of_activations(settings: Settings, sizes: Sizes, share: Share) -> Iterator[
     part = _left(sizes["tensor"]) * share.width
     if is_recurrent(model):  # the states before are fetched for every token, and what comes out goes to the tokens' devices
         yield "all-gather", "tensor", part, 4 * layers
-        yield "reduce-scatter", "tensor", part, 2 * layers
+        yield "reduce-scatter", "tensor", part, 3 * layers
         yield "all-to-all", "tensor", part / sizes["tensor"], 2 * layers
         return
     yield "all-gather", "tensor", part, 6 * layers  # into each part, and for its gradients twice
