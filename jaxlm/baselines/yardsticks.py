@@ -6,6 +6,7 @@ sides of a token, which no n-gram does; beside it stands how often each token oc
 """
 
 import hashlib
+import itertools
 import json
 import math
 import tempfile
@@ -17,9 +18,12 @@ import numpy as np
 from jaxlm.baselines.kneser_ney import KneserNey
 from jaxlm.baselines.ngrams import Scratch, chunks
 from jaxlm.console.progress import optional, print_line, waiting
+from jaxlm.console.units import counted
 from jaxlm.data.batches import Batches
-from jaxlm.data.corpus import Corpus, bytes_per_token
+from jaxlm.data.corpus import Corpus, Documents, bytes_per_token
+from jaxlm.data.damage import DamagedData
 from jaxlm.data.sequences import start_token
+from jaxlm.data.shards import BLOCK_TOKENS
 from jaxlm.settings import DataSettings, to_dict
 from jaxlm.storage.files import exists, make_folder, read_text, write_json
 
@@ -36,7 +40,7 @@ def yardsticks(train: Sequence[Corpus], validation: Sequence[Corpus], batches: B
 
     Kept in the folder of the first corpus, so that the next model on the same text has them at once.
 
-    Raises DamagedData: text of the train splits cannot be read.
+    Raises DamagedData: text of the train splits cannot be read, and data.damaged is not skip.
     """
     kept = train[0].directory / FOLDER / f"{_key(train, validation, batches, data)}.json"
     if exists(kept):
@@ -44,6 +48,8 @@ def yardsticks(train: Sequence[Corpus], validation: Sequence[Corpus], batches: B
     with tempfile.TemporaryDirectory() as folder, waiting("counting n-grams of the train split"):
         masked = "masked_targets" in batches.spec
         figures = (_masked if masked else _next_token)(train, validation, batches, data, Scratch(Path(folder)))
+    if data.damaged == "skip":  # what is skipped today may be there again tomorrow
+        return figures
     with optional(f"the figures are not kept in {kept.parent}, and counted anew the next time"):
         make_folder(kept.parent)
         write_json(kept, figures)
@@ -66,7 +72,7 @@ def _next_token(train: Sequence[Corpus], validation: Sequence[Corpus], batches: 
     tokenizer = train[0].tokenizer
     start = start_token(tokenizer.special, data.packing) if data.start_token else None
     length = sum(corpus.train.num_tokens + corpus.train.num_documents for corpus in train)
-    model = KneserNey(sequences(train, data.packing, start), length, tokenizer.vocab_size, ORDER, scratch)
+    model = KneserNey(sequences(train, data.packing, start, data.damaged == "skip"), length, tokenizer.vocab_size, ORDER, scratch)
     if note := model.note():
         print_line(f"note: {note}")
     losses = np.zeros(ORDER)
@@ -83,23 +89,41 @@ def _next_token(train: Sequence[Corpus], validation: Sequence[Corpus], batches: 
             for n, loss in enumerate((losses / max(count, 1)).tolist(), 1)}
 
 
-def sequences(corpora: Sequence[Corpus], packing: str, start: int | None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def sequences(corpora: Sequence[Corpus], packing: str, start: int | None, skip_damaged: bool = False
+              ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The train splits as a stream for `jaxlm.baselines.ngrams`: documents after their start token, or (packing=
-    concatenate) each split as one sequence."""
-    for corpus in corpora:
-        documents = corpus.train
-        for part in chunks(documents.num_tokens):
-            tokens, begins = documents.read(part.start, part.stop), np.zeros(part.stop - part.start, bool)
-            if packing != "documents":
-                begins[0] = part.start == 0
-            else:
-                first, last = np.searchsorted(documents.offsets, [part.start, part.stop])
-                places = documents.offsets[first:last] - part.start
+    concatenate) each split as one sequence. Behind damaged text, where that is skipped, a sequence begins."""
+    for documents in (corpus.train for corpus in corpora):
+        expected = -1
+        read = itertools.chain.from_iterable(_read(documents, part, skip_damaged) for part in chunks(documents.num_tokens))
+        for position, tokens in read:
+            begins = np.zeros(len(tokens), bool)
+            begins[0], expected = position != expected, position + len(tokens)
+            if packing == "documents":
+                first, last = np.searchsorted(documents.offsets, [position, expected])
+                places = documents.offsets[first:last] - position
                 if start is not None:
+                    begins[places] = False  # the start token is seen first
                     tokens, begins = np.insert(tokens, places, start), np.insert(begins, places, True)
-                    places = places + np.arange(len(places))
-                begins[places] = True
+                else:
+                    begins[places] = True
             yield tokens, begins
+
+
+def _read(documents: Documents, part: slice, skip_damaged: bool) -> Iterator[tuple[int, np.ndarray]]:
+    """Positions and tokens of what can be read of a part of a stream; what is skipped is said, block by block. Raises
+    DamagedData where damaged text is not to be skipped."""
+    try:
+        yield part.start, documents.read(part.start, part.stop)
+    except DamagedData as error:
+        if not skip_damaged:
+            raise
+        if part.stop - part.start <= BLOCK_TOKENS:
+            print_line(f"{error.path}: {error.problem}; {counted(part.stop - part.start, 'token')} of it not counted")
+            return
+        middle = (part.start + part.stop) // 2
+        for half in (slice(part.start, middle), slice(middle, part.stop)):
+            yield from _read(documents, half, skip_damaged)
 
 
 def histories(tokens: np.ndarray, segment_ids: np.ndarray | None, size: int) -> np.ndarray:
@@ -121,7 +145,7 @@ def _masked(train: Sequence[Corpus], validation: Sequence[Corpus], batches: Batc
     """Of tokens that can be masked: special ones are left out of the counts."""
     tokenizer = train[0].tokenizer
     special = sorted(tokenizer.special.ids)
-    words = (tokens[~np.isin(tokens, special)] for tokens, _ in sequences(train, "concatenate", None))
+    words = (tokens[~np.isin(tokens, special)] for tokens, _ in sequences(train, "concatenate", None, data.damaged == "skip"))
     stream = ((tokens, np.zeros(len(tokens), bool)) for tokens in words)
     model = KneserNey(stream, sum(corpus.train.num_tokens for corpus in train), tokenizer.vocab_size, 1, scratch)
     each = model.probabilities(np.zeros((tokenizer.vocab_size, 0), int), np.arange(tokenizer.vocab_size))[0]

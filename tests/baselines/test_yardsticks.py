@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from jaxlm.baselines import ngrams, yardsticks
 from jaxlm.baselines.yardsticks import histories, sequences
 from jaxlm.data.corpus import Corpus
+from jaxlm.data.damage import DamagedData
 from jaxlm.data.prepare import prepare
 from jaxlm.settings import DataSettings, ModelSettings, Settings
 from jaxlm.tasks.find import find_task
@@ -107,6 +109,29 @@ def test_contexts_end_where_rows_and_segments_begin():
     assert found[0].tolist() == [[5, -1, -1], [6, 5, -1], [7, 6, 5], [8, 7, 6], [9, 8, 7]]
     assert found[1, :4].tolist() == [[1, -1, -1], [2, 1, -1], [3, -1, -1], [4, 3, -1]]
     assert histories(tokens[:, :1], None, 3).tolist() == [[[5, -1, -1]], [[1, -1, -1]]]  # rows shorter than the order
+
+
+def test_damaged_text_is_left_out_where_a_run_leaves_it_out(monkeypatch, capsys):
+    """20 blocks of 4 tokens in two documents, of which block 7 is damaged: what stands behind it is no continuation."""
+    monkeypatch.setattr(yardsticks, "BLOCK_TOKENS", 4)
+    stream, offsets = np.arange(80, dtype=np.int32), np.array([0, 20, 80])
+
+    def read(start, stop):
+        if start < 32 and stop > 28:
+            raise DamagedData(Path("train-00000.tokens.npy"), "bytes 28 to 32 differ")
+        return stream[start:stop].copy()
+
+    corpora = [SimpleNamespace(train=SimpleNamespace(num_tokens=80, offsets=offsets, read=read))]
+    with pytest.raises(DamagedData):
+        list(sequences(corpora, "documents", None))
+    for start, opening in ((None, []), (99, [99])):
+        tokens, begins = (np.concatenate(parts) for parts in zip(*sequences(corpora, "documents", start, True), strict=True))
+        found = [part.tolist() for part in np.split(tokens, np.flatnonzero(begins)[1:])]
+        kept = [token for part in found for token in part if token != 99]
+        assert set(range(80)) - set(kept) <= set(range(24, 36)) and not set(kept) & set(range(28, 32))
+        assert [len(part) for part in found[:1]] == [20 + len(opening)] and found[1][:1 + len(opening)] == [*opening, 20]
+        assert len(found) == 3 and 32 <= found[2][0] < 36 and found[2][-1] == 79  # no document begins here: no start token
+    assert "differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("chunk", [100, 3])
