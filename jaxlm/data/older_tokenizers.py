@@ -376,6 +376,8 @@ def add_tokens(older: Older) -> None:
     for name in [*(older.roles[role] for role in ROLES if role in older.roles), *map(token_name, extra_tokens(older))]:
         if older.ids.get(name) not in older.added:
             number = older.ids.get(name, older.free)
+            if name not in older.ids:
+                print_once(f"tokenizer: {shown(name)} is in no vocabulary; it is added as {number}, as transformers does")
             add(older, name, number, parts.added_token(number, name))
 
 

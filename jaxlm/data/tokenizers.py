@@ -398,6 +398,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         names = names_in(path)
         if names or is_special(path):
             return load_folder(path, names)
+        if path.name in (WORDS, VOCABULARY, MERGES) and exists(path):  # of several files that make a tokenizer, one
+            return load_folder(path.parent, names_in(path.parent))
         if path.suffix == ".json":
             return JsonTokenizer({JSON_FILE: read_bytes(path)}, declared=declared_tokens(path.parent))
         if exists(path):

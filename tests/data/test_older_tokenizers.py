@@ -204,6 +204,19 @@ def test_two_files_that_name_different_tokens_are_a_warning(tmp_path, capfd):
     assert newer.special.pad == newer.vocabulary["the"]
 
 
+def test_special_tokens_that_no_vocabulary_has_are_added_and_said(tmp_path, capfd):
+    lines = (GOLDEN / "bert" / "vocab.txt").read_text().splitlines()
+    folder = changed(tmp_path / "bert", "bert", vocab__txt="\n".join(line for line in lines if line != "[MASK]") + "\n")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.special.mask == len(lines) - 1 and tokenizer.vocab_size == len(lines)
+    assert f"'[MASK]' is in no vocabulary; it is added as {len(lines) - 1}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "file"), [("bert", "vocab.txt"), ("gpt2", "vocab.json"), ("gpt2", "merges.txt")])
+def test_one_file_of_several_stands_for_its_folder(name, file):
+    assert load_tokenizer(GOLDEN / name / file).digest == load_tokenizer(GOLDEN / name).digest
+
+
 def test_options_without_effect_are_said(tmp_path, capfd):
     load_tokenizer(changed(tmp_path / "bert", "bert", tokenizer_config__json={"never_split": ["NASA"], "do_lower_case": True}))
     assert "never_split=['NASA'] has no effect" in capfd.readouterr().err
