@@ -386,6 +386,8 @@ def extra_tokens(older: Older) -> list[Any]:
     named = [content.get(key) for content in (older.config, object_of(older.files, MAP))
              for key in ("additional_special_tokens", "extra_special_tokens")]
     found = next(filter(None, named), [])
+    if not isinstance(found, list | dict):
+        raise UserError(f"{CONFIG} or {MAP}: additional_special_tokens: {shown(found)}, expected a list of tokens")
     return [token for token in (found.values() if isinstance(found, dict) else found) if token_name(token)]
 
 
