@@ -14,7 +14,17 @@ from typing import Any
 
 from jaxlm.console.units import counted
 from jaxlm.data.decoding import Decoding
-from jaxlm.data.documents import cells, json_values, longest_record, named, read_lines, text_stream
+from jaxlm.data.documents import (
+    cells,
+    json_values,
+    location,
+    longest_record,
+    named,
+    parsed,
+    read_lines,
+    refuse_wrapped,
+    text_stream,
+)
 from jaxlm.data.formats import Reading
 from jaxlm.data.source_file import Columns, SourceFile, open_arrow, open_parquet, opened
 from jaxlm.data.sources import Part
@@ -139,7 +149,8 @@ def head_of(file: SourceFile, task: TaskSettings) -> Table:
         case _:
             table = of_objects(file, list(islice(objects(file, decoding, max_bytes), SEEN)))
     if not table.rows:
-        raise UserError(f"{file.name}: no record{' below its line of column names' if table.names else ''}")
+        below = " below its line of column names" if table.names and table.is_text_table else ""
+        raise UserError(f"{file.name}: no record{below}")
     return table
 
 
@@ -156,20 +167,26 @@ def of_objects(file: SourceFile, records: list[dict[str, Any]]) -> Table:
 
 
 def objects(file: SourceFile, decoding: Decoding, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """The objects of JSON; what is none is left to the reader, which says where it stands."""
+    """The objects of JSON."""
+    for number, record in values(file, decoding, max_bytes):
+        if not isinstance(record, dict):
+            raise UserError(f"{location(Part(file), number)}: expected a JSON object, found {type(record).__name__}")
+        yield record
+
+
+def values(file: SourceFile, decoding: Decoding, max_bytes: int) -> Iterator[tuple[int, Any]]:
+    """The values of JSON, with their places."""
     if file.kind == "json":
         with opened(file) as stream:
-            values = json_values(file, stream, decoding, longest_record(max_bytes))
-            yield from (value for value in values if isinstance(value, dict))
+            yield from enumerate(json_values(file, stream, decoding, longest_record(max_bytes)), 1)
         return
     with text_stream(file, decoding) as (stream, decode):
-        for line, _ in read_lines(stream, Part(file), longest_record(max_bytes)):
-            try:
-                value = json.loads(decode(line)[0]) if line else None
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(value, dict):
-                yield value
+        for number, (line, _) in enumerate(read_lines(stream, Part(file), longest_record(max_bytes)), 1):
+            if line and line.strip():
+                try:
+                    yield number, parsed(decode(line)[0])
+                except UserError as error:
+                    raise UserError(f"{location(Part(file), number)}: {error}") from None
 
 
 def has_header(lines: list[list[str]], task: TaskSettings) -> bool:
@@ -211,6 +228,11 @@ def columns_of(table: Table, task: TaskSettings, labelled: bool, streams: tuple[
         texts = texts or found_texts
         label = label or (found_label if labelled or not table.names else ())
     if not texts or (labelled and not label):
+        if table.file.kind in ("json", "jsonl"):
+            try:
+                refuse_wrapped(table.file, dict(zip(table.names, table.rows[0], strict=True)))
+            except UserError as error:
+                raise UserError(f"{location(Part(table.file), 1)}: {error}") from None
         raise unclear(table, task, labelled, texts)
     if streams is not None and len(texts) != len(streams):
         want = "a text and its pair" if len(streams) > 1 else "one text"
@@ -277,6 +299,9 @@ def by_contents(table: Table, texts: tuple[str | int, ...], label: tuple[str | i
     columns = {number: number if table.is_text_table else table.names[number] for number in range(table.width)}
     left = {number: column for number, column in columns.items() if column not in (*texts, *label)}
     labels = [column for number, column in left.items() if holds_labels(table.values(number))]
+    numbers = [column for number, column in left.items() if all(map(NUMBER.fullmatch, table.values(number)))]
+    if len(left) == 2 and len(labels) == 2 and len(numbers) == 1:  # texts that come again, and numbers
+        labels = numbers
     others = [column for column in left.values() if column not in labels]
     most = 2 if streams is None else len(streams)
     if streams == (TEXT,) and table.width == 1:
@@ -298,8 +323,10 @@ def holds_labels(values: list[str]) -> bool:
 
 def unclear(table: Table, task: TaskSettings, labelled: bool, texts: tuple[str | int, ...]) -> UserError:
     names = [name if table.names else str(number) for number, name in enumerate(table.names or range(table.width))]
-    example = f"{{text: {names[0]}{f', label: {names[-1]}' if labelled else ''}}}"
+    if table.width == 1 and labelled:
+        separator = " (is it a table, with another separator?)" if table.is_text_table else ""
+        return UserError(f"{table.file.name}: one column alone, {table.contents()}{separator}; expected a text and its label")
     what = "the text" if not labelled else "the label" if texts else "the text and which the label"
-    wide = " (is it a table, with another separator?)" if table.width == 1 and labelled and table.is_text_table else ""
-    return UserError(f"{table.file.name}: which column is {what} is not clear: {table.contents()}{wide}; name them, for example "
+    example = f"{{text: {names[0]}{f', label: {names[-1]}' if labelled else ''}}}"
+    return UserError(f"{table.file.name}: which column is {what} is not clear: {table.contents()}; name them, for example "
                      f"task.fields={example}")
