@@ -64,7 +64,7 @@ class Wanted(NamedTuple):
     """Which columns of a file are read."""
 
     texts: tuple[str | int, ...]
-    labels: tuple[str | int, ...]
+    columns: tuple[str | int, ...]  # the texts and their labels
     label_names: tuple[str, ...]  # of several
     header: bool
     key: str  # of the run file, which names them
@@ -74,21 +74,18 @@ class Wanted(NamedTuple):
     @classmethod
     def of(cls, file: SourceFile, reading: Reading) -> "Wanted":
         if file.columns is None:
-            return cls((reading.text_field,), (), (), True, "data.text_field", False)
-        columns = file.columns
-        return cls(columns.texts, columns.label, columns.label_names, columns.header, "task.fields", True, columns.others)
-
-    @property
-    def columns(self) -> tuple[str | int, ...]:
-        return self.texts + self.labels
+            return cls((reading.text_field,), (reading.text_field,), (), True, "data.text_field", False)
+        found = file.columns
+        return cls(found.texts, found.texts + found.label, found.label_names, found.header, "task.fields", True, found.others)
 
     def document(self, row: Row) -> Document:
-        place = row.place if self.labelled else 0
+        if not self.labelled:
+            return Document(row.values and row.values[0], row.replaced, row.bytes)
         if row.values is None:
-            return Document(None, bytes=row.bytes, place=place)
+            return Document(None, bytes=row.bytes, place=row.place)
         text, *others = row.values[:len(self.texts)]
         label = self.label(row.values[len(self.texts):])
-        return Document(text, row.replaced, others=tuple(others), label=label, place=place, columns=row.columns)
+        return Document(text, row.replaced, others=tuple(others), label=label, place=row.place, columns=row.columns)
 
     def label(self, values: Sequence[Any]) -> Any:
         """The one label; of a column for each, the names of those that are true."""
@@ -243,16 +240,19 @@ def record_values(file: SourceFile, record: Any, wanted: Wanted) -> tuple[list[A
     valid JSON, but no character."""
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, found {type(record).__name__}")
-    for field in wanted.texts if wanted.others else wanted.columns:  # read along are labels, too, where there are any
-        if field not in record:
+    values, replaced = [], 0
+    for field in wanted.columns:
+        value = record.get(field)
+        if value is None and field not in record and (field in wanted.texts or not wanted.others):
             refuse_wrapped(file, record)
             raise UserError(f"no field '{field}' ({wanted.key}), only {named(record) or 'nothing'}{nearest(field, record)}")
-    for field in wanted.texts:
-        if not isinstance(record[field], str):
-            raise UserError(f"field '{field}' ({wanted.key}) is {type(record[field]).__name__}, expected a string")
-    whole = [SURROGATES.subn("\ufffd", value) if isinstance(value, str) else (value, 0)
-             for value in map(record.get, wanted.columns)]
-    return [value for value, _ in whole], sum(halves for _, halves in whole)
+        if isinstance(value, str):
+            value, halves = (value, 0) if value.isascii() else SURROGATES.subn("\ufffd", value)
+            replaced += halves
+        elif field in wanted.texts:
+            raise UserError(f"field '{field}' ({wanted.key}) is {type(value).__name__}, expected a string")
+        values.append(value)
+    return values, replaced
 
 
 def read_along(record: dict[str, Any], wanted: Wanted) -> dict[str, Any] | None:
@@ -353,12 +353,19 @@ def table_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding) -
         if row and len(row) != width:
             raise UserError(f"{file.name}, line {line}: {len(row)} columns, but the first has {width}")
         if row or not wanted.labelled:
-            values = [row[place] if row else "" for place in places]
-            size = max(len(text.encode(errors="replace")) for text in values[:len(wanted.texts)])
-            too_long = size > max_bytes
+            values = [row[place] for place in places] if row else [""]
+            too_long = bytes_over(max_bytes, values[:len(wanted.texts)])
             columns = {name: row[place] for place, name in names.items()} if wanted.others else None
-            yield Row(None if too_long else values, decoding.replaced - before, size if too_long else 0, line, columns)
+            yield Row(None if too_long else values, decoding.replaced - before, too_long, line, columns)
         before = decoding.replaced
+
+
+def bytes_over(max_bytes: int, texts: list[str]) -> int:
+    """Bytes of the longest text where they are more than allowed; else 0."""
+    if 4 * max(map(len, texts)) <= max_bytes:  # of a character 4 at the most
+        return 0
+    longest = max(len(text.encode(errors="replace")) for text in texts)
+    return longest if longest > max_bytes else 0
 
 
 def cells(file: SourceFile, max_bytes: int, decoding: Decoding) -> Iterator[tuple[int, list[str]]]:
@@ -442,7 +449,7 @@ def batch_rows(batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding:
     place = 0
     for batch in batches:
         texts = [batch.column(name).cast(pyarrow.large_binary()) for name in wanted.texts]
-        labels = [batch.column(name).to_pylist() for name in wanted.labels]
+        labels = [batch.column(name).to_pylist() for name in wanted.columns[len(texts):]]
         others = {name: batch.column(name).to_pylist() for name in batch.schema.names
                   if wanted.others and name not in wanted.texts}
         for number in range(batch.num_rows):
