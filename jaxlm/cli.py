@@ -280,13 +280,13 @@ VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
     "train": train, "prepare": prepare, "evaluate": evaluate, "predict": predict, "generate": generate, "bench": bench,
     "plan": plan}
 SUMMARIES = {
-    "train": "prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints",
+    "train": "prepare if need be, train, evaluate, report; go on in a RUN_DIR",
     "prepare": "raw text to tokenizer and corpus",
     "evaluate": "a checkpoint over the whole validation set",
-    "predict": "what a checkpoint says of each record of data.raw, into RUN_DIR/predictions.jsonl or out",
+    "predict": "what a checkpoint says of each record: predictions.jsonl",
     "generate": "continue generate.prompts with a checkpoint",
     "bench": "time the training step on random tokens",
-    "plan": "memory, traffic and speed on devices that are not here, from their own compiler",
+    "plan": "memory, traffic, speed on devices elsewhere, by their compiler",
     "report": "one page about a run, or a table that compares several",
 }
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines

@@ -119,4 +119,4 @@ class Predictor:
 
     def _line(self, record: Record, answer: dict[str, Any]) -> dict[str, Any]:
         line = dict(zip(ROLES, record.texts, strict=False)) | answer
-        return line | {f"given_{name}" if name in line else name: value for name, value in getattr(record, "columns", {}).items()}
+        return line | {f"given_{name}" if name in line else name: value for name, value in record.columns.items()}
