@@ -31,20 +31,28 @@ Decode = Callable[[bytes], tuple[str, int]]
 
 class Document(NamedTuple):
     """One document as read. `text` is None when it is longer than allowed, which `bytes` then says (of its text, or
-    of what holds it); `replaced`: characters that were none of the file's encoding.
-
-    A labelled record has perhaps other texts, its label as the file holds it (None: it has none), its place (the line
-    that it begins in, or its number, counted from 1 in its part of the file: see `location`), and where they are read
-    along all columns but the texts.
-    """
+    of what holds it); `replaced`: characters that were none of the file's encoding."""
 
     text: str | None
     replaced: int = 0
     bytes: int = 0
-    others: tuple[str, ...] = ()
-    label: Any = None
-    place: int = 0
-    columns: dict[str, Any] | None = None
+
+    @property
+    def texts(self) -> tuple[str | None, ...]:
+        return (self.text,)
+
+
+class LabelledDocument(NamedTuple):
+    """The same of a labelled record: its texts (one, None, where they are longer than allowed), its label as the file
+    holds it (None: it has none), its place (the line that it begins in, or its number, counted from 1 in its part of
+    the file: see `location`), and where they are read along all columns but the texts."""
+
+    texts: tuple[str | None, ...]
+    replaced: int
+    bytes: int
+    label: Any
+    place: int
+    columns: dict[str, Any] | None
 
 
 class Row(NamedTuple):
@@ -78,18 +86,16 @@ class Wanted(NamedTuple):
         found = file.columns
         return cls(found.texts, found.texts + found.label, found.label_names, found.header, "task.fields", True, found.others)
 
-    def document(self, row: Row) -> Document:
+    def document(self, row: Row) -> Document | LabelledDocument:
         if not self.labelled:
             return Document(row.values and row.values[0], row.replaced, row.bytes)
-        if row.values is None:
-            return Document(None, bytes=row.bytes, place=row.place)
-        text, *others = row.values[:len(self.texts)]
-        label = self.label(row.values[len(self.texts):])
-        return Document(text, row.replaced, others=tuple(others), label=label, place=row.place, columns=row.columns)
+        values = row.values or [None]
+        label = self.label(values[len(self.texts):])
+        return LabelledDocument(tuple(values[:len(self.texts)]), row.replaced, row.bytes, label, row.place, row.columns)
 
     def label(self, values: Sequence[Any]) -> Any:
         """The one label; of a column for each, the names of those that are true."""
-        if not self.label_names:
+        if not self.label_names or not values:
             return values[0] if values else None
         return [name for name, value in zip(self.label_names, values, strict=True) if is_true(name, value)]
 
@@ -102,13 +108,13 @@ def is_true(name: str, value: Any) -> bool:
     return TRUTH[word]
 
 
-def read_documents(unit: Unit, reading: Reading) -> Iterator[Document]:
+def read_documents(unit: Unit, reading: Reading) -> Iterator[Document | LabelledDocument]:
     """The documents of a unit, in order, empty ones too."""
     for part in unit.parts:
         yield from part_documents(part, reading, Decoding(part.file.encoding))
 
 
-def part_documents(part: Part, reading: Reading, decoding: Decoding) -> Iterator[Document]:
+def part_documents(part: Part, reading: Reading, decoding: Decoding) -> Iterator[Document | LabelledDocument]:
     """Those of a part of a file that has been looked at (see `formats`); what is decoded counts in `decoding`."""
     if part.file.kind != "text":
         wanted = Wanted.of(part.file, reading)

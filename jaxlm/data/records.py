@@ -56,11 +56,11 @@ def read_records(raw: str | list[str], data: DataSettings, task: TaskSettings, s
         part, decoding = Part(file), Decoding(file.encoding)
         for document in part_documents(part, reading, decoding):
             place = location(part, document.place)
-            if document.text is None:
+            if None in document.texts:
                 raise UserError(f"{place}: a text of {document.bytes:,} bytes; the most is data.cleaning.max_bytes="
                                 f"{data.cleaning.max_bytes}")
             columns = {name: plain(value) for name, value in document.columns.items()}
-            yield Record((document.text, *document.others), document.label, place, columns)
+            yield Record(document.texts, document.label, place, columns)
 
 
 def plain(value: Any) -> Any:
