@@ -100,6 +100,9 @@ class Table:
         """A column's name, or its number, for people."""
         return column if isinstance(column, str) else self.names[column] if self.names else str(column)
 
+    def quoted(self, column: str | int) -> str:
+        return f"'{self.title(column)}'" if self.names else self.title(column)
+
     def values(self, number: int) -> list[str]:
         """What a column holds, as text."""
         values = [row[number] for row in self.rows if len(row) == self.width]
@@ -113,11 +116,11 @@ class Table:
 
     def said(self, columns: Columns) -> str:
         """What was taken, in a line."""
-        taken = [f"{role} from column '{self.title(column)}'" for role, column in zip(ROLES, columns.texts, strict=False)]
+        taken = [f"{role} from column {self.quoted(column)}" for role, column in zip(ROLES, columns.texts, strict=False)]
         if columns.label_names:
             taken.append(f"labels from the columns {named(columns.label_names)}")
         elif columns.label:
-            taken.append(f"label from column '{self.title(columns.label[0])}'")
+            taken.append(f"label from column {self.quoted(columns.label[0])}")
         else:
             taken.append("no label")
         used = {*columns.texts, *columns.label}

@@ -100,8 +100,8 @@ def lay_out(files: list[SourceFile], task: TaskSettings, labelled: bool = True,
             raise UserError(f"{file.name}: its numbers of labels have other names than those of {laid[0].name}; say which are "
                             "meant with task.labels")
         laid.append(replace(file, columns=columns))
-        said.setdefault(table.said(columns), []).append(file.name)
-    return laid, [f"{names[0]}{f' and {len(names) - 1:,} more' if names[1:] else ''}: {line}" for line, names in said.items()]
+        said.setdefault(table.said(columns), {})[file.name] = None  # once, though a file may come twice
+    return laid, [f"{named(names)}: {line}" for line, names in said.items()]
 
 
 def refuse_keys_of_text(data: DataSettings) -> None:

@@ -269,7 +269,7 @@ def test_what_was_taken_is_said_in_a_line(folder):
     corpus = prepared("b.csv", "b", {"fields": {"text": "1", "label": "2"}})
     (folder / "c.tsv").write_text("phrase text\tmark\nsome words\tgood\nmore words\tbad\nmany words\tgood\nyet more\tbad\n")
     assert "c.tsv: text from column 'phrase text', label from column 'mark'" in prepared("c.tsv", "c").notes
-    assert corpus.notes[0] == ("b.csv: text from column '1', label from column '2' (not read: 0) (no line names the columns: the "
+    assert corpus.notes[0] == ("b.csv: text from column 1, label from column 2 (not read: 0) (no line names the columns: the "
                                "first is a record)")
 
 
