@@ -46,6 +46,14 @@ def check(settings: Settings) -> None:
     refuse_first(problems)
 
 
+def check_held_out(settings: Settings) -> None:
+    """Refuses records that are to be learned from and held out, too; to evaluate or to predict them is another matter.
+    Raises UserError."""
+    data = settings.data
+    if settings.task.name in RECORD_TASKS and data.raw is not None and data.raw in (data.validation, [data.validation]):
+        raise UserError(f"data.validation={data.validation} is data.raw, too; name another file, or a share of the records (0.1)")
+
+
 def check_urls(settings: Settings) -> None:
     """Refuses remote paths without a bucket. Raises UserError."""
     for key, value in flatten(to_dict(settings)).items():
@@ -150,8 +158,6 @@ def text_problems(settings: Settings) -> Iterator[str]:
     if data.end_token is not None and data.tokenizer in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS:
         yield (f"data.end_token={data.end_token}: data.tokenizer={data.tokenizer} has an end token of its own; the key is for a "
                "tokenizer that is given as a file or folder")
-    if settings.task.name in RECORD_TASKS and data.raw is not None and data.raw in (data.validation, [data.validation]):
-        yield f"data.validation={data.validation} is data.raw, too; name another file, or a share of the records (0.1)"
     if task.special and data.tokenizer == "characters" and data.raw:
         yield (f"data.tokenizer=characters has no cls, sep and mask tokens, which {task} needs; "
                "use wordpiece, unigram, bpe or bytes")

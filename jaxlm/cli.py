@@ -81,8 +81,11 @@ def _how_to_use(settings: Settings) -> list[str]:
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     """prepare: raw text to tokenizer and corpus"""
+    from jaxlm.checks import check_held_out
     from jaxlm.data.description import describe
     from jaxlm.training.setup import open_corpora
+
+    check_held_out(settings)
 
     for corpus, _ in open_corpora(settings, notes=False):
         for line in describe(corpus, settings):

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checks import check_held_out
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.sequences import start_token
@@ -77,6 +78,7 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[
     account = Account(_process_start())
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
+    check_held_out(settings)
     if settings.checkpoint.step is not None:
         raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
                         "is for `evaluate` and `generate`")

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import feather, parquet
 
-from jaxlm.checks import check
+from jaxlm.checks import check_held_out
 from jaxlm.data import sources
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.description import describe
@@ -540,7 +540,8 @@ def test_keys_of_text_are_refused(folder, data, message):
     with pytest.raises(UserError, match=message):
         prepare(data, "corpus", task=TaskSettings(name="text_classification"))
     with pytest.raises(UserError, match=r"^data\.validation=a\.csv is data\.raw, too"):
-        check(Settings(task=TaskSettings(name="text_classification"), data=DataSettings(raw="a.csv", validation="a.csv")))
+        check_held_out(Settings(task=TaskSettings(name="text_classification"),
+                                data=DataSettings(raw="a.csv", validation="a.csv")))
 
 
 def test_other_settings_of_a_finished_corpus_are_named(folder):
