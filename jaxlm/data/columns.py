@@ -16,6 +16,7 @@ from jaxlm.console.units import counted
 from jaxlm.data.decoding import Decoding
 from jaxlm.data.documents import (
     cells,
+    column_values,
     json_values,
     location,
     longest_record,
@@ -159,9 +160,23 @@ def head_of(file: SourceFile, task: TaskSettings) -> Table:
 
 def of_batch(file: SourceFile, schema: Any, batch: Any) -> Table:
     names, unique = schema.names, len(set(schema.names)) == len(schema.names)
-    columns = batch.slice(0, SEEN).to_pydict() if batch is not None and unique else {}
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    batch = batch.slice(0, SEEN) if batch is not None else None
+    columns = [seen_values(file, batch, name) for name in names] if batch is not None and unique else []
+    rows = [list(row) for row in zip(*columns, strict=True)]
     return Table(file, names, rows or ([[None] * len(names)] if batch is not None else []), schema.metadata)
+
+
+def seen_values(file: SourceFile, batch: Any, name: str) -> list[Any]:
+    """A column, for a look at it: texts that are no UTF-8 with U+FFFD, and None where Python has no such values."""
+    import pyarrow
+
+    column = batch.column(name)
+    if column.type in (pyarrow.string(), pyarrow.large_string()):
+        return [value and value.decode(errors="replace") for value in column.cast(pyarrow.large_binary()).to_pylist()]
+    try:
+        return column_values(file, batch, name)
+    except UserError:
+        return [None] * batch.num_rows
 
 
 def of_objects(file: SourceFile, records: list[dict[str, Any]]) -> Table:

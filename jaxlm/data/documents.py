@@ -421,14 +421,14 @@ def parquet_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding)
         groups = range(part.start, parquet.metadata.num_row_groups if part.stop is None else part.stop)
         batches = parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups),
                                        columns=None if wanted.others else list(wanted.columns))
-        yield from batch_rows(batches, wanted, max_bytes, decoding)
+        yield from batch_rows(part.file, batches, wanted, max_bytes, decoding)
 
 
 def arrow_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding) -> Iterator[Row]:
     with open_arrow(part.file) as (schema, batches):
         check_columns(part.file, schema, wanted)
         pieces = (batch.slice(start, BATCH_ROWS) for batch in batches for start in range(0, batch.num_rows, BATCH_ROWS))
-        yield from batch_rows(pieces, wanted, max_bytes, decoding)
+        yield from batch_rows(part.file, pieces, wanted, max_bytes, decoding)
 
 
 def check_columns(file: SourceFile, schema: Any, wanted: Wanted) -> None:
@@ -448,15 +448,15 @@ def check_columns(file: SourceFile, schema: Any, wanted: Wanted) -> None:
             raise UserError(f"{file.name}: column '{column}' ({wanted.key}) is {kind}, expected string")
 
 
-def batch_rows(batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding: Decoding) -> Iterator[Row]:
+def batch_rows(file: SourceFile, batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding: Decoding) -> Iterator[Row]:
     """The rows of Arrow's record batches; of a text, a null is an empty document."""
     import pyarrow
 
     place = 0
     for batch in batches:
         texts = [batch.column(name).cast(pyarrow.large_binary()) for name in wanted.texts]
-        labels = [batch.column(name).to_pylist() for name in wanted.columns[len(texts):]]
-        others = {name: batch.column(name).to_pylist() for name in batch.schema.names
+        labels = [column_values(file, batch, name) for name in wanted.columns[len(texts):]]
+        others = {name: column_values(file, batch, name) for name in batch.schema.names
                   if wanted.others and name not in wanted.texts}
         for number in range(batch.num_rows):
             place += 1
@@ -468,6 +468,14 @@ def batch_rows(batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding:
             decoded = [decoding.decode(content.to_pybytes()) if content else ("", 0) for content in contents]
             yield Row([text for text, _ in decoded] + [label[number] for label in labels], sum(many for _, many in decoded),
                       place=place, columns={name: column[number] for name, column in others.items()} if wanted.others else None)
+
+
+def column_values(file: SourceFile, batch: Any, name: str) -> list[Any]:
+    """A column as Python has it."""
+    try:
+        return batch.column(name).to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError) as error:  # a day beyond Python's, say
+        raise UserError(f"{file.name}: column '{name}' cannot be read ({error})") from None
 
 
 ROWS = {"parquet": parquet_rows, "arrow": arrow_rows, "jsonl": json_lines, "json": json_records, "csv": table_rows,

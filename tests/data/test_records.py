@@ -273,6 +273,19 @@ def test_what_was_taken_is_said_in_a_line(folder):
                                "first is a record)")
 
 
+@pytest.mark.parametrize("offset", [2**31 - 1, -1, 10**6])
+def test_an_arrow_file_that_points_outside_of_itself_is_refused(folder, offset):
+    """Arrow believes offsets, and would read anywhere, or end the process."""
+    content = stored(lambda file: feather.write_feather(columns([("abc", "x"), ("defg", "y")]), file, compression="uncompressed"))
+    offsets = np.array([0, 3, 7], np.int32).tobytes()
+    assert content.count(offsets) == 1
+    (folder / "a.feather").write_bytes(content.replace(offsets, np.array([0, offset, 7], np.int32).tobytes()))
+    with pytest.raises(UserError, match=r"^a\.feather: not a valid Arrow file"):
+        prepared("a.feather")
+    with pytest.raises(UserError, match=r"^a\.feather: not a valid Arrow file"):
+        prepare(DataSettings(raw="a.feather", tokenizer="bytes", validation=0), "text")
+
+
 def test_all_files_have_a_pair_or_none(folder):
     (folder / "a.csv").write_text("sentence1,sentence2,label\na,b,1\n")
     (folder / "b.csv").write_text("text,label\na,1\n")
