@@ -47,8 +47,11 @@ class TextClassification(Task):
 
     def cut(self, documents: Documents, tokenizer: Tokenizer, training: bool) -> Sequences:
         """Also of `HeldRecords`."""
-        return LabelledRows(documents, tokenizer.special, self.data.sequence_length, causal=self.model.causal,
-                            token_types=self.types)
+        special, causal = tokenizer.special, self.model.causal
+        # RoBERTa, and what learned from it: <s> A </s></s> B </s>
+        roberta = not causal and tokenizer.vocabulary.get("</s>", -1) == special.sep
+        return LabelledRows(documents, special, self.data.sequence_length, causal=causal, token_types=self.types,
+                            separators=1 + roberta)
 
     def objectives(self) -> "Objectives":
         return (self.labels.objective(),)
