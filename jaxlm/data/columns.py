@@ -135,9 +135,9 @@ def short(value: str) -> str:
     return repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}...")
 
 
-def head_of(file: SourceFile, task: TaskSettings) -> Table:
+def head_of(file: SourceFile, reading: Reading, task: TaskSettings) -> Table:
     """Names and first records. UserError for a file without any."""
-    decoding, max_bytes = Decoding(file.encoding), Reading.max_bytes
+    decoding, max_bytes = Decoding(file.encoding), reading.max_bytes
     match file.kind:
         case "csv" | "tsv":
             lines = [row for _, row in islice(cells(file, max_bytes, decoding), SEEN) if row]
