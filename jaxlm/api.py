@@ -24,10 +24,9 @@ from jaxlm import config
 from jaxlm.data.sequences import start_token
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
-from jaxlm.interop.exporting import export, free_folder
-from jaxlm.interop.importing import read_params
-from jaxlm.interop.origins import open_origin
-from jaxlm.interop.source import about_origin, import_settings, open_source
+from jaxlm.interop.exporting import export_model, free_folder
+from jaxlm.interop.importing import open_weights, read_params
+from jaxlm.interop.source import about_place, open_source, settings_of
 from jaxlm.interop.tokenizers import read_tokenizer
 from jaxlm.models.model import Params
 from jaxlm.parallel.rules import cutting
@@ -50,7 +49,7 @@ Text = str | tuple[str, str]  # one text, or a pair
 
 def load_settings(path: str | Path, *overrides: str) -> Settings:
     """Those of a run file or a run directory, with `key=value` overrides. Raises UserError."""
-    return config.load(path, overrides, about_origin)
+    return config.load(path, overrides, about_place)
 
 
 def train(what: Settings | str | Path, *overrides: str) -> dict[str, Any]:
@@ -62,7 +61,7 @@ def train(what: Settings | str | Path, *overrides: str) -> dict[str, Any]:
 
     Raises UserError, RunError, Preempted as `jaxlm.training.run.train` does.
     """
-    return run.train(_settings(what, overrides), make_sampler, open_origin)
+    return run.train(_settings(what, overrides), make_sampler, open_weights)
 
 
 def plan(what: Settings | str | Path, target: str, *overrides: str, fast: bool = False) -> Plan:
@@ -95,7 +94,7 @@ def load(folder: str | Path, *overrides: str) -> "LoadedModel":
             return LoadedModel(trained.trainer, trained.params(), trained.tokenizer, trained.step)
     source = open_source(str(folder))
     tokenizer = read_tokenizer(source.folder, source.foreign.model.vocab_size)
-    own, mesh = lay_mesh(import_settings(str(folder), [f"run_dir={folder}", *overrides]))
+    own, mesh = lay_mesh(settings_of(str(folder), [f"run_dir={folder}", *overrides]))
     trainer = start(resolve(dropless(own), tokenizer), mesh)
     with jax.set_mesh(mesh):
         return LoadedModel(trainer, read_params(source, trainer)[0], tokenizer, 0)
@@ -179,7 +178,7 @@ class LoadedModel:
         exact = self._trainer.settings.train.precision == "float32"
         trainer = self._trainer if exact else start(_in_float32(self.settings), self._trainer.mesh)
         with jax.set_mesh(trainer.mesh):
-            export(trainer, lambda: self._params, self.tokenizer, out, self.step)
+            export_model(trainer, lambda: self._params, self.tokenizer, out, self.step)
 
     def _of_rows(self, name: str, function: Any, texts: list[str]) -> list[tuple[np.ndarray, int]]:
         """`function(network, batch)` [B, ...] of each text, and its number of tokens."""

@@ -38,14 +38,14 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
         return
 
-    from jaxlm.interop.origins import open_origin
+    from jaxlm.interop.importing import open_weights
     from jaxlm.runtime.processes import is_main
     from jaxlm.serving.samples import make_sampler
     from jaxlm.serving.sampling import generate_from_run
     from jaxlm.tasks.find import find_task
     from jaxlm.training.run import train
 
-    summary, samples = train(settings, make_sampler, open_origin), []
+    summary, samples = train(settings, make_sampler, open_weights), []
     with optional("the run is finished, but has no samples"):
         samples = generate_from_run(settings) if find_task(settings).continues_text else []
     if is_main():
@@ -431,11 +431,17 @@ def _run(arguments: list[str]) -> int:
 
 def _settings_of(verb: str, parsed: argparse.Namespace) -> Settings:
     """Of a run file or a run directory; for `import`, of the model's own config.json."""
-    from jaxlm.interop.source import about_origin, import_settings
+    if verb != "import":
+        return config.load(parsed.config, parsed.overrides, _about_origin)
+    from jaxlm.interop.source import import_settings
 
-    if verb == "import":
-        return import_settings(parsed.config, parsed.overrides)
-    return config.load(parsed.config, parsed.overrides, about_origin)
+    return import_settings(parsed.config, parsed.overrides)
+
+
+def _about_origin(place: str) -> config.Origin:
+    from jaxlm.interop.source import about_place
+
+    return about_place(place)
 
 
 def _import_jax() -> None:

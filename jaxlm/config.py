@@ -52,8 +52,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), about: Callable[[str],
     if run_dir:
         values["run_dir"] = str(run_dir)  # wherever it has been moved or copied to
         _forget_compiled(values)
-    begins = not run_dir or any(override.startswith("init=") for override in overrides)  # a run that is there knows it all
-    return _settled(values, lines, path, overrides, (about or about_run) if begins else None)
+    own_init = run_dir and not any(override.startswith("init=") for override in overrides)  # its config.yaml is complete
+    return _settled(values, lines, path, overrides, None if own_init else about or about_run)
 
 
 def made_of(values: dict[str, Any], overrides: Sequence[str], where: str | Path) -> Settings:
@@ -63,8 +63,8 @@ def made_of(values: dict[str, Any], overrides: Sequence[str], where: str | Path)
 
 def _settled(values: dict[str, Any], lines: dict[str, int], path: str | Path, overrides: Sequence[str],
              about: Callable[[str], Origin] | None) -> Settings:
-    """Overrides applied, what `init` says filled in, every value of its type, none against another. `lines`: of the
-    file's keys."""
+    """Overrides applied, what `init` says filled in (by `about`; None: it is not asked), every value of its type, none
+    against another. `lines`: of the file's keys."""
     for override in overrides:
         lines.pop(_apply_override(values, override), None)
     for key in _keys_with_secrets(values):

@@ -99,8 +99,7 @@ def keys_of(section: str) -> list[Key]:
 
 def overview(summaries: Mapping[str, str]) -> str:
     """The verbs and the sections of keys, on one screen."""
-    lines = ["usage: jaxlm VERB CONFIG.yaml|RUN_DIR [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", "       jaxlm --version",
-             ""]
+    lines = ["usage: jaxlm VERB CONFIG.yaml|RUN_DIR [KEY=VALUE ...]", "       jaxlm report RUN_DIR ... | --version", ""]
     lines += [_indented(f"{verb:10}{summaries[verb]}", 2, 12) for verb in ALL_VERBS]
     lines += ["", "  jaxlm VERB --help   what a verb takes",
               "  jaxlm help WORD     keys of a section, or one key: jaxlm help learning_rate", "",

@@ -30,9 +30,9 @@ from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 from jaxlm.storage.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
-RUN_FILE = "config.yaml"
 MOST_SPARE = 100  # ids for each token that there is
 BESIDE_FOLDER = "huggingface"  # in a saved folder: the files that it came with
+RUN_FILE = "config.yaml"
 MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")
 SPACE_MARK = "\u2581"  # how SentencePiece writes a blank inside a piece
 # Holds what tokenizers drop or change: blanks, lines, case, accents, ligatures, marks without width, rare and private

@@ -374,8 +374,8 @@ def written(family: Family, model: ModelSettings, heads: Sequence[str], problem:
     fields = write_fields(family, model, special_ids.get("pad_token_id", 1))
     content = {"architectures": [class_of(family, heads)], **fields, **special_ids, "torch_dtype": "float32"}
     if labels:
-        content |= {"id2label": {str(number): name for number, name in enumerate(labels)},
-                    "label2id": {name: number for number, name in enumerate(labels)}}
+        content |= {"id2label": {str(number): str(name) for number, name in enumerate(labels)},
+                    "label2id": {str(name): number for number, name in enumerate(labels)}}
     if problem:
         content["problem_type"] = next(name for name, ours in PROBLEMS.items() if ours == problem)
     return content

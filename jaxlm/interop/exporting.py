@@ -17,10 +17,10 @@ from jaxlm.console.units import counted, format_size
 from jaxlm.data.sequences import start_token
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import RunError, UserError
-from jaxlm.interop.configuration import CONFIG, decisive, find_family, written
+from jaxlm.interop.configuration import CONFIG, Foreign, decisive, find_family, written
 from jaxlm.interop.importing import read_params
 from jaxlm.interop.model_card import model_card
-from jaxlm.interop.parameters import by_path, file_shapes, parameters, write_parameters
+from jaxlm.interop.parameters import by_path, file_shapes, parameters_of, write_parameters
 from jaxlm.interop.safetensors import make_files, plan_shards
 from jaxlm.interop.source import open_source
 from jaxlm.interop.tokenizers import special_ids, write_tokenizer
@@ -50,10 +50,11 @@ def export_run(settings: Settings) -> None:
     settings, mesh = lay_mesh(settings)
     with opened(settings, mesh, lambda settings: _exactly(dropless(settings))) as trained:
         find_family(settings.model, heads_of(trained.trainer))  # refuses what transformers has not, before it is read
-        export(trained.trainer, trained.params, trained.tokenizer, out, trained.step)
+        export_model(trained.trainer, trained.params, trained.tokenizer, out, trained.step)
 
 
-def export(trainer: Trainer, read: Callable[[], Params], tokenizer: Tokenizer, out: Path, step: int) -> None:
+def export_model(trainer: Trainer, read: Callable[[], Params], tokenizer: Tokenizer, out: Path,
+                 step: int) -> None:
     """Makes the folder `out` of a model in float32, whose parameters `read` gives, and compares. Called under its mesh.
     Errors as in `export_run`."""
     family, params = find_family(trainer.settings.model, heads_of(trainer)), read()
@@ -72,7 +73,7 @@ def export(trainer: Trainer, read: Callable[[], Params], tokenizer: Tokenizer, o
     if is_main():
         files = sum(file.suffix == ".safetensors" for file in out.iterdir())
         size = sum(file.stat().st_size for file in out.iterdir())
-        print_line(f"{out}: {family.model_type} in {counted(files, 'safetensors file')}, {format_size(size)} in all")
+        print_line(f"{out}: {counted(files, 'safetensors file')}, {format_size(size)} in all")
         print_line(f"read back: logits of {ROWS} rows differ by at most {difference:.2g} of the largest")
 
 
@@ -82,7 +83,7 @@ def _exactly(settings: Settings) -> Settings:
 
 
 def free_folder(out: str | None) -> Path:
-    """Raises UserError."""
+    """Where an export can be made. Raises UserError."""
     if out is None:
         raise UserError("export: out=FOLDER is missing: the folder to make")
     if is_remote(out):
@@ -117,7 +118,7 @@ def _write(trainer: Trainer, params: dict[str, Any], tokenizer: Tokenizer, folde
     if family.pads_first and "pad_token_id" not in ids:
         raise UserError(f"the tokenizer of {settings.run_dir} has no padding token, behind whose number {family.model_type}'s "
                         "positions begin")
-    wanted = parameters(family, model, trainer.params, ids.get("pad_token_id", 1))
+    wanted = parameters_of(Foreign(family, model, heads, pad_token=ids.get("pad_token_id", 1)), trainer.params)
     twins = {} if model.tied_embeddings else {second: family.weight(path).name for path, second in family.twins.items()
                                               if path in wanted}
     shapes = file_shapes(wanted, order)

@@ -16,7 +16,6 @@ from jaxlm.interop.names import head_names, plain_names, shown_names
 from jaxlm.interop.safetensors import BLOCK, Range, Shards, Tensor
 from jaxlm.interop.weights import Index, Weight
 from jaxlm.parallel.layout import Layout
-from jaxlm.settings import ModelSettings
 
 THREADS = 4  # that read or write at a time, each a block
 ALIGNED = 64  # bytes: what JAX takes over without a copy on the CPU
@@ -31,7 +30,6 @@ class Parameter(NamedTuple):
     path: str
     shape: tuple[int, ...]  # on the mesh: layers first where it is stacked, the vocabulary padded
     axes: tuple[str | None, ...]
-    sharding: jax.sharding.Sharding
     weight: Weight | None  # None: transformers has none, all zeros
     vocab_size: int
 
@@ -72,19 +70,26 @@ class Parameter(NamedTuple):
                 yield self.weight.name.format(layer), self.weight.view(own), *self.weight.place(inner, self.sizes)
 
 
-def parameters(family: Family, model: ModelSettings, layout: Layout, pad_token: int) -> dict[str, Parameter]:
-    """Every parameter of a model by its dotted path. Raises UserError for one that transformers' model has not."""
-    found = {}
-    shapes, axes, shardings = (by_path(tree) for tree in (layout.shapes, layout.axes, layout.shardings))
+def parameters(foreign: Foreign, shapes: Mapping[str, Sequence[int]], axes: Mapping[str, Sequence[str | None]]
+               ) -> dict[str, Parameter]:
+    """Every parameter by its dotted path, and where transformers' model has it. Raises UserError for one that it has
+    not."""
+    family, model, found = foreign.family, foreign.model, {}
     for path, shape in shapes.items():
         try:
-            weight = family.weight(path, model.first_norm, pad_token)
+            weight = family.weight(path, model.first_norm, foreign.pad_token)
         except KeyError:
             raise UserError(f"parameter {path}: transformers' {family.model_type} has none like it") from None
         if path in family.twins and not model.tied_embeddings:
             weight = weight._replace(name=family.twins[path])  # the class reads that one, where it is not tied to the other
-        found[path] = Parameter(path, shape.shape, axes[path].names, shardings[path], weight, model.vocab_size)
+        found[path] = Parameter(path, tuple(shape), tuple(axes[path]), weight, model.vocab_size)
     return found
+
+
+def parameters_of(foreign: Foreign, layout: Layout) -> dict[str, Parameter]:
+    """The same of what is laid out on a mesh."""
+    shapes = {path: leaf.shape for path, leaf in by_path(layout.shapes).items()}
+    return parameters(foreign, shapes, {path: leaf.names for path, leaf in by_path(layout.axes).items()})
 
 
 def by_path(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -106,52 +111,69 @@ def as_tree(leaves: Mapping[str, Any]) -> dict[str, Any]:
 
 # ---- reading ---------------------------------------------------------------------------------------------------------
 
-class Loaded(NamedTuple):
-    """Parameters of a folder, by their paths."""
+class Found(NamedTuple):
+    """What a folder has of a model's parameters, all names and shapes checked."""
 
-    arrays: dict[str, jax.Array]
-    missing: list[str]  # parameters of heads that the folder does not have
-    notes: list[str]  # what was left out or changed, a line each
+    parameters: dict[str, Parameter]  # those that are there, by path
+    tensors: dict[str, Tensor]  # by the names of today
+    missing: list[str]  # paths of heads that the folder does not have
+    notes: list[str]  # what is left out or changed, a line each
+
+    def load(self, path: str, sharding: jax.sharding.Sharding, order: Sequence[int]) -> jax.Array:
+        """The array on its devices. Each process reads what its devices hold, shards that are the same once; on the
+        CPU the memory that was read into is the array's own. `order`: the layer of each slot of a stacked array."""
+        parameter = self.parameters[path]
+        indices = sharding.addressable_devices_indices_map(parameter.shape)
+        devices: dict[tuple, list] = {}
+        for device, index in indices.items():
+            spans = tuple(each.indices(size)[:2] for each, size in zip(index, parameter.shape, strict=True))
+            devices.setdefault(spans, []).append(device)
+        arrays = {}
+        for spans, holders in devices.items():
+            shard = _aligned([last - first for first, last in spans])
+            _fill(parameter, shard, tuple(slice(*span) for span in spans), self.tensors, order)
+            for device in holders:
+                arrays[device] = jax.device_put(shard, device)
+        return jax.make_array_from_single_device_arrays(parameter.shape, sharding, [arrays[device] for device in indices])
 
 
-def load_parameters(foreign: Foreign, tensors: Mapping[str, Tensor], layout: Layout, needed: Sequence[str]) -> Loaded:
-    """The model's parameters from a folder, laid out by `layout`; each process reads what its devices hold.
+def find_parameters(foreign: Foreign, tensors: Mapping[str, Tensor], wanted: Mapping[str, Parameter], needed: Sequence[str]
+                    ) -> Found:
+    """Where the parameters are in a folder.
 
     Args:
       foreign: what config.json says.
       tensors: of the folder, as the files name them (`open_weights`).
-      layout: of the model's parameters.
+      wanted: the model's parameters.
       needed: heads that must be whole; the parameters of others may be missing.
 
     Raises UserError, naming the tensor: it is missing, has another shape, or belongs to nothing.
     """
-    model, order = foreign.model, layout.layer_order
-    wanted = parameters(foreign.family, model, layout, foreign.pad_token)
-    expected = {name for parameter in wanted.values() for name in parameter.names(order)}
-    tensors, buffers = plain_names(foreign.family, tensors, expected)
+    layers = range(foreign.model.num_layers)
+    names = {path: parameter.names(layers) for path, parameter in wanted.items()}
+    tensors, buffers = plain_names(foreign.family, tensors, {name for each in names.values() for name in each})
     notes = [f"{shown_names(buffers)} not taken over: masks and numbers that are computed"] if buffers else []
-    notes += resolve_copies(foreign, tensors, wanted)
-    missing = [path for path, parameter in wanted.items() if _may_be_fresh(path, needed)
-               and any(name not in tensors for name in parameter.names(order))]
-    expected = {name for path, parameter in wanted.items() if path not in missing for name in parameter.names(order)}
-    notes += _check_names(foreign.family, tensors, expected, model.num_layers)
-    for path, parameter in wanted.items():
-        for name in [] if path in missing else parameter.names(order):
+    resolve_copies(foreign, tensors)
+    missing = [path for path in wanted if _may_be_fresh(path, needed) and any(name not in tensors for name in names[path])]
+    there = {path: parameter for path, parameter in wanted.items() if path not in missing}
+    expected = {name for path in there for name in names[path]}
+    notes += _check_names(foreign.family, tensors, expected, foreign.model.num_layers)
+    for path, parameter in there.items():
+        for name in names[path]:
             shape = parameter.weight.file_shape(parameter.sizes)
             if tensors[name].shape != shape:
                 raise UserError(f"{tensors[name].file}: weight '{name}' has shape {list(tensors[name].shape)}; expected "
                                 f"{list(shape)} by config.json")
     narrow = sorted({tensors[name].dtype for name in expected} - {"F32"})
     notes += [f"{', '.join(narrow)}: held as float32 from here on"] if narrow else []
-    arrays = {path: _load(parameter, tensors, order) for path, parameter in wanted.items() if path not in missing}
-    return Loaded(arrays, missing, notes)
+    return Found(there, tensors, missing, notes)
 
 
 def _may_be_fresh(path: str, needed: Sequence[str]) -> bool:
     return path.startswith("heads.") and path.split(".")[1] not in needed
 
 
-def resolve_copies(foreign: Foreign, tensors: dict[str, Tensor], wanted: Mapping[str, Parameter]) -> list[str]:
+def resolve_copies(foreign: Foreign, tensors: dict[str, Tensor]) -> None:
     """Takes second copies out of `tensors`, after a look whether they are copies. Raises UserError for those that are
     none."""
     family, tied = foreign.family, foreign.model.tied_embeddings
@@ -163,7 +185,6 @@ def resolve_copies(foreign: Foreign, tensors: dict[str, Tensor], wanted: Mapping
     for path, second in family.twins.items():
         first = family.weight(path).name
         pairs += [(second, first) if tied else (first, second)]
-    notes = []
     for copy, original in pairs:
         found = tensors.pop(copy, None)
         if found is None:
@@ -172,7 +193,6 @@ def resolve_copies(foreign: Foreign, tensors: dict[str, Tensor], wanted: Mapping
         if kept is not found and (tied or original == table) and not _same(found, kept):
             raise UserError(f"{found.file}: weight '{found.name}' differs from '{kept.name}', and tie_word_embeddings is true in "
                             "config.json; it must be false for these weights")
-    return notes
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
@@ -204,23 +224,6 @@ def _check_names(family: Family, tensors: Mapping[str, Tensor], expected: set[st
         given, file = shown_names([tensors[name].name for name in strange]), tensors[strange[0]].file
         raise UserError(f"{file}: weight {given}: no place for it in a {family.model_type} of {layers} layers")
     return [f"{shown_names(heads)} left out: of a head that this model does not have"] if heads else []
-
-
-def _load(parameter: Parameter, tensors: Mapping[str, Tensor], order: Sequence[int]) -> jax.Array:
-    """The array on its devices. Shards that are the same are read once; on the CPU the memory that was read into is
-    the array's own."""
-    indices = parameter.sharding.addressable_devices_indices_map(parameter.shape)
-    devices: dict[tuple, list] = {}
-    for device, index in indices.items():
-        spans = tuple(each.indices(size)[:2] for each, size in zip(index, parameter.shape, strict=True))
-        devices.setdefault(spans, []).append(device)
-    arrays = {}
-    for spans, holders in devices.items():
-        shard = _aligned([last - first for first, last in spans])
-        _fill(parameter, shard, tuple(slice(*span) for span in spans), tensors, order)
-        for device in holders:
-            arrays[device] = jax.device_put(shard, device)
-    return jax.make_array_from_single_device_arrays(parameter.shape, parameter.sharding, [arrays[device] for device in indices])
 
 
 def _fill(parameter: Parameter, shard: np.ndarray, index: Index, tensors: Mapping[str, Tensor], order: Sequence[int]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jaxlm import config
-from jaxlm.config import Origin, about_run
+from jaxlm.data.tokenizers import RUN_FILE
 from jaxlm.errors import UserError, nearest
 from jaxlm.interop.configuration import CONFIG, Foreign, decisive, read_configuration
 from jaxlm.interop.names import head_is_there
@@ -65,18 +65,37 @@ def _with_heads(foreign: Foreign, tensors: dict[str, Tensor]) -> Foreign:
     return foreign._replace(model=model)
 
 
+def is_run(place: str) -> bool:
+    """Whether a folder is a run directory; a folder of transformers has no config.yaml."""
+    return exists(as_path(place) / RUN_FILE)
+
+
+def about_place(place: str) -> config.Origin:
+    """What `init` says of a run that begins with it: a run directory, or a folder of transformers."""
+    if is_run(place) or not exists(as_path(place) / CONFIG):
+        return config.about_run(place)
+    model = open_source(place).foreign.model
+    return config.Origin(dataclasses.asdict(model), place, min(LENGTH, model.max_length))
+
+
 def task_of(foreign: Foreign) -> dict[str, Any]:
-    """What the model was trained for, as the run file says it."""
-    task: dict[str, Any] = {"name": TASKS.get(foreign.heads or ())}
-    if task["name"] == "text_classification":
-        task |= {"problem": foreign.problem or "single_label", "labels": list(foreign.labels)}
-    return task
+    """Keys of the task that a model with these heads has learnt."""
+    name = TASKS.get(foreign.heads or ())
+    if name != "text_classification":
+        return {"name": name}
+    problem = foreign.problem or "single_label"
+    return {"name": name, "problem": problem, "labels": None if problem == "regression" else list(foreign.labels)}
 
 
 def import_settings(folder: str, overrides: Sequence[str]) -> Settings:
-    """The run's settings, from config.json and `key=value` words. Raises UserError."""
+    """Those of the run that is to be made. Raises UserError."""
     if not any(word.startswith("run_dir=") for word in overrides):
         raise UserError("import: run_dir=RUN is missing: the run directory to make")
+    return settings_of(folder, overrides)
+
+
+def settings_of(folder: str, overrides: Sequence[str] = ()) -> Settings:
+    """A run's settings, from config.json and `key=value` words. Raises UserError."""
     source = open_source(folder)
     foreign = source.foreign
     values = {"model": dataclasses.asdict(foreign.model), "task": task_of(foreign),
@@ -92,12 +111,3 @@ def import_settings(folder: str, overrides: Sequence[str]) -> Settings:
     if tokenizer == Settings().data.tokenizer:
         tokenizer = str(as_path(settings.run_dir) / TOKENIZER)
     return dataclasses.replace(settings, data=dataclasses.replace(settings.data, tokenizer=tokenizer))
-
-
-def about_origin(place: str) -> Origin:
-    """What a run directory, or a folder of transformers, says of a run that begins with its weights. No JAX is needed
-    to be refused. Raises UserError."""
-    if exists(as_path(place) / "config.yaml") or not exists(as_path(place) / CONFIG):
-        return about_run(place)
-    model = open_source(place).foreign.model
-    return Origin(dataclasses.asdict(model), place, min(LENGTH, model.max_length))

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checkpoints.manifest import finished_steps
 from jaxlm.checks import check_held_out
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
@@ -84,6 +85,9 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
     check_held_out(settings)
+    if finished_steps(settings.run_dir) == [0]:
+        raise UserError(f"run_dir={settings.run_dir}: imported weights, for which no optimizer has a state; begin another run "
+                        f"with init={settings.run_dir}")
     if settings.checkpoint.step is not None:
         raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
                         "is for `evaluate` and `generate`")

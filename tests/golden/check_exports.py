@@ -26,9 +26,14 @@ def with_tokenizer(folder: Path, copy: Path) -> Path:
     words = SPECIAL | {f"w{number}": number for number in range(len(SPECIAL), 61)}
     added = [{"id": number, "content": name, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False} for name, number in SPECIAL.items()]
+    first, second = ({"Sequence": {"id": name, "type_id": number}} for number, name in enumerate("AB"))
+    marks = (("<s>", 0), ("</s>", 0), ("</s>", 1))
+    start, end, last = ({"SpecialToken": {"id": name, "type_id": number}} for name, number in marks)
+    template = {"type": "TemplateProcessing", "single": [start, first, end], "pair": [start, first, end, second, last],
+                "special_tokens": {name: {"id": name, "ids": [SPECIAL[name]], "tokens": [name]} for name in ("<s>", "</s>")}}
     (copy / "tokenizer.json").write_text(json.dumps({
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": template, "decoder": None,
         "model": {"type": "WordLevel", "vocab": words, "unk_token": "<unk>"}}))
     names = {"bos": "<s>", "cls": "<s>", "eos": "</s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>", "unk": "<unk>"}
     (copy / "tokenizer_config.json").write_text(json.dumps(
