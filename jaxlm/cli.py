@@ -294,15 +294,15 @@ def _words(*words: str) -> str:
 
 def _in_short(summary: dict[str, Any]) -> str:
     from jaxlm.console.units import format_count, format_duration
+    from jaxlm.reporting.runs import best_told
 
     figures = [f"{summary['steps']:,} steps in {format_duration(summary['wall_seconds'])}"]
     if summary["tokens_per_second"]:
         figures.append(f"{format_count(summary['tokens_per_second'])} tokens/s")
     if summary["val_loss"] is not None:
         figures.append(f"validation loss {summary['val_loss']:.4f}")
-    if (best := summary.get("best")) and best["figure"] != "val_loss":
-        name = best["figure"].removeprefix("val_").replace("_", " ")
-        figures.append(f"best {name} {best['value']:.4f} at step {best['step']:,} (checkpoint.step={best['step']})")
+    if best := best_told(summary.get("best")):
+        figures.append(f"best {best} (checkpoint.step={summary['best']['step']})")
     if summary.get("skipped_rows"):
         figures.append(f"{summary['skipped_rows']:,} rows skipped")
     return ", ".join(figures)

@@ -66,6 +66,8 @@ def results(run: Run) -> dict[str, str]:
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}
         if last.get("val_bits_per_byte", 0) is None:
             figures["val bits per byte"] = f"{UNKNOWN}: the tokenizer lost some of the text"
+        if run.best:
+            figures["best checkpoint"] = run.best
     elif run.figure("val_loss") is not None:
         figures["validation loss"] = f"{run.figure('val_loss'):.4f}"
     if losses:
@@ -200,8 +202,8 @@ def compare(run_dirs: list[str | Path]) -> "Table":
             grid.add_row(*map(cell, [key, *values]))
     grid.add_section()
     for key, write in COMPARED.items():
-        figures = [run.steps if key == "steps" else run.figure(key) for run in runs]
-        if key != "val_bits_per_byte" or any(figure is not None for figure in figures):  # only gpt has it
+        figures = [run.steps if key == "steps" else run.best if key == "best" else run.figure(key) for run in runs]
+        if key not in OF_SOME_TASKS or any(figure is not None for figure in figures):
             grid.add_row(key, *("-" if figure is None else write(figure) for figure in figures))
     return grid
 
@@ -224,9 +226,11 @@ def fitted(grid: "Table", width: int) -> "RenderableType":
     return "\n".join(lines)
 
 
+OF_SOME_TASKS = ("best", "val_bits_per_byte")
 COMPARED = {
     "steps": "{:,}".format,
     "val_loss": "{:.4f}".format,
+    "best": str,
     "val_bits_per_byte": "{:.4f}".format,
     "tokens_per_second": "{:,.0f}".format,
     "mfu": "{:.1%}".format,
