@@ -158,14 +158,14 @@ class LoadedModel:
 
     def generate(self, prompts: str | Sequence[str] = "", **keys: Any) -> list[str] | str:
         """Continuations of prompts, without the prompts. `keys`: those of section `generate`, for example
-        max_new_tokens=20, temperature=0.0; num_samples of each prompt follow each other. Raises UserError."""
+        max_new_tokens=20, temperature=0.0; with num_samples those of a prompt follow each other. Raises UserError."""
         if not self._task.continues_text:
             raise UserError(f"generate: {self._task}: only models of task.name=causal_lm continue text")
         known = [field.name for field in dataclasses.fields(self.settings.generate)]
         for name in keys:
             if name not in known:
                 raise UserError(f"generate: no key {name}; expected some of {', '.join(known)}")
-        asked = dataclasses.replace(self.settings.generate, **{"prompts": _as_list(prompts)} | keys)
+        asked = dataclasses.replace(self.settings.generate, **{"prompts": _as_list(prompts), "num_samples": 1} | keys)
         trainer = self._trainer._replace(settings=dataclasses.replace(self.settings, generate=asked))
         with jax.set_mesh(trainer.mesh):
             samples = make_generator(trainer, self.tokenizer)(self._params)

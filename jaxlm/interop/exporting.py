@@ -49,7 +49,6 @@ def export_run(settings: Settings) -> None:
     out = free_folder(settings.out)
     settings, mesh = lay_mesh(settings)
     with opened(settings, mesh, lambda settings: _exactly(dropless(settings))) as trained:
-        find_family(settings.model, heads_of(trained.trainer))  # refuses what transformers has not, before it is read
         export_model(trained.trainer, trained.params, trained.tokenizer, out, trained.step)
 
 
@@ -57,7 +56,8 @@ def export_model(trainer: Trainer, read: Callable[[], Params], tokenizer: Tokeni
                  step: int) -> None:
     """Makes the folder `out` of a model in float32, whose parameters `read` gives, and compares. Called under its mesh.
     Errors as in `export_run`."""
-    family, params = find_family(trainer.settings.model, heads_of(trainer)), read()
+    find_family(trainer.settings.model, heads_of(trainer))  # refuses what transformers has not, before anything is read
+    params = read()
     said = logits(trainer, params)
     staging = out.with_name(f".{out.name}.partial")
     _on_main(lambda: (delete(staging), staging.mkdir(parents=True)))
