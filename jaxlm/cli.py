@@ -99,9 +99,11 @@ def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.runtime.processes import is_main
     from jaxlm.training.run import evaluate_checkpoint
 
-    row = evaluate_checkpoint(settings)
+    row = evaluate_checkpoint(settings, with_baseline=arguments.baseline is not None)
     if is_main():
+        baseline = {} if arguments.json else row.pop("baseline", {})
         _print_figures(row, arguments.json)
+        _print_baseline(baseline)
         _say_next(*(_how_to_use(settings) or ["report", settings.run_dir]))
 
 
@@ -256,7 +258,21 @@ def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     for name, value in figures.items():
         if isinstance(value, dict):
             value = " ".join(f"{axis}={size}" for axis, size in value.items())
-        print(f"{name:20} {'not known' if value is None else f'{value:.6g}' if isinstance(value, float) else value}")
+        print(f"{name:20} {_shown(value)}")
+
+
+def _print_baseline(baseline: dict[str, dict[str, float | None]]) -> None:
+    """One line for each yardstick, its figures in columns."""
+    columns = list(next(iter(baseline.values()), {}))
+    if columns:
+        print(f"\n{'baseline':20}" + "".join(f" {name.replace('_', ' '):>14}" for name in columns))
+    for name, figures in baseline.items():
+        print(f"{name:20}" + "".join(f" {_shown(figures[key]):>14}" for key in columns))
+
+
+def _shown(value: Any) -> str:
+    """A figure for people."""
+    return "not known" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _say_next(*words: str) -> None:
@@ -278,15 +294,15 @@ def _words(*words: str) -> str:
 
 def _in_short(summary: dict[str, Any]) -> str:
     from jaxlm.console.units import format_count, format_duration
+    from jaxlm.reporting.runs import best_told
 
     figures = [f"{summary['steps']:,} steps in {format_duration(summary['wall_seconds'])}"]
     if summary["tokens_per_second"]:
         figures.append(f"{format_count(summary['tokens_per_second'])} tokens/s")
     if summary["val_loss"] is not None:
         figures.append(f"validation loss {summary['val_loss']:.4f}")
-    if (best := summary.get("best")) and best["figure"] != "val_loss":
-        name = best["figure"].removeprefix("val_").replace("_", " ")
-        figures.append(f"best {name} {best['value']:.4f} at step {best['step']:,} (checkpoint.step={best['step']})")
+    if best := best_told(summary.get("best")):
+        figures.append(f"best {best} (checkpoint.step={summary['best']['step']})")
     if summary.get("skipped_rows"):
         figures.append(f"{summary['skipped_rows']:,} rows skipped")
     return ", ".join(figures)
@@ -403,7 +419,9 @@ def _run(arguments: list[str]) -> int:
         if given and processes > 1:
             raise UserError(f"--processes {processes} starts a run of its own here, and {given[0]} is set; unset it, or "
                             "leave --processes away")
-        arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
+        baseline = getattr(parsed, "baseline", None)
+        arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else []),
+                     *(["--baseline", baseline] if baseline else [])]
         return supervise(arguments, settings, processes, restarts or 0, newest_step)
     if verb != "plan":  # which needs JAX only where it compiles
         _import_jax()

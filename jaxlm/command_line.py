@@ -51,6 +51,8 @@ OPTIONS = (
            {"metavar": "FILE.png", "type": lambda name: Path(expand_home(name))}),
     Option("--prompt", ("generate",), "a text to continue, as typed, in place of generate.prompts; may be repeated",
            {"metavar": "TEXT", "action": "append", "default": []}),
+    Option("--baseline", ("evaluate",), "ngram: beside the model, what n-grams of orders 1 to 5 (Kneser-Ney, of the train "
+           "split) make of the same tokens", {"metavar": "NAME", "choices": ("ngram",)}),
     Option("--restart", ("train",), "start again after a crash, a kill or a hang, from the newest checkpoint; give up after N "
            "restarts in a row without a new one", {"metavar": "N", "type": _positive}),
     Option("--processes", LOCAL_PROCESSES, "start N processes on this machine, joined into one run (default 1)",

@@ -58,11 +58,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), about: Callable[[str],
 
 def made_of(values: dict[str, Any], overrides: Sequence[str], where: str | Path) -> Settings:
     """Settings that a verb has put together, with `a.b=c` overrides. `where`: from what. Raises UserError."""
-    return _settled(values, {}, where, overrides)
+    return _settled(values, {}, where, overrides, None)
 
 
 def _settled(values: dict[str, Any], lines: dict[str, int], path: str | Path, overrides: Sequence[str],
-             about: Callable[[str], Origin] | None = None) -> Settings:
+             about: Callable[[str], Origin] | None) -> Settings:
     """Overrides applied, what `init` says filled in (by `about`; None: it is not asked), every value of its type, none
     against another. `lines`: of the file's keys."""
     for override in overrides:
@@ -72,7 +72,7 @@ def _settled(values: dict[str, Any], lines: dict[str, int], path: str | Path, ov
         raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
                         "keep; leave it out, and give it by the storage's own environment variables or credential files")
     values = typed(values)
-    if values.get("init") and about:
+    if about and isinstance(values.get("init"), str):
         _take_from_origin(values, about(expand_home(values["init"])))
     for key in _doubtful_nulls(values):
         where = f"{path}:{lines[key]}: " if key in lines else ""
@@ -92,7 +92,7 @@ def about_run(place: str) -> Origin:
     path = as_path(place) / "config.yaml"
     if not exists(path):
         inside = next((str(parent) for parent in as_path(place).parents[:2] if exists(parent / "config.yaml")), None)
-        raise UserError(f"init={place}: not a run directory (expected config.yaml in it)"
+        raise UserError(f"init={place}: neither a run directory (config.yaml) nor a Hugging Face folder (config.json)"
                         + (f"; did you mean '{inside}'?" if inside else ""))
     values = typed(_read_yaml(path)[0])
     data = values.get("data") or {}

@@ -143,7 +143,7 @@ _VALUES = {
     "train.remat": {"full": "true yes on all", "none": "false no off", "dots": "minimal selective"},
     "model.family": {"gpt": "gpt2 gpt_2 gpt3 gpt_3 gpt_neo decoder causal_lm", "llama": "llama2 llama3 llama_2 llama_3",
                      "qwen2": "qwen qwen2_5", "bert": "encoder masked_lm mlm", "roberta": "xlm_roberta",
-                     "distilbert": "distil_bert"},
+                     "distilbert": "distil_bert", "lstm": "rnn bilstm recurrent"},
     "task.name": {"causal_lm": "clm lm language_modeling next_token", "masked_lm": "mlm fill_mask", "bert": "nsp pretraining",
                   "text_classification": "classification sequence_classification sentiment_analysis sentiment regression glue"},
     "task.problem": {"single_label": "single_label_classification classification multiclass binary",

@@ -415,10 +415,6 @@ class Settings:
     """One run."""
 
     run_dir: Place = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
-    out: Place | None = key(
-        None, "predict: the file to write; null: RUN_DIR/predictions.jsonl. export: the folder to make")
-    max_shard: Positive = key(
-        5 * 10**9, "export: weights in one safetensors file, at most; a larger tensor has a file of its own", "bytes")
     init: Place | None = key(
         None, "where weights come from while the run has no checkpoint of its own: another run directory, or a Hugging Face "
               "folder; what the run file does not say of the model, the tokenizer and data.sequence_length is that one's; "
@@ -426,6 +422,10 @@ class Settings:
     init_positions: Literal["fresh", "interpolate"] = key(
         "fresh", "with init, where model.max_length is more than that of init: further rows of learned positions are fresh, or "
                  "the rows are stretched")
+    out: Place | None = key(
+        None, "predict: the file to write; null: RUN_DIR/predictions.jsonl. export: the folder to make")
+    max_shard: Positive = key(
+        5 * 10**9, "export: weights in one safetensors file, at most; a larger tensor has a file of its own", "bytes")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     task: TaskSettings = key(TaskSettings(), "")

@@ -37,6 +37,10 @@ def object_of(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
         raise UserError(f"{name} is not JSON ({error})") from error
     if not isinstance(content, dict):
         raise UserError(f"{name}: expected a JSON object")
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name}: half of a surrogate pair ({error.object[error.start]!a}), which is no character") from error
     return content
 
 

@@ -376,6 +376,8 @@ def add_tokens(older: Older) -> None:
     for name in [*(older.roles[role] for role in ROLES if role in older.roles), *map(token_name, extra_tokens(older))]:
         if older.ids.get(name) not in older.added:
             number = older.ids.get(name, older.free)
+            if name not in older.ids:
+                print_once(f"tokenizer: {shown(name)} is in no vocabulary; it is added as {number}, as transformers does")
             add(older, name, number, parts.added_token(number, name))
 
 
@@ -384,6 +386,8 @@ def extra_tokens(older: Older) -> list[Any]:
     named = [content.get(key) for content in (older.config, object_of(older.files, MAP))
              for key in ("additional_special_tokens", "extra_special_tokens")]
     found = next(filter(None, named), [])
+    if not isinstance(found, list | dict):
+        raise UserError(f"{CONFIG} or {MAP}: additional_special_tokens: {shown(found)}, expected a list of tokens")
     return [token for token in (found.values() if isinstance(found, dict) else found) if token_name(token)]
 
 

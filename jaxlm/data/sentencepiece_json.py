@@ -46,6 +46,8 @@ class Sentencepiece:
             raise UserError(f"{name} is not a SentencePiece model") from error
         if not proto.pieces:
             raise UserError(f"{name} is not a SentencePiece model: it has no pieces")
+        if any(isinstance(piece.piece, bytes) for piece in proto.pieces):  # what protobuf gives for text that is not UTF-8
+            raise UserError(f"{name} is damaged: a piece is not UTF-8")
         if proto.trainer_spec.model_type not in (UNIGRAM, BPE):
             raise UserError(f"{name} is of words or characters, expected unigram or byte-pair encoding")
         if proto.trainer_spec.treat_whitespace_as_suffix:

@@ -11,7 +11,8 @@ import hashlib
 import json
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -84,7 +85,10 @@ class Tokenizer(ABC):
     @cached_property
     def lossless(self) -> bool:
         """Whether a text that holds what tokenizers drop comes back from its tokens; then any text is taken to."""
-        return self.decode(self.encode(PROBE)) == PROBE
+        try:
+            return self.decode(self.encode(PROBE)) == PROBE
+        except UserError:  # of characters that it does not know
+            return False
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -231,10 +235,8 @@ class JsonTokenizer(Tokenizer):
         super().__init__(files)
         import tokenizers
 
-        try:
+        with refusing(f"{JSON_FILE} is not a Hugging Face tokenizer"):
             self.tokenizer = tokenizers.Tokenizer.from_str(files[JSON_FILE].decode())
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"tokenizer: {JSON_FILE} is not a Hugging Face tokenizer ({first_line(error)})") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # spelled in a text, they are plain text
@@ -252,12 +254,17 @@ class JsonTokenizer(Tokenizer):
     @cached_property
     def has_framing(self) -> bool:
         """Whether the file itself puts tokens around texts."""
-        return framing_of(self.tokenizer) is not None
+        return self.own_framing is not None
+
+    @cached_property
+    def own_framing(self) -> Framing | None:
+        with refusing(f"{JSON_FILE}: its post_processor fails"):
+            return framing_of(self.tokenizer)
 
     @cached_property
     def framing(self) -> Framing:
         """As the file's post-processor has it."""
-        return framing_of(self.tokenizer) or usual_framing(self.special)
+        return self.own_framing or usual_framing(self.special)
 
     def own_unknown(self, model: dict[str, Any]) -> Declared:
         """What the model itself puts for what it does not know, whatever is declared beside it."""
@@ -270,10 +277,12 @@ class JsonTokenizer(Tokenizer):
         return self.tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with refusing("a text cannot be encoded"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        with refusing("a text cannot be encoded"):
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode_plain(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -292,6 +301,18 @@ class JsonTokenizer(Tokenizer):
             return not piece.startswith(self.continuation)
         # Byte-level BPE writes blank, newline and tab as these letters.
         return piece[:1] in ("\u0120", "\u010a", "\u0109") or begins_word(piece)
+
+
+@contextmanager
+def refusing(problem: str) -> Iterator[None]:
+    """A failure of the library `tokenizers` as a UserError: it raises bare Exception, and its panics are not even
+    those."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer: {problem} ({first_line(error)})") from error
 
 
 def refuse_gaps(vocabulary: dict[str, int], size: int) -> None:
@@ -406,6 +427,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         names = names_in(path)
         if names or is_special(path):
             return load_folder(path, names)
+        if path.name in (WORDS, VOCABULARY, MERGES) and exists(path):  # of several files that make a tokenizer, one
+            return load_folder(path.parent, names_in(path.parent))
         if path.suffix == ".json":
             return JsonTokenizer({JSON_FILE: read_bytes(path)}, declared=declared_tokens(path.parent))
         if exists(path):
@@ -500,5 +523,5 @@ def byte_begins_word(byte: int) -> bool:
     return byte < 128 and begins_word(chr(byte))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error) or repr(error)).splitlines()[0][:200]

@@ -12,7 +12,6 @@ import numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import print_line
 from jaxlm.console.units import counted, format_size
 from jaxlm.data.sequences import start_token
@@ -25,15 +24,15 @@ from jaxlm.interop.parameters import by_path, file_shapes, parameters_of, write_
 from jaxlm.interop.safetensors import make_files, plan_shards
 from jaxlm.interop.source import open_source
 from jaxlm.interop.tokenizers import special_ids, write_tokenizer
+from jaxlm.models.model import Params
 from jaxlm.parallel.rules import cutting
 from jaxlm.runtime.processes import is_main
-from jaxlm.settings import Settings, to_dict
+from jaxlm.settings import Settings
 from jaxlm.storage.files import delete, exists, names_in, write_json, write_text
 from jaxlm.storage.remote import is_remote
-from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
-from jaxlm.training.origin import say_which
-from jaxlm.training.setup import dropless, lay_mesh, resolve, start
+from jaxlm.training.setup import dropless, lay_mesh
 from jaxlm.training.step import Trainer
+from jaxlm.training.trained import opened
 
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOLERANCE = 1e-4  # of the largest logit
@@ -49,21 +48,16 @@ def export_run(settings: Settings) -> None:
     """
     out = free_folder(settings.out)
     settings, mesh = lay_mesh(settings)
-    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
-        step = checkpoints.choose(settings.checkpoint.step)
-        saved = checkpoints.metadata(step)
-        tokenizer = Tokenizer.from_dict(saved["tokenizer"])
-        settings = resolve(settings, tokenizer)
-        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        trainer = start(_exactly(dropless(settings)), mesh)
-        find_family(settings.model, heads_of(trainer))  # refuses what transformers has not, before anything is read
-        say_which(checkpoints.directory, step)
-        export_model(trainer, checkpoints.restore_params(step, trainer.params), tokenizer, out, step)
+    with opened(settings, mesh, lambda settings: _exactly(dropless(settings))) as trained:
+        export_model(trained.trainer, trained.params, trained.tokenizer, out, trained.step)
 
 
-def export_model(trainer: Trainer, params: dict[str, Any], tokenizer: Tokenizer, out: Path, step: int) -> None:
-    """Makes the folder `out`, which must be free, from parameters that lie on the trainer's mesh, and reads it back.
-    Called under `jax.set_mesh`. Raises as `export_run` does."""
+def export_model(trainer: Trainer, read: Callable[[], Params], tokenizer: Tokenizer, out: Path,
+                 step: int) -> None:
+    """Makes the folder `out` of a model in float32, whose parameters `read` gives, and compares. Called under its mesh.
+    Errors as in `export_run`."""
+    find_family(trainer.settings.model, heads_of(trainer))  # refuses what transformers has not, before anything is read
+    params = read()
     said = logits(trainer, params)
     staging = out.with_name(f".{out.name}.partial")
     _on_main(lambda: (delete(staging), staging.mkdir(parents=True)))

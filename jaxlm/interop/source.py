@@ -11,6 +11,7 @@ from jaxlm.errors import UserError, nearest
 from jaxlm.interop.configuration import CONFIG, Foreign, decisive, read_configuration
 from jaxlm.interop.names import head_is_there
 from jaxlm.interop.safetensors import Tensor, open_weights
+from jaxlm.interop.tokenizers import read_tokenizer
 from jaxlm.settings import Settings
 from jaxlm.storage.files import Location, as_path, exists, names_in
 
@@ -99,6 +100,8 @@ def settings_of(folder: str, overrides: Sequence[str] = ()) -> Settings:
     foreign = source.foreign
     values = {"model": dataclasses.asdict(foreign.model), "task": task_of(foreign),
               "data": {"sequence_length": min(LENGTH, foreign.model.max_length)}}
+    if foreign.model.causal and read_tokenizer(source.folder, foreign.model.vocab_size).framing.start:
+        values["data"]["packing"] = "documents"  # texts begin with a start token: what comes next is to be prompted so
     settings = config.made_of(values, overrides, folder)
     was, now = decisive(foreign.model), decisive(settings.model)
     for key, value in was.items():

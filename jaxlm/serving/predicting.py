@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import progress_bar
 from jaxlm.data.batches import Batches, Source, Succession
 from jaxlm.data.columns import ROLES
@@ -19,13 +18,12 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
 from jaxlm.runtime.processes import is_main
-from jaxlm.settings import Settings, to_dict
+from jaxlm.settings import Settings
 from jaxlm.storage.files import Location, as_path, check_folder, json_text, write_atomically
 from jaxlm.tasks.find import find_task
-from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
-from jaxlm.training.origin import say_which
-from jaxlm.training.setup import dropless, evaluation_batch_size, lay_mesh, on_devices, resolve, start
+from jaxlm.training.setup import evaluation_batch_size, lay_mesh, on_devices
 from jaxlm.training.step import Trainer
+from jaxlm.training.trained import opened
 
 FILE_NAME = "predictions.jsonl"
 BATCHES_HELD = 64  # whose records are in memory at a time
@@ -52,20 +50,13 @@ def predict(settings: Settings) -> Predictions:
     settings, mesh = lay_mesh(settings)
     path = as_path(settings.out or as_path(settings.run_dir) / FILE_NAME)
     check_folder(path.parent, "out")
-    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
-        step = checkpoints.choose(settings.checkpoint.step)
-        saved = checkpoints.metadata(step)
-        tokenizer = Tokenizer.from_dict(saved["tokenizer"])
-        settings = resolve(settings, tokenizer)
-        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        records = read_records(settings.data.raw, settings.data, settings.task, saved["streams"])
+    with opened(settings, mesh) as trained:
+        records = read_records(settings.data.raw, settings.data, settings.task, trained.saved["streams"])
         records = itertools.chain([next(records)], records)  # what cannot be read is told before anything is loaded
-        trainer = start(dropless(settings), mesh)
-        say_which(checkpoints.directory, step)
-        predictor = Predictor(trainer, checkpoints.restore_params(step, trainer.params), tokenizer)
+        predictor = Predictor(trained.trainer, trained.params(), trained.tokenizer)
         with progress_bar("predicting", None, "records", enabled=is_main()) as advance:
             written = _write(path, predictor.lines(records, advance))
-    return Predictions(path, step, written, predictor.truncated)
+    return Predictions(path, trained.step, written, predictor.truncated)
 
 
 def _write(path: Location, lines: Iterable[str]) -> int:

@@ -121,6 +121,6 @@ class Score:
 PROBLEMS = {SINGLE: OneLabel, MULTI: SeveralLabels, REGRESSION: Score}
 
 
-def short(number: float) -> float:
-    """Six digits: more would be those of the batch's size and of the devices."""
-    return float(f"{number:.6g}")
+def short(number: np.float32) -> float:
+    """With the digits that a float32 has: 0.1, and not 0.10000000149."""
+    return float(str(np.float32(number)))

@@ -47,8 +47,11 @@ class TextClassification(Task):
 
     def cut(self, documents: Documents, tokenizer: Tokenizer, training: bool) -> Sequences:
         """Also of `HeldRecords`."""
-        return LabelledRows(documents, tokenizer.special, self.data.sequence_length, causal=self.model.causal,
-                            token_types=self.types)
+        special, causal = tokenizer.special, self.model.causal
+        # RoBERTa, and what learned from it: <s> A </s></s> B </s>
+        roberta = not causal and tokenizer.vocabulary.get("</s>", -1) == special.sep
+        return LabelledRows(documents, special, self.data.sequence_length, causal=causal, token_types=self.types,
+                            separators=1 + roberta)
 
     def objectives(self) -> "Objectives":
         return (self.labels.objective(),)
@@ -72,7 +75,7 @@ class TextClassification(Task):
         told = {split: ", ".join(f"{name} {count:,}" for name, count in of.items()) for split, of in counts.items()}
         rows, key = self.sequences(corpora[0], training=True), np.zeros(1, np.uint64)
         first = {name: array[0] for name, array in rows.rows(np.zeros(1, np.int64), key, key).items()}
-        return [f"{self.problem}: {told['train']}; validation: {told['validation']}", *rows.truncation_note(),
+        return [f"{self.problem}, training records: {told['train']}; validation: {told['validation']}", *rows.truncation_note(),
                 f"for example: {with_marks(corpora[0].tokenizer, first)} -> {self.labels.said(first)}"]
 
     def answer(self, answers: Rows) -> Words:

@@ -130,6 +130,7 @@ def changed(folder, name, **files):
 
 
 CONFIG = "tokenizer_config__json"
+LLAMA = (GOLDEN / "llama" / "tokenizer.model").read_bytes()
 WRONG = [
     # a class that is not supported, or whose files are not there
     ("bert", {CONFIG: {"tokenizer_class": "XLNetTokenizer"}}, r"'XLNetTokenizer' is not supported.*expected one of"),
@@ -163,6 +164,10 @@ WRONG = [
     ("bert", {CONFIG: {"cls_token": None}}, r"cls_token is null, but this tokenizer class needs one"),
     ("bert", {CONFIG: {"cls_token": 5}}, r"cls_token: 5, expected a token"),
     ("t5", {CONFIG: {"extra_ids": "many"}}, r"extra_ids: 'many', expected a number"),
+    ("gpt2", {CONFIG: {"additional_special_tokens": 7}}, "additional_special_tokens: 7, expected a list"),
+    ("gpt2", {"special_tokens_map__json": '{"pad_token": "\\ud800"}'}, r"special_tokens_map\.json: half of a surrogate pair"),
+    ("llama", {"tokenizer__model": LLAMA.replace(b"\xe2\x96\x81t", b"\xe2\x28\x81t", 1)},
+     r"tokenizer\.model is (damaged: a piece is not UTF-8|not a SentencePiece model)"),
     # added tokens: the first free id, or the token's own
     ("gpt2", {"added_tokens__json": {"<x>": 400}}, "'<x>' has the id 400, but the vocabulary ends at 359"),
     ("gpt2", {"added_tokens__json": {"<x>": 7}}, "'<x>' has the id 7, which is"),
@@ -193,6 +198,15 @@ def test_a_wrong_folder_is_one_line(name, files, message, tmp_path):
     assert line.startswith(f"data.tokenizer={folder}: ") and "\n" not in line and len(line) < 700
 
 
+def test_a_post_processor_that_fails_is_a_line(tmp_path):
+    """Which the library notices only when it is used, and by a panic."""
+    file = json.loads((GOLDEN / "modernbert" / "tokenizer.json").read_text())
+    del file["post_processor"]["special_tokens"]["[CLS]"]
+    tokenizer = load_tokenizer(changed(tmp_path / "wrong", "modernbert", tokenizer__json=json.dumps(file)))
+    with pytest.raises(UserError, match=r"^tokenizer: tokenizer\.json: its post_processor fails"):
+        assert tokenizer.framing
+
+
 def test_two_files_that_name_different_tokens_are_a_warning(tmp_path, capfd):
     """As in transformers: special_tokens_map.json counts, unless tokenizer_config.json has an added_tokens_decoder."""
     both = {"tokenizer_config__json": {"pad_token": "the"}, "special_tokens_map__json": {"pad_token": "<pad>"}}
@@ -202,6 +216,19 @@ def test_two_files_that_name_different_tokens_are_a_warning(tmp_path, capfd):
     both["tokenizer_config__json"]["added_tokens_decoder"] = {}
     newer = load_tokenizer(changed(tmp_path / "newer", "roberta", **both))
     assert newer.special.pad == newer.vocabulary["the"]
+
+
+def test_special_tokens_that_no_vocabulary_has_are_added_and_said(tmp_path, capfd):
+    lines = (GOLDEN / "bert" / "vocab.txt").read_text().splitlines()
+    folder = changed(tmp_path / "bert", "bert", vocab__txt="\n".join(line for line in lines if line != "[MASK]") + "\n")
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.special.mask == len(lines) - 1 and tokenizer.vocab_size == len(lines)
+    assert f"'[MASK]' is in no vocabulary; it is added as {len(lines) - 1}" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "file"), [("bert", "vocab.txt"), ("gpt2", "vocab.json"), ("gpt2", "merges.txt")])
+def test_one_file_of_several_stands_for_its_folder(name, file):
+    assert load_tokenizer(GOLDEN / name / file).digest == load_tokenizer(GOLDEN / name).digest
 
 
 def test_options_without_effect_are_said(tmp_path, capfd):

@@ -111,6 +111,10 @@ def test_characters(tmp_path):
     with pytest.raises(Exception, match="Missing"):
         file.encode("一")
     assert file.decode(tokenizer.encode("a  b\nc")) == "a  b\nc"
+    again = load_tokenizer(tmp_path)
+    assert again.encode("der Text\n") == tokenizer.encode("der Text\n") and not again.lossless
+    with pytest.raises(UserError, match=r"^tokenizer: a text cannot be encoded"):
+        again.encode("一")
     write_tokenizer(CharacterTokenizer.of("ab", end_mark=False), tmp_path, model_type="gpt2", max_length=9, causal=True)
 
 

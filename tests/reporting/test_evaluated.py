@@ -4,12 +4,12 @@ import shutil
 import numpy as np
 import pytest
 from matplotlib import image
-from test_report import make_run
+from test_report import SUMMARY, make_run, printed
 
 from jaxlm.errors import UserError
 from jaxlm.reporting.evaluated import in_a_line, write_evaluation
 from jaxlm.reporting.plots import plot_confusion, plot_loss
-from jaxlm.reporting.report import write_report
+from jaxlm.reporting.report import compare, write_report
 
 EVALUATION = {
     "step": 40, "rows": 1200, "figures": {"val_accuracy": np.float64(0.75), "val_matthews": float("nan")},
@@ -58,6 +58,21 @@ def test_a_broken_file_is_named(tmp_path, content):
     (run_dir / "evaluation.json").write_text(content)
     with pytest.raises(UserError, match=r"evaluation\.json: expected what .* delete the file"):
         write_report(run_dir)
+
+
+def test_the_best_checkpoint_is_named_where_it_is_so_by_a_figure_of_the_task(tmp_path):
+    best = {"figure": "val_macro_f1", "step": 30, "value": 0.71236}
+    one = make_run(tmp_path / "one", summary=SUMMARY | {"best": best})
+    other = make_run(tmp_path / "other", summary=SUMMARY | {"best": {"figure": "val_loss", "step": 20, "value": 2.0}})
+    assert "| best checkpoint | macro f1 0.7124 at step 30 |" in write_report(one).read_text()
+    assert "best checkpoint" not in write_report(other).read_text()
+    assert ["best", "macro f1 0.7124 at step 30", "-"] in printed(compare([one, other]))
+    assert not any(row[0] == "best" for row in printed(compare([other, other])))
+
+
+@pytest.mark.parametrize("best", [3, "x", {}, {"figure": None, "value": 1.0}, {"figure": "val_f1", "value": "much"}])
+def test_a_best_that_is_none_is_left_out(tmp_path, best):
+    assert "best checkpoint" not in write_report(make_run(tmp_path / "run", summary=SUMMARY | {"best": best})).read_text()
 
 
 def test_text_in_a_line():

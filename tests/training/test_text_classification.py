@@ -177,6 +177,9 @@ def test_what_is_said_before_the_first_step_and_at_the_end(labelled, jaxlm, caps
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["best"] == {"figure": "val_macro_f1", "step": best, "value": evaluations[best]["val_macro_f1"]}
     assert f"best macro f1 {evaluations[best]['val_macro_f1']:.4f} at step {best} (checkpoint.step={best})" in shown
+    assert jaxlm("evaluate", tmp_path / "run", "checkpoint.step=4", "--json") == 0
+    told = capsys.readouterr().err
+    assert ("the best: macro f1" in told) == (best != 4)
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["task"]["labels"] == ["bad", "good", "neither"] and config["task"]["problem"] == "single_label"
 
