@@ -124,8 +124,7 @@ class FolderWeights:
                             {path: array.axes for path, array in arrays.items()})
         self._found = find_parameters(foreign, source.tensors, wanted, source.heads)
         self.shapes = {tuple(path.split(".")): parameter.shape for path, parameter in self._found.parameters.items()}
-        for line in self._found.notes if is_main() else ():
-            print_line(f"init: {line}")
+        self.notes = self._found.notes
 
     def read(self, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> tuple[dict[tuple[str, ...], jax.Array], np.ndarray]:
         order = np.arange(self.model.num_layers)
