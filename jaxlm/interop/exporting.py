@@ -129,7 +129,8 @@ def _write(trainer: Trainer, params: dict[str, Any], tokenizer: Tokenizer, folde
         write_json(folder / CONFIG, content)
         if model.causal:
             write_json(folder / "generation_config.json", {name: token for name, token in ids.items() if name in GENERATION})
-        begins_after = start_token(tokenizer.special, settings.data.packing) if model.causal else None
+        opens = model.causal and settings.data.packing == "documents" and settings.data.start_token  # as prompts are opened
+        begins_after = start_token(tokenizer.special, settings.data.packing) if opens else None
         check = write_tokenizer(tokenizer, folder, model_type=family.model_type, max_length=model.max_length, causal=model.causal,
                                 start=begins_after)
         write_text(folder / "README.md", model_card(settings, step, content["architectures"][0], family.model_type))
