@@ -212,7 +212,7 @@ def test_an_import_holds_its_shards_and_little_else(tmp_path):
         words = ["import", str(tmp_path / model), f"run_dir={tmp_path / model}-run", "devices.platform=cpu", "devices.count=8",
                  "mesh.fsdp=2", "mesh.tensor=4"]
         _, peaks[model] = benchmark.run(words, tmp_path / "peak")
-    assert peaks["big"] - peaks["small"] < 1.25 * size + largest
+    assert peaks["big"] - peaks["small"] < 1.1 * size + largest
 
 
 def test_a_model_without_a_head_gets_a_fresh_one(capsys):
