@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.parallel.rules import RULES, cutting
+from jaxlm.parallel.shapes import Array, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,16 @@ def for_each_copy(function: Callable, *by_rows: int) -> Callable:
     For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which
     arguments are trees of arrays whose first dimension is the batch; the others are the same everywhere.
     """
+    # Data parallelism by hand, over that one axis; the partitioner goes on cutting the others. With gradient
+    # accumulation the sum over the data axis is the same whether it is taken once a micro-batch or once a step, for
+    # sums commute:
+    #
+    #     sum_m sum_d g[m, d]   (M all-reduces)    =    sum_d sum_m g[m, d]   (one)
+    #
+    # but the partitioner, which sees a loop whose carry must be whole, does the former. Inside, the data axis is manual
+    # (`mesh_axes` leaves it out), so each copy's loop adds up its own rows only and one psum follows. It holds only for
+    # what adds up over rows: a mean, or anything divided by a local count, would become a mean of means. That is why
+    # objectives give sums, and why the step passes in `counts` of the whole batch (jaxlm/training/step.py).
     mesh = jax.sharding.get_abstract_mesh
 
     def run(*arguments: Any) -> Any:
@@ -96,7 +107,7 @@ def _is_names(tree: Any) -> bool:
     return type(tree) is tuple and all(name is None or isinstance(name, str) for name in tree)
 
 
-def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(array: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*shape"]:
     """Asks the partitioner to lay `array` out by its axes' names. Without a mesh (`jax.set_mesh`) it does nothing.
 
     A dimension that its axes do not divide, such as one decoded token, stays whole.
