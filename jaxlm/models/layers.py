@@ -53,8 +53,8 @@ class Context(NamedTuple):
 class Linear(nnx.Module):
     """y = x W + b over one or more trailing dimensions; applied by `column_parallel` and `row_parallel`."""
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, stddev: float, rngs: nnx.Rngs,
-                 role: str = "kernel"):
+    def __init__(self, inputs: Mapping[str, int], outputs: Mapping[str | None, int], *, bias: bool, stddev: float,
+                 rngs: nnx.Rngs, role: str = "kernel"):
         """`inputs` and `outputs` map axis names to sizes, in order."""
         self.axes = (*inputs, *outputs)
         self.kernel = nnx.Param(

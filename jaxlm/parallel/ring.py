@@ -217,7 +217,7 @@ def _what_it_sees(ring: Ring, distance: Int32[Array, ""] | int, queries: Queries
         lambda: pad(attend(ring, second(queries), block, causal=False), earlier=False))
 
 
-def _pad_forward(result: Result, earlier: bool) -> Result:
+def _pad_forward(result: tuple[Float32[Array, "B T_seen N H"], Float32[Array, "B T_seen N"]], earlier: bool) -> Result:
     out, log_sum = result
     return result if earlier else (_double(out, after=False), _double(log_sum, after=False, fill=NEGATIVE))
 

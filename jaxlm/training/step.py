@@ -71,7 +71,7 @@ def make_trainer(model: Model, settings: Settings, mesh: Mesh) -> Trainer:
     axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes),
                       jax.tree.map(lambda leaf: Axes((None,) * leaf.ndim), jax.eval_shape(nothing_yet)))
 
-    def init(seed: int) -> TrainState:
+    def init(seed: int | Int32[Array, ""]) -> TrainState:
         key = jax.random.key(seed)
         params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params), nothing_yet())
