@@ -49,6 +49,7 @@ class Head(NamedTuple):
 
 
 Gradients = tuple[Float[Array, "B T D"], Float[Array, "V D"], Float32[Array, " V"]]  # of x, table, bias
+OwnGradients = tuple[Float[Array, "B T_own D"], Float[Array, "V_own D_own"], Float32[Array, " V_own"]]  # of them, a device's part
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -98,33 +99,32 @@ def _sharded(x: Float[Array, "B T D"], table: Float[Array, "V D"], bias: Float32
     return per_device(run, (states, weights, biases, TOKENS, TOKENS), results)(x, table, bias, targets, mask)
 
 
+# Softmax over a vocabulary of which each device has a part needs two numbers of the others: the largest logit and
+# the sum of exponentials, [B, T] each, never the logits (Shoeybi et al. 2019, section 3). `ids` are the words that
+# this device's rows are of; the target is one of them on just one device, and the others add 0 to its logit.
+#
+#     V = 6 on 2 devices, target 4      largest   pmax    sum of exp(logit - 5)    psum    target's logit   psum
+#     ids 0 1 2    logits 1 5 2            5        5            1.07             1.58           0           3
+#     ids 3 4 5    logits 0 3 4            4        5            0.51             1.58           3           3
+#
+# The gradient does not wait for the backward pass, because there the logits would be computed again (V D products)
+# or would have been kept (4 B T V bytes). The loss is a scalar sum, so its gradient for a chunk is known, up to a
+# factor, as soon as the chunk's logits are: grad = p - onehot, then grad . table for x, grad^T x for the table.
+# `_backward` only multiplies by that factor, the one number that comes down; so of the sums only `loss` may be
+# differentiated. with_gradients=False, for evaluation, forms none of this.
+#
+# What is summed where: x's gradient is partial over `vocab` (each device's words), the table's over `tokens` (each
+# device's positions), the three sums of the result over `tokens` alone, for they are the same along `vocab`. z-loss
+# adds z (log Z)^2, so 2 z log Z p to the gradient (Chowdhery et al. 2022, section 5): `factor` holds p's
+# coefficient, divided by the total, since exponentials / total = p. Rows beyond the vocabulary (padding) have
+# logits of -inf: no probability, and no gradient.
 def _local(x: Float[Array, "B T D"], table: Float[Array, "V_own D_own"], bias: Float32[Array, " V_own"],
            targets: Int32[Array, "B T"], mask: Bool[Array, "B T"], *, head: Head, with_gradients: bool, cuts: LossCuts
-           ) -> tuple[Sums, tuple[Float[Array, "B T_own D"], Float[Array, "V_own D_own"], Float32[Array, " V_own"]] | None]:
-    # Softmax over a vocabulary of which each device has a part needs two numbers of the others: the largest logit and
-    # the sum of exponentials, [B, T] each, never the logits (Shoeybi et al. 2019, section 3). `ids` are the words that
-    # this device's rows are of; the target is one of them on just one device, and the others add 0 to its logit.
-    #
-    #     V = 6 on 2 devices, target 4      largest   pmax    sum of exp(logit - 5)    psum    target's logit   psum
-    #     ids 0 1 2    logits 1 5 2            5        5            1.07             1.58           0           3
-    #     ids 3 4 5    logits 0 3 4            4        5            0.51             1.58           3           3
-    #
-    # The gradient does not wait for the backward pass, because there the logits would be computed again (V D products)
-    # or would have been kept (4 B T V bytes). The loss is a scalar sum, so its gradient for a chunk is known, up to a
-    # factor, as soon as the chunk's logits are: grad = p - onehot, then grad . table for x, grad^T x for the table.
-    # `_backward` only multiplies by that factor, the one number that comes down; so of the sums only `loss` may be
-    # differentiated. with_gradients=False, for evaluation, forms none of this.
-    #
-    # What is summed where: x's gradient is partial over `vocab` (each device's words), the table's over `tokens` (each
-    # device's positions), the three sums of the result over `tokens` alone, for they are the same along `vocab`. z-loss
-    # adds z (log Z)^2, so 2 z log Z p to the gradient (Chowdhery et al. 2022, section 5): `factor` holds p's
-    # coefficient, divided by the total, since exponentials / total = p. Rows beyond the vocabulary (padding) have
-    # logits of -inf: no probability, and no gradient.
+           ) -> tuple[Sums, OwnGradients | None]:
     vocab, embed = cuts.vocab, cuts.embed
     sent_type = table.dtype
     table = gather(table.astype(x.dtype), embed, axis=1)
-    first = jax.lax.axis_index(vocab) * table.shape[0] if vocab else 0
-    ids = first + jnp.arange(table.shape[0])
+    ids = (jax.lax.axis_index(vocab) * table.shape[0] if vocab else 0) + jnp.arange(table.shape[0])
 
     def one_chunk(carry: tuple[Any, ...], chunk: Any) -> tuple[tuple[Any, ...], Float32[Array, "B t D"] | None]:
         sums, grad_table, grad_bias = carry

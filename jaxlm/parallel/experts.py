@@ -135,23 +135,23 @@ def _dropless(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights:
     return _add_up(rows, order, weights, tokens.shape)
 
 
+# Shapes are static, routing is not: a device may send all of its m rows to one other, or none. So every pair of
+# devices exchanges m slots, the first of them filled, and with them how many rows are meant for each expert. Rows
+# are sorted by expert, and a device holds neighbouring experts, so what goes to a device is one contiguous run.
+#
+#     experts a b | c d on 2 devices, m = 5, sizes = [2, 1, 0, 2]     rows     a a b d d
+#     slots[0] = 0 1 2 3 4, slots[1] = 3 4 5 6 7                      sent[0]  a a b . .
+#     . is padding: the next run's rows, or 0 beyond the last row     sent[1]  d d . . .
+#
+# On arrival each of Q pieces is sorted by expert by itself, but grouped products want all rows of an expert
+# together: `expert` finds each row's from the sizes sent along (searchsorted of its number in the piece), argsort
+# joins the pieces. Padding counts as expert number E / Q, one too many: it sorts behind all others, where the sizes
+# do not reach. Results go back through the inverse of that sort and the same exchange, and `slots` puts each where
+# it came from. Padding must be zeroed on the way back: beyond its sizes a grouped product promises nothing, and
+# runs of neighbours overlap in `slots`, so what is not zero there would be added to somebody else's row.
 def _there_and_back(rows: Float[Array, "m D"], sizes: Int32[Array, " E"], experts: Run, cuts: MixtureCuts
                     ) -> Float[Array, "m D"]:
     """`experts` for sorted rows of which expert e has sizes[e], on the devices where the experts are."""
-    # Shapes are static, routing is not: a device may send all of its m rows to one other, or none. So every pair of
-    # devices exchanges m slots, the first of them filled, and with them how many rows are meant for each expert. Rows
-    # are sorted by expert, and a device holds neighbouring experts, so what goes to a device is one contiguous run.
-    #
-    #     experts a b | c d on 2 devices, m = 5, sizes = [2, 1, 0, 2]     rows     a a b d d
-    #     slots[0] = 0 1 2 3 4, slots[1] = 3 4 5 6 7                      sent[0]  a a b . .
-    #     . is padding: the next run's rows, or 0 beyond the last row     sent[1]  d d . . .
-    #
-    # On arrival each of Q pieces is sorted by expert by itself, but grouped products want all rows of an expert
-    # together: `expert` finds each row's from the sizes sent along (searchsorted of its number in the piece), argsort
-    # joins the pieces. Padding counts as expert number E / Q, one too many: it sorts behind all others, where the sizes
-    # do not reach. Results go back through the inverse of that sort and the same exchange, and `slots` puts each where
-    # it came from. Padding must be zeroed on the way back: beyond its sizes a grouped product promises nothing, and
-    # runs of neighbours overlap in `slots`, so what is not zero there would be added to somebody else's row.
     devices, most = _size(cuts.experts), len(rows)
     exchange = functools.partial(_exchange, axes=cuts.experts)
     per_device_sizes = sizes.reshape(devices, -1)

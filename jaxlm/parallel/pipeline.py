@@ -71,23 +71,23 @@ def run_pipeline(first: First, stage: Stage, shared: Any, layers: Layers, inputs
     return _from_micro_batches(out, stages), aux
 
 
+# All stages run one program in lockstep, so it is the clock that says what each of them is to do. With S stages and
+# R repeats, at time t stage s does its job number i = t - s: it is s ticks behind the first one, for what the first
+# one does at time 0 gets there at time s. Jobs go through S micro-batches before the next repeat:
+#
+#     repeat = i // S mod R            S = 2, R = 2:  i            0  1  2  3  4  5  6  7
+#     micro-batch = i // (S R) S                      repeat       0  0  1  1  0  0  1  1
+#                   + i mod S                         micro-batch  0  1  0  1  2  3  2  3
+#
+# Why S at a time: what stage S - 1 sends off at the end of its job i reaches stage 0 at time i + S, whose job then
+# is i + S: the same micro-batch, one repeat later. So the ring itself is the only buffer (Narayanan et al. 2021,
+# section 2.2). Before its first job and after its last a stage computes on what lies there; the index is clipped to
+# be a valid one, and `busy` keeps the outcome out of `aux` and `done`. That matters for gradients too: through a
+# `where` that is not taken flow zeros, as long as what was computed is finite. Layers lie in `layer_order`, so a
+# stage's own are [R, layers of a group]: `numbers` are what they are called in the whole model, which dropout keys
+# and local layers go by; taken from the place in memory they would change with S.
 def _on_stage(first: First, stage: Stage, shared: Any, layers: Layers, inputs: Any, *, stages: int, micro_batches: int,
               repeats: int) -> tuple[Float[Array, "M_own b T D"], Any]:
-    # All stages run one program in lockstep, so it is the clock that says what each of them is to do. With S stages and
-    # R repeats, at time t stage s does its job number i = t - s: it is s ticks behind the first one, for what the first
-    # one does at time 0 gets there at time s. Jobs go through S micro-batches before the next repeat:
-    #
-    #     repeat = i // S mod R            S = 2, R = 2:  i            0  1  2  3  4  5  6  7
-    #     micro-batch = i // (S R) S                      repeat       0  0  1  1  0  0  1  1
-    #                   + i mod S                         micro-batch  0  1  0  1  2  3  2  3
-    #
-    # Why S at a time: what stage S - 1 sends off at the end of its job i reaches stage 0 at time i + S, whose job then
-    # is i + S: the same micro-batch, one repeat later. So the ring itself is the only buffer (Narayanan et al. 2021,
-    # section 2.2). Before its first job and after its last a stage computes on what lies there; the index is clipped to
-    # be a valid one, and `busy` keeps the outcome out of `aux` and `done`. That matters for gradients too: through a
-    # `where` that is not taken flow zeros, as long as what was computed is finite. Layers lie in `layer_order`, so a
-    # stage's own are [R, layers of a group]: `numbers` are what they are called in the whole model, which dropout keys
-    # and local layers go by; taken from the place in memory they would change with S.
     here = jax.lax.axis_index(AXIS)
     layers = jax.tree.map(lambda leaf: leaf.reshape(repeats, -1, *leaf.shape[1:]), layers)
     per_group = jax.tree.leaves(layers)[0].shape[1]

@@ -159,24 +159,24 @@ def _column_parallel(x: Float[Array, "B T_own D"], kernels: tuple[Float[Array, "
     return tuple(_product(x, gather(kernel.astype(x.dtype), cuts.embed, axis=0), 1).astype(x.dtype) for kernel in kernels)
 
 
+# For y_i = x W_i:  dx = sum_i dy_i W_i^T,  dW_i = x^T dy_i. What is summed over which devices follows from what
+# each of them holds. Of W_i's columns a device of the tensor axis has its own, so its dx is a partial sum: summed
+# over `columns`, but only after the sum over i has been formed here (q, k and v in one exchange, not three; this is
+# what the partitioner does not see). Where the residual stream is cut along the tensor axis, too, every device
+# needs only its tokens of that sum: a reduce-scatter, half an all-reduce's traffic (Korthikanti et al. 2022,
+# section 4.2). dW_i sums over the tokens of this device; other devices have other tokens, so it is still a partial
+# sum over `tokens` (`_sum_kernel`). x and W_i are gathered a second time rather than kept: kept, each layer's whole
+# kernels would stay in memory from the forward to the backward pass, which is all that ZeRO-3 saves.
+#
+#     example: fsdp 2, tensor 2, q k v      x [B, T/2, D] -> gather(tensor) -> [B, T, D]
+#     dx    partial over tensor     reduce-scatter(tensor) along T       -> [B, T/2, D]
+#     dW_i  partial over fsdp       reduce-scatter(fsdp) along D         -> [D/2, N/2, H]
+#
+# If dx is rounded before the sum over i, or summed over `tokens`, it is wrong by little or by a factor: compared in
+# tests/parallel/test_products.py with plain products.
 def _column_parallel_gradients(x: Float[Array, "B T_own D"], kernels: tuple[Float[Array, "D_own ..."], ...],
                                grads: tuple[Float[Array, "B T ..."], ...], *, cuts: ProductCuts
                                ) -> tuple[Float[Array, "B T_own D"], tuple[Float[Array, "D_own ..."], ...]]:
-    # For y_i = x W_i:  dx = sum_i dy_i W_i^T,  dW_i = x^T dy_i. What is summed over which devices follows from what
-    # each of them holds. Of W_i's columns a device of the tensor axis has its own, so its dx is a partial sum: summed
-    # over `columns`, but only after the sum over i has been formed here (q, k and v in one exchange, not three; this is
-    # what the partitioner does not see). Where the residual stream is cut along the tensor axis, too, every device
-    # needs only its tokens of that sum: a reduce-scatter, half an all-reduce's traffic (Korthikanti et al. 2022,
-    # section 4.2). dW_i sums over the tokens of this device; other devices have other tokens, so it is still a partial
-    # sum over `tokens` (`_sum_kernel`). x and W_i are gathered a second time rather than kept: kept, each layer's whole
-    # kernels would stay in memory from the forward to the backward pass, which is all that ZeRO-3 saves.
-    #
-    #     example: fsdp 2, tensor 2, q k v      x [B, T/2, D] -> gather(tensor) -> [B, T, D]
-    #     dx    partial over tensor     reduce-scatter(tensor) along T       -> [B, T/2, D]
-    #     dW_i  partial over fsdp       reduce-scatter(fsdp) along D         -> [D/2, N/2, H]
-    #
-    # If dx is rounded before the sum over i, or summed over `tokens`, it is wrong by little or by a factor: compared in
-    # tests/parallel/test_products.py with plain products.
     x = gather(x, cuts.scattered, axis=1)
     fetched = [gather(kernel.astype(x.dtype), cuts.embed, axis=0) for kernel in kernels]
     if platform() == "tpu":  # as one product: libtpu keeps each float32 term of a sum (XLA's GPU backend adds them up in place)

@@ -124,23 +124,23 @@ _ring.defvjp(_forward, _backward)
 
 # ---- one device's way round the ring ---------------------------------------------------------------------------------
 
+# Queries stay, blocks go round. After `distance` turns a device holds the block of the device that many before it:
+#
+#     distance            0       1       2       3         the block that each of 4 devices holds
+#     device 0            0       3       2       1
+#     device 1            1       0       3       2         0 is its own, the only one that still needs
+#     device 2            2       1       0       3         a causal mask; of each other one half is seen
+#     device 3            3       2       1       0         (`_what_it_sees`)
+#
+# Invariant of `step`: `total` is attention over the blocks of all smaller distances, `block` the one of `distance`,
+# and the next is asked for before this one is computed, so that the network works while the devices do. Hence the
+# first block is taken out of the loop (it is masked, and its successor must be under way by then) and the last one,
+# too (nothing comes after it): R - 1 exchanges for R blocks. No softmax over all keys is ever formed: each part
+# comes with the logarithm of its denominator, and `_joined` weighs two parts by these (Milakov & Gimelshein 2018;
+# Liu et al. 2023, algorithm 1).
 def _forward_round(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
                    tokens: Tokens, heads: Int32[Array, " N"], *, ring: Ring
                    ) -> tuple[Float[Array, "B T N H"], Float32[Array, "B T N"]]:
-    # Queries stay, blocks go round. After `distance` turns a device holds the block of the device that many before it:
-    #
-    #     distance            0       1       2       3         the block that each of 4 devices holds
-    #     device 0            0       3       2       1
-    #     device 1            1       0       3       2         0 is its own, the only one that still needs
-    #     device 2            2       1       0       3         a causal mask; of each other one half is seen
-    #     device 3            3       2       1       0         (`_what_it_sees`)
-    #
-    # Invariant of `step`: `total` is attention over the blocks of all smaller distances, `block` the one of `distance`,
-    # and the next is asked for before this one is computed, so that the network works while the devices do. Hence the
-    # first block is taken out of the loop (it is masked, and its successor must be under way by then) and the last one,
-    # too (nothing comes after it): R - 1 exchanges for R blocks. No softmax over all keys is ever formed: each part
-    # comes with the logarithm of its denominator, and `_joined` weighs two parts by these (Milakov & Gimelshein 2018;
-    # Liu et al. 2023, algorithm 1).
     ring = ring._replace(heads=heads)
     queries, block = (query, tokens), (key, value, tokens._replace(dropout_keys=None))
 
@@ -190,23 +190,23 @@ def _backward_round(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"]
     return tuple(array.astype(query.dtype) for array in (grad_query, *(a + b for a, b in zip(at_home, come_home, strict=True))))
 
 
+# Device i of R holds pieces i and 2R-1-i of 2R, in this order: an early and a late one. With R = 4, what queries
+# of device 1 (pieces 1, 6) see of other devices' keys, x being seen whole and . not at all:
+#
+#     keys of device      0: pieces 0, 7        2: pieces 2, 5        3: pieces 3, 4
+#     queries, piece 1          x  .                  .  .                  .  .
+#              piece 6          x  .                  x  x                  x  x
+#
+# Keys from a device before this one, j < i: piece j is earlier than both of ours and 2R-1-j later than both, so all
+# queries see the first half of the block. From one behind it, j > i: both pieces are later than i and earlier than
+# 2R-1-i, so the second half of the queries sees all of it. Either way it is half the work, without a mask, and the
+# same for every device: with contiguous pieces all would wait for the last one. "Before" is i >= distance: i -
+# distance has then not wrapped round. The halves differ in shape, so the two branches pad their results to whole
+# blocks: with a log sum of NEGATIVE, which has no weight in `_joined`, and backward with zeros.
 def _what_it_sees(ring: Ring, distance: Int32[Array, ""] | int, queries: Queries, block: Block, attend: Callable[..., Any],
                   pad: Callable[..., Any]) -> Any:
     """`attend` for a block from `distance` devices back: of a causal sequence the half that these queries may see.
     `pad` brings the result to whole blocks."""
-    # Device i of R holds pieces i and 2R-1-i of 2R, in this order: an early and a late one. With R = 4, what queries
-    # of device 1 (pieces 1, 6) see of other devices' keys, x being seen whole and . not at all:
-    #
-    #     keys of device      0: pieces 0, 7        2: pieces 2, 5        3: pieces 3, 4
-    #     queries, piece 1          x  .                  .  .                  .  .
-    #              piece 6          x  .                  x  x                  x  x
-    #
-    # Keys from a device before this one, j < i: piece j is earlier than both of ours and 2R-1-j later than both, so all
-    # queries see the first half of the block. From one behind it, j > i: both pieces are later than i and earlier than
-    # 2R-1-i, so the second half of the queries sees all of it. Either way it is half the work, without a mask, and the
-    # same for every device: with contiguous pieces all would wait for the last one. "Before" is i >= distance: i -
-    # distance has then not wrapped round. The halves differ in shape, so the two branches pad their results to whole
-    # blocks: with a log sum of NEGATIVE, which has no weight in `_joined`, and backward with zeros.
     if not ring.causal:
         return attend(ring, queries, block, causal=False)
     first, second = (functools.partial(jax.tree.map, half) for half in (
@@ -261,21 +261,21 @@ def _attend(ring: Ring, queries: Queries, block: Block, *, causal: bool) -> Resu
     return _scan_chunks(some_queries, None, queries, block)[1]
 
 
+# Probabilities are not kept but computed again, block by block (Dao et al. 2022, section 3.1 and appendix B.2).
+# That one block suffices is due to `log_sum`, the denominator over all blocks: P = exp(scores - log_sum) are parts
+# of the whole softmax, not of this block's. And softmax's backward pass, dS = P (dP - sum_j P_j dP_j), needs a sum
+# over all keys, but sum_j P_j dP_j = sum_j P_j (dO . V_j) = dO . O: `delta`, known before the first block comes.
+# With the block's own denominator or its own sum, gradients would be off by what other blocks hold, and no shape
+# would say so.
+#
+#     O = (P m) V,  m the dropout factors      dV = (P m)^T dO      dP = (dO V^T) m
+#     dS = P (dP - delta)                      dQ = dS K            dK = dS^T Q        (dS, scaled by 1 / sqrt(H))
+#
+# Dropout changes nothing in delta: sum_j P_j m_j (dO . V_j) is still dO . O. The masks m are made again from the
+# same keys (`jaxlm.parallel.dropout`), wherever the block is by now.
 def _attend_backward(ring: Ring, queries: Queries, block: Block, *, causal: bool
                      ) -> tuple[Float32[Array, "B T N H"], Float32[Array, "B S K H"], Float32[Array, "B S K H"]]:
     """Gradients of query, key and value from (query, tokens, gradient, log_sum, delta)."""
-    # Probabilities are not kept but computed again, block by block (Dao et al. 2022, section 3.1 and appendix B.2).
-    # That one block suffices is due to `log_sum`, the denominator over all blocks: P = exp(scores - log_sum) are parts
-    # of the whole softmax, not of this block's. And softmax's backward pass, dS = P (dP - sum_j P_j dP_j), needs a sum
-    # over all keys, but sum_j P_j dP_j = sum_j P_j (dO . V_j) = dO . O: `delta`, known before the first block comes.
-    # With the block's own denominator or its own sum, gradients would be off by what other blocks hold, and no shape
-    # would say so.
-    #
-    #     O = (P m) V,  m the dropout factors      dV = (P m)^T dO      dP = (dO V^T) m
-    #     dS = P (dP - delta)                      dQ = dS K            dK = dS^T Q        (dS, scaled by 1 / sqrt(H))
-    #
-    # Dropout changes nothing in delta: sum_j P_j m_j (dO . V_j) is still dO . O. The masks m are made again from the
-    # same keys (`jaxlm.parallel.dropout`), wherever the block is by now.
     key, value, _ = block
 
     def some_queries(carry: tuple[Array, Array], chunk: Queries) -> tuple[tuple[Array, Array], Array]:

@@ -69,6 +69,16 @@ def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bo
                          axis_names=set(mesh.axis_names) - set(mesh.manual_axes))
 
 
+# Data parallelism by hand, over that one axis; the partitioner goes on cutting the others. With gradient
+# accumulation the sum over the data axis is the same whether it is taken once a micro-batch or once a step, for
+# sums commute:
+#
+#     sum_m sum_d g[m, d]   (M all-reduces)    =    sum_d sum_m g[m, d]   (one)
+#
+# but the partitioner, which sees a loop whose carry must be whole, does the former. Inside, the data axis is manual
+# (`mesh_axes` leaves it out), so each copy's loop adds up its own rows only and one psum follows. It holds only for
+# what adds up over rows: a mean, or anything divided by a local count, would become a mean of means. That is why
+# objectives give sums, and why the step passes in `counts` of the whole batch (jaxlm/training/step.py).
 def for_each_copy(function: Callable, *by_rows: int) -> Callable:
     """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies
     at the end.
@@ -76,16 +86,6 @@ def for_each_copy(function: Callable, *by_rows: int) -> Callable:
     For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which
     arguments are trees of arrays whose first dimension is the batch; the others are the same everywhere.
     """
-    # Data parallelism by hand, over that one axis; the partitioner goes on cutting the others. With gradient
-    # accumulation the sum over the data axis is the same whether it is taken once a micro-batch or once a step, for
-    # sums commute:
-    #
-    #     sum_m sum_d g[m, d]   (M all-reduces)    =    sum_d sum_m g[m, d]   (one)
-    #
-    # but the partitioner, which sees a loop whose carry must be whole, does the former. Inside, the data axis is manual
-    # (`mesh_axes` leaves it out), so each copy's loop adds up its own rows only and one psum follows. It holds only for
-    # what adds up over rows: a mean, or anything divided by a local count, would become a mean of means. That is why
-    # objectives give sums, and why the step passes in `counts` of the whole batch (jaxlm/training/step.py).
     mesh = jax.sharding.get_abstract_mesh
 
     def run(*arguments: Any) -> Any:
