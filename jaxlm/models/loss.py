@@ -64,18 +64,12 @@ def cross_entropy(x: Float[Array, "B T D"], table: Float[Array, "V D"], bias: Fl
     return _sharded(x, table, bias, targets, mask, head, with_gradients=False)[0]
 
 
-def _forward(x: Float[Array, "B T D"], table: Float[Array, "V D"], bias: Float32[Array, " V"], targets: Int32[Array, "B T"],
-             mask: Bool[Array, "B T"], head: Head) -> tuple[Sums, Gradients]:
-    sums, gradients = _sharded(x, table, bias, targets, mask, head, with_gradients=True)
-    return sums, gradients
-
-
 def _backward(head: Head, gradients: Gradients, cotangents: Sums) -> tuple[Any, ...]:
     scale = cotangents.loss  # the other sums are metrics: nothing flows through them
     return (*(gradient * scale.astype(gradient.dtype) for gradient in gradients), None, None)
 
 
-cross_entropy.defvjp(_forward, _backward)
+
 
 
 class LossCuts(NamedTuple):
@@ -97,6 +91,9 @@ def _sharded(x: Float[Array, "B T D"], table: Float[Array, "V D"], bias: Float32
     results = (Sums((), (), (), ()), (grad_states, weights, biases) if with_gradients else None)
     run = functools.partial(_local, head=head, with_gradients=with_gradients, cuts=cuts)
     return per_device(run, (states, weights, biases, TOKENS, TOKENS), results)(x, table, bias, targets, mask)
+
+
+cross_entropy.defvjp(functools.partial(_sharded, with_gradients=True), _backward)
 
 
 # Softmax over a vocabulary of which each device has a part needs two numbers of the others: the largest logit and

@@ -19,6 +19,7 @@ which everybody gets all (all-reduce).
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,42 @@ def residual_axes(length: int) -> Names:
     return RESIDUAL if divides(length, "residual_sequence") else (*TOKENS, "residual")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+class ProductCuts(NamedTuple):
+    """Mesh axes that cut what a product works on."""
+
+    columns: MeshAxes  # the kernel's side away from the states, or the table's rows
+    embed: MeshAxes  # its other side
+    tokens: MeshAxes  # rows and sequence of the activations inside a part
+    scattered: MeshAxes  # what cuts the sequence of the states beyond that (sequence parallelism)
+
+
+class Product(NamedTuple):
+    """How arrays are multiplied on the mesh: what each device does with its parts, forth and back, and their axes."""
+
+    forward: Callable[..., Any]  # (*arrays) -> out
+    backward: Callable[..., Any]  # (*arrays, gradient of out) -> their gradients
+    cuts: ProductCuts
+    inputs: tuple[Any, ...]
+    output: Any
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _multiply(product: Product, *arrays: Any) -> Any:
+    return per_device(functools.partial(product.forward, cuts=product.cuts), product.inputs, product.output)(*arrays)
+
+
+def _multiply_forward(product: Product, *arrays: Any) -> tuple[Any, tuple[Any, ...]]:
+    return _multiply(product, *arrays), arrays
+
+
+def _multiply_backward(product: Product, arrays: tuple[Any, ...], grad: Any) -> tuple[Any, ...]:
+    run = functools.partial(product.backward, cuts=product.cuts)
+    return per_device(run, (*product.inputs, product.output), product.inputs)(*arrays, grad)
+
+
+_multiply.defvjp(_multiply_forward, _multiply_backward)
+
+
 def column_parallel(x: Float[Array, "B T D"], kernels: tuple[Float[Array, "D ..."], ...], axes: tuple[Names, ...], states: Names
                     ) -> tuple[Float[Array, "B T ..."], ...]:
     """x times each of several kernels, in x's type.
@@ -48,25 +84,11 @@ def column_parallel(x: Float[Array, "B T D"], kernels: tuple[Float[Array, "D ...
         a part.
       kernels: float32 or x's type; their axes are `axes`, the first of all of them the same.
     """
-    run = functools.partial(_column_parallel, cuts=_cuts(axes[0][1:], axes[0][0], states))
-    return per_device(run, (states, axes), _outputs(axes, states))(x, kernels)
+    outputs = tuple((*_inside(states), *names[1:]) for names in axes)
+    cuts = _cuts(axes[0][1:], axes[0][0], states)
+    return _multiply(Product(_column_parallel, _column_parallel_gradients, cuts, (states, axes), outputs), x, kernels)
 
 
-def _column_parallel_forward(x: Float[Array, "B T D"], kernels: tuple[Float[Array, "D ..."], ...], axes: tuple[Names, ...],
-                             states: Names) -> tuple[tuple[Array, ...], tuple[Any, ...]]:
-    return column_parallel(x, kernels, axes, states), (x, kernels)
-
-
-def _column_parallel_backward(axes: tuple[Names, ...], states: Names, saved: tuple[Any, ...],
-                              grads: tuple[Float[Array, "B T ..."], ...]) -> tuple[Array, tuple[Array, ...]]:
-    run = functools.partial(_column_parallel_gradients, cuts=_cuts(axes[0][1:], axes[0][0], states))
-    return per_device(run, (states, axes, _outputs(axes, states)), (states, axes))(*saved, grads)
-
-
-column_parallel.defvjp(_column_parallel_forward, _column_parallel_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def row_parallel(y: Float[Array, "B T *inner"], kernel: Float[Array, "*inner D"], axes: Names, states: Names
                  ) -> Float[Array, "B T D"]:
     """y times a kernel, in y's type; the axes of what comes out are `states`.
@@ -75,64 +97,21 @@ def row_parallel(y: Float[Array, "B T *inner"], kernel: Float[Array, "*inner D"]
       y: axes TOKENS, then the kernel's but for the last.
       kernel: float32 or y's type; its axes are `axes`.
     """
-    run = functools.partial(_row_parallel, cuts=_cuts(axes[:-1], axes[-1], states))
-    return per_device(run, ((*_inside(states), *axes[:-1]), axes), states)(y, kernel)
+    inputs = ((*_inside(states), *axes[:-1]), axes)
+    cuts = _cuts(axes[:-1], axes[-1], states)
+    return _multiply(Product(_row_parallel, _row_parallel_gradients, cuts, inputs, states), y, kernel)
 
 
-def _row_parallel_forward(y: Float[Array, "B T *inner"], kernel: Float[Array, "*inner D"], axes: Names, states: Names
-                          ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-    return row_parallel(y, kernel, axes, states), (y, kernel)
-
-
-def _row_parallel_backward(axes: Names, states: Names, saved: tuple[Array, Array], grad: Float[Array, "B T D"]
-                           ) -> tuple[Float[Array, "B T *inner"], Float[Array, "*inner D"]]:
-    inputs = (*_inside(states), *axes[:-1])
-    run = functools.partial(_row_parallel_gradients, cuts=_cuts(axes[:-1], axes[-1], states))
-    return per_device(run, (inputs, axes, states), (inputs, axes))(*saved, grad)
-
-
-row_parallel.defvjp(_row_parallel_forward, _row_parallel_backward)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def look_up(table: Float[Array, "V D"], indices: Int32[Array, "B T"], axis: str, dtype: jnp.dtype) -> Float[Array, "B T D"]:
     """Rows of a table, whose axes are (`axis`, "embed"), in the residual stream and in `dtype`.
 
     Where the rows are cut each device fetches those that it has, and the others add zeros (Megatron-LM's vocabulary-
-    parallel embedding). The table travels in `dtype`, too.
+    parallel embedding); where they are not, each looks up what it keeps and no more. The table travels in `dtype`, too.
     """
     states = residual_axes(indices.shape[1])
-    run = functools.partial(_look_up, cuts=_cuts((axis,), "embed", states), dtype=dtype)
-    return per_device(run, ((axis, "embed"), _looked_up(axis, states)), states)(table, indices)
-
-
-def _look_up_forward(table: Float[Array, "V D"], indices: Int32[Array, "B T"], axis: str, dtype: jnp.dtype
-                     ) -> tuple[Float[Array, "B T D"], tuple[Array, Array]]:
-    return look_up(table, indices, axis, dtype), (table, indices)
-
-
-def _look_up_backward(axis: str, dtype: jnp.dtype, saved: tuple[Array, Array], grad: Float[Array, "B T D"]
-                      ) -> tuple[Float[Array, "V D"], None]:
-    states = residual_axes(grad.shape[1])
-    run = functools.partial(_look_up_gradient, cuts=_cuts((axis,), "embed", states))
-    return per_device(run, ((axis, "embed"), _looked_up(axis, states), states), (axis, "embed"))(*saved, grad), None
-
-
-look_up.defvjp(_look_up_forward, _look_up_backward)
-
-
-def _looked_up(axis: str, states: Names) -> Names:
-    """Axes of the indices: where no rows are cut, each device looks up what it keeps and no more."""
-    return _inside(states) if mesh_axes(axis) else states[:2]
-
-
-class ProductCuts(NamedTuple):
-    """Mesh axes that cut what a product works on."""
-
-    columns: MeshAxes  # the kernel's side away from the states, or the table's rows
-    embed: MeshAxes  # its other side
-    tokens: MeshAxes  # rows and sequence of the activations inside a part
-    scattered: MeshAxes  # what cuts the sequence of the states beyond that (sequence parallelism)
+    inputs = ((axis, "embed"), _inside(states) if mesh_axes(axis) else states[:2])
+    cuts = _cuts((axis,), "embed", states)
+    return _multiply(Product(functools.partial(_look_up, dtype=dtype), _look_up_gradient, cuts, inputs, states), table, indices)
 
 
 def _cuts(columns: Names, embed: str | None, states: Names) -> ProductCuts:
@@ -145,10 +124,6 @@ def _cuts(columns: Names, embed: str | None, states: Names) -> ProductCuts:
 def _inside(states: Names) -> Names:
     """Axes of rows and tokens inside a part, from those of the states that it reads or writes."""
     return TOKENS if states[1] == RESIDUAL[1] else states[:2]
-
-
-def _outputs(axes: tuple[Names, ...], states: Names) -> tuple[Names, ...]:
-    return tuple((*_inside(states), *names[1:]) for names in axes)
 
 
 # ---- one device ------------------------------------------------------------------------------------------------------
@@ -220,7 +195,7 @@ def _look_up(table: Float[Array, "V_own D_own"], indices: Int32[Array, "B T"], *
 
 
 def _look_up_gradient(table: Float[Array, "V_own D_own"], indices: Int32[Array, "B T"], grad: Float[Array, "B T_own D"], *,
-                      cuts: ProductCuts) -> Float[Array, "V_own D_own"]:
+                      cuts: ProductCuts) -> tuple[Float[Array, "V_own D_own"], None]:
     if cuts.columns:
         grad = gather(grad, cuts.scattered, axis=1)
         indices, here = _own(indices, table, cuts)
@@ -229,7 +204,7 @@ def _look_up_gradient(table: Float[Array, "V_own D_own"], indices: Int32[Array, 
     else:
         tokens = cuts.tokens + cuts.scattered
     grad_table = jnp.zeros((table.shape[0], grad.shape[2]), jnp.float32).at[indices].add(grad.astype(jnp.float32))
-    return _sum_kernel(grad_table.astype(table.dtype), cuts._replace(tokens=tokens), axis=1)
+    return _sum_kernel(grad_table.astype(table.dtype), cuts._replace(tokens=tokens), axis=1), None
 
 
 def _own(indices: Int32[Array, "B T"], table: Float[Array, "V_own ..."], cuts: ProductCuts
