@@ -27,13 +27,14 @@ import jax.numpy as jnp
 sys.path.insert(0, {tests!r})
 from conftest import MESHES, MODELS, _batch
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.settings import Settings, TrainSettings
+from jaxlm.settings import ModelSettings, Settings, TrainSettings
 
 SETTINGS = {{
     "gpt": replace(MODELS["gpt"], dropout=0.1),
     "llama": replace(MODELS["gpt"], positions="rope", normalization="rmsnorm", activation="swiglu", bias=False, num_kv_heads=2,
                      tied_embeddings=False, attention_window=4, global_every=2, qk_norm=True, logit_soft_cap=5.0),
     "bert": MODELS["bert"], "moe": MODELS["moe"],
+    "lstm": ModelSettings(family="lstm", num_layers=2, hidden_size=32, vocab_size=300, max_length=16),
     "capacity": replace(MODELS["moe"], capacity_factor=1.25),
 }}
 
@@ -76,4 +77,4 @@ def test_traced_models_have_the_shapes_that_their_signatures_say():
 @pytest.mark.slow
 def test_on_every_kind_of_mesh():
     assert_traced("gpt/one", "llama/one", "gpt/2x2x2", "gpt/context8", "gpt/stage2fsdp2tensor2", "bert/2x2x2",
-                  "capacity/expert4data2")
+                  "capacity/expert4data2", "lstm/one", "lstm/2x2x2")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.layers import Execution, remat_policy
-from jaxlm.models.objectives import Objectives, pretraining_objectives
+from jaxlm.models.objectives import Objectives, PerRow, pretraining_objectives
 from jaxlm.parallel.shapes import Array, Batch, Int, Key, RowKeys, Shaped
 from jaxlm.parallel.sharding import Axes
 from jaxlm.presets import TRUNKS
@@ -73,6 +73,24 @@ class Model:
         network = self.bind(params)
         states = network.states(batch, dropout_keys)
         return {objective.name: objective.terms(network, states, batch) for objective in self.objectives}
+
+    def evaluated(self, params: Params, batch: Batch) -> tuple[dict[str, Any], PerRow]:
+        """What an evaluation adds up, by objective, and what it keeps of each row (`Objective.verdicts`)."""
+        network = self.bind(params)
+        states = network.states(batch)
+        terms, verdicts = {}, {}
+        for objective in self.objectives:
+            if objective.is_evaluated:
+                terms[objective.name] = objective.terms(network, states, batch)
+                verdicts |= objective.verdicts(network, states, batch)
+        return terms, verdicts
+
+    def answers(self, params: Params, batch: Batch) -> PerRow:
+        """What is said of each row of a batch (`Objective.answers`)."""
+        network = self.bind(params)
+        states = network.states(batch)
+        return {name: answer for objective in self.objectives
+                for name, answer in objective.answers(network, states, batch).items()}
 
     def counts(self, batch: Batch) -> dict[str, Int[Array, ""]]:
         """What each objective's loss is to be divided by."""

@@ -8,10 +8,11 @@ rows that they read.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxlm.data.masking import num_predictions
@@ -21,13 +22,21 @@ from jaxlm.models.sizes import norm_bias, padded_vocab_size
 from jaxlm.models.states import States, cuttable
 from jaxlm.models.transformer import residual_norm
 from jaxlm.parallel.products import TOKENS
-from jaxlm.parallel.shapes import Array, Batch, Float, Float32, Int, Int32
+from jaxlm.parallel.shapes import Array, Batch, Float, Float32, Int, Int32, Shaped
 from jaxlm.settings import DataSettings, ModelSettings
 
 FIRST_TOKEN = ("batch", None, "residual")
 MOST_NATS = 700  # of which the exponential is still a number
 
 Figures = dict[str, float | None]
+PerRow = dict[str, Shaped[Array, "B ..."]]
+
+
+class Facts(NamedTuple):
+    """What an evaluation knows beside the sums."""
+
+    bytes_per_token: float | None  # UTF-8 bytes of text for each predicted token; None: not known
+    verdicts: dict[str, Shaped[np.ndarray, " B"]]  # of all rows with a label, in their order (`Objective.verdicts`)
 
 
 @dataclass(frozen=True)
@@ -45,6 +54,10 @@ class Objective:
         """Sums over the rows of a batch, as a named tuple with `loss`, which is minimized, and `count`."""
         raise NotImplementedError
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B ..."]:
+        """All that the head says of a batch, of every token or every row: what an export is compared by."""
+        raise NotImplementedError
+
     def count(self, batch: Batch) -> Int[Array, ""]:
         """How many predictions a batch holds; what the sum of losses is to be divided by."""
         raise NotImplementedError
@@ -57,9 +70,17 @@ class Objective:
         """Of an evaluation, in nats for each prediction."""
         return terms.cross_entropy / max(terms.count, 1)
 
-    def figures(self, terms: Any, bytes_per_token: float | None) -> Figures:
-        """Columns of an evaluation row beside `val_loss`. `bytes_per_token`: UTF-8 bytes of text for each predicted
-        token; None: not known."""
+    def answers(self, network: Any, states: States, batch: Batch) -> PerRow:
+        """What is said of each row, whether it has a label or not; {}: of rows nothing is said."""
+        return {}
+
+    def verdicts(self, network: Any, states: States, batch: Batch) -> PerRow:
+        """A few numbers for each row that tell how far off the answer is: `mask` (false: a row without a
+        label), `error` (0: right), and what the task needs to say it in words. {}: nothing."""
+        return {}
+
+    def figures(self, terms: Any, facts: Facts) -> Figures:
+        """Columns of an evaluation row beside `val_loss`."""
         return {}
 
     def predictions(self, data: DataSettings) -> int:
@@ -94,10 +115,13 @@ class NextToken(Objective):
         logits = jnp.einsum("btd,vd->btv", x, self._table(network).astype(x.dtype), preferred_element_type=jnp.float32)
         return capped(logits, network.settings)
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B T vocab_size"]:
+        return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
+
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         nats = self.loss(terms)
         return {"val_perplexity": math.exp(min(nats, MOST_NATS)), "val_accuracy": terms.correct / max(terms.count, 1),
-                "val_bits_per_byte": bytes_per_token and nats / math.log(2) / bytes_per_token}
+                "val_bits_per_byte": facts.bytes_per_token and nats / math.log(2) / facts.bytes_per_token}
 
     def predictions(self, data: DataSettings) -> int:
         return data.sequence_length
@@ -174,11 +198,14 @@ class MaskedToken(Objective):
         logits = jnp.einsum("btd,vd->btv", head(x), table.astype(x.dtype), preferred_element_type=jnp.float32) + bias
         return capped(logits, network.settings)
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B T vocab_size"]:
+        return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
+
     def filled(self, network: Any, states: States, batch: Batch) -> Int32[Array, "B P"]:
         """The likeliest token at each of masked_positions."""
         return self.logits(network, states.at(batch["masked_positions"])).argmax(-1)[:, : batch["masked_positions"].shape[1]]
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         nats = self.loss(terms)
         return {"val_mlm_loss": nats, "val_mlm_accuracy": terms.correct / max(terms.count, 1),
                 "val_mlm_perplexity": math.exp(min(nats, MOST_NATS))}
@@ -227,7 +254,10 @@ class NextSentence(Objective):
         [logits] = column_parallel(jnp.tanh(pooled), head.classifier, states=FIRST_TOKEN)
         return logits[:, 0].astype(jnp.float32)
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B 2"]:
+        return self.logits(network, states.x)
+
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         return {"val_nsp_loss": self.loss(terms), "val_nsp_accuracy": terms.correct / max(terms.count, 1)}
 
     def predictions(self, data: DataSettings) -> int:
@@ -252,6 +282,12 @@ def output_table(settings: ModelSettings, rngs: nnx.Rngs) -> Embedding:
     """The table of an output head that does not share the embedding's."""
     return Embedding(padded_vocab_size(settings.vocab_size), settings.hidden_size, "vocab", stddev=settings.initializer_range,
                      rngs=rngs)
+
+
+def of_every_token(states: States, batch: Batch) -> Float[Array, "B T_padded D"]:
+    """States in the order of the tokens, as many as can be cut (`cuttable`)."""
+    tokens = batch["tokens"]
+    return states.at(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
 
 
 def head_facts(network: Any) -> Head:

@@ -7,7 +7,7 @@ import numpy as np
 
 from jaxlm.models.layers import take_positions
 from jaxlm.parallel.experts import RouterSums
-from jaxlm.parallel.shapes import Array, Float, Int32, Shaped
+from jaxlm.parallel.shapes import Array, Float, Int32, RowKeys, Shaped
 from jaxlm.parallel.sharding import axis_size
 
 
@@ -17,6 +17,7 @@ class States(NamedTuple):
     x: Float[Array, "B T D"]
     order: Int32[np.ndarray, " T"] | None  # which token of the sequence each slot of x belongs to; None: slot i to token i
     router: RouterSums | None  # of mixtures of experts
+    dropout_keys: RowKeys | None = None  # for heads; None: no dropout
 
     def in_order(self, array: Shaped[Array, "B T"]) -> Shaped[Array, "B T"]:
         """An array of the batch, in the order of x."""

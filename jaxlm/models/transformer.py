@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         positions = arrays.get("positions", jnp.broadcast_to(token_indices, batch["tokens"].shape))
         context = Context(positions, token_indices, arrays.get("segment_ids"), token_keys(dropout_keys, token_indices[0]))
         x, router = self.hidden(arrays["tokens"], context, arrays.get("token_types"))
-        return States(x, order, router)
+        return States(x, order, router, dropout_keys)
 
     def hidden(self, tokens: Int32[Array, "B T"], context: Context, token_types: Int32[Array, "B T"] | None = None
                ) -> tuple[Float[Array, "B T D"], RouterSums | None]:

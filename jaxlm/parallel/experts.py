@@ -11,7 +11,7 @@ training only, an expert takes at most `capacity_factor` times its even share of
 that much, the rest passes the layer by.
 
 Shapes: `jaxlm.parallel.shapes`; and here n tokens of one device, k experts for each of them, m = n k choices, Q devices
-that hold E / Q experts each.
+that hold E / Q experts each, C rows that an expert takes at most.
 """
 
 import functools

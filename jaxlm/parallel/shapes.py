@@ -9,6 +9,7 @@ One letter means one thing in models/ and parallel/:
     S  keys; slots of a KV cache               G  query heads for each of those   M  micro-batches
     P  predictions of a sequence               H  width of a head                 V  vocabulary, padded
     D  hidden size                             F  width of the MLP                C  labels
+    R  directions of an LSTM, with H units each
 
 In functions that run on each device, over its own part, letters are the sizes of that part. `T_own` is then what a
 device holds of T before it is gathered, or after it is scattered; `D_own` and `V_own` likewise.
@@ -24,6 +25,7 @@ __all__ = ["Array", "Batch", "Bool", "Cache", "Float", "Float32", "Int", "Int32"
            "UInt32"]
 
 Batch = dict[str, jax.Array]  # arrays [B, ...] by name; which ones, the task says (`jaxlm.tasks`)
-Cache = dict[str, Float[Array, "*L B S K H"]]  # "key" and "value" of one layer, or of a stack of L
+# "key" and "value" [B, S, K, H], of an LSTM "hidden" and "cell" [B, R, H]; with a leading L for a stack of layers
+Cache = dict[str, Float[Array, "..."]]
 RowKeys = Key[Array, " B"]  # a random key for each sequence
 TokenKeys = UInt32[Array, "B T 2"]  # and for each token (`jaxlm.parallel.dropout`)

@@ -79,9 +79,9 @@ def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bo
 # (`mesh_axes` leaves it out), so each copy's loop adds up its own rows only and one psum follows. It holds only for
 # what adds up over rows: a mean, or anything divided by a local count, would become a mean of means. That is why
 # objectives give sums, and why the step passes in `counts` of the whole batch (jaxlm/training/step.py).
-def for_each_copy(function: Callable, *by_rows: int) -> Callable:
+def for_each_copy(function: Callable, *by_rows: int, has_rows: bool = False) -> Callable:
     """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies
-    at the end.
+    at the end. `has_rows`: the results are such sums, and arrays by rows, which stay as they are.
 
     For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which
     arguments are trees of arrays whose first dimension is the batch; the others are the same everywhere.
@@ -92,9 +92,13 @@ def for_each_copy(function: Callable, *by_rows: int) -> Callable:
         if mesh().shape.get("data", 1) == 1:
             return function(*arguments)
         specs = tuple(PartitionSpec("data") if i in by_rows else PartitionSpec() for i in range(len(arguments)))
-        summed = jax.shard_map(lambda *arguments: jax.lax.psum(function(*arguments), "data"), in_specs=specs,
-                               out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
-        return summed(*arguments)
+        results = (PartitionSpec(), PartitionSpec("data")) if has_rows else PartitionSpec()
+        return jax.shard_map(of_one_copy, in_specs=specs, out_specs=results, axis_names={"data"}, check_vma=False)(*arguments)
+
+    def of_one_copy(*arguments: Any) -> Any:
+        sums, rows = function(*arguments) if has_rows else (function(*arguments), None)
+        sums = jax.lax.psum(sums, "data")
+        return (sums, rows) if has_rows else sums
 
     return run
 

@@ -18,7 +18,8 @@ from jaxlm.planning.versions import told_in_a_line
 from jaxlm.runtime import executables
 from jaxlm.runtime.compiler import programs_folder
 from jaxlm.settings import Settings
-from jaxlm.training.setup import batch_shapes, lay_mesh, open_corpora, resolve, start
+from jaxlm.tasks.find import find_task
+from jaxlm.training.setup import batch_shapes, lay_mesh, open_corpora, settled, start
 from jaxlm.training.step import Trainer, batch_sharding
 
 NEEDED = re.compile(r"(temporaries )?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")  # libtpu's words
@@ -79,8 +80,8 @@ def compile_ahead(settings: Settings, target: Target | None) -> Path:
     if folder is None:
         raise UserError(f"devices.compiled={settings.devices.compiled}: --compile-only needs a folder on this machine")
     settings, mesh = (settings, lay(settings, target)[0]) if target else lay_mesh(settings)
-    if settings.model.vocab_size is None:
-        settings = resolve(settings, open_corpora(settings)[0][0].tokenizer)
+    if settings.model.vocab_size is None or find_task(settings).needs_corpus:
+        settings = settled(settings, open_corpora(settings))
     lowered = lower(trace_step(settings, mesh)[0], mesh)
     return executables.save(compiled(lowered, mesh), lowered, mesh, folder)
 

@@ -14,7 +14,9 @@ from typing import Any
 
 import jax
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checkpoints.manifest import finished_steps
+from jaxlm.checks import check_held_out
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.corpus import TOKENIZER
@@ -33,6 +35,7 @@ from jaxlm.settings import Settings, dump, to_dict
 from jaxlm.storage.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
+from jaxlm.training.baseline import beside, check_baseline
 from jaxlm.training.changes import (
     FIXED_KEYS,
     MODEL_KEYS,
@@ -55,7 +58,7 @@ from jaxlm.training.setup import (
     make_validation_batches,
     micro_batch_size,
     open_corpora,
-    resolve,
+    settled,
     start,
 )
 from jaxlm.training.step import Trainer, TrainState, from_saved
@@ -81,6 +84,10 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
     account = Account(_process_start())
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
+    check_held_out(settings)
+    if finished_steps(settings.run_dir) == [0]:
+        raise UserError(f"run_dir={settings.run_dir}: imported weights, for which no optimizer has a state; begin another run "
+                        f"with init={settings.run_dir}")
     if settings.checkpoint.step is not None:
         raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
                         "is for `evaluate` and `generate`")
@@ -95,12 +102,12 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
         watch.one_of(jax.process_index(), jax.process_count())
         with watch.phase("opening the corpus"):
             corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
-        trainer = start(resolve(laid, corpora[0][0].tokenizer), mesh)
+        trainer = start(settled(laid, corpora), mesh)
         # as they were before they followed the devices
         given = dataclasses.replace(trainer.settings, mesh=settings.mesh, train=settings.train)
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
         with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
-              Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
+              Checkpoints(settings.run_dir, settings.checkpoint, saving, Best(*find_task(trainer.settings).best)) as checkpoints):
             sample = make_sampler(trainer, corpora) if make_sampler and settings.logging.samples_every_steps else None
             return _run(trainer, given, corpora, checkpoints, watch, account, sample, open_weights)
 
@@ -143,11 +150,12 @@ def _run(trainer: Trainer, given: Settings, corpora: Corpora, checkpoints: Check
         if writer:
             writer.close()
         account.close()
-    summary = _summary(trainer, loop)
+    summary = _baseline_so_far(run_dir) | _summary(trainer, loop)
     if main:
         write_json(run_dir / "summary.json", summary)
         with optional("the run is finished, but loss.png is not drawn"):
-            plot_loss(run_dir)
+            figure = find_task(trainer.settings).best[0]
+            plot_loss(run_dir, figure if figure != "val_loss" else None)
         if summary["diverged"]:
             write_report(run_dir)
     _refuse_divergence(run_dir, summary)
@@ -251,6 +259,7 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
+    lines += find_task(settings).notes([corpus for corpus, _ in corpora])
     for corpus, _ in corpora:
         lines += [f"{corpus.directory}: {corpus.lost}"] if find_task(settings).continues_text and corpus.loses_text else []
         lines += corpus.warnings()
@@ -269,8 +278,8 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
 def _metadata(trainer: Trainer, corpora: Corpora) -> dict[str, Any]:
     tokenizer = corpora[0][0].tokenizer
     return {"settings": to_dict(trainer.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "mesh": dict(trainer.mesh.shape),
-            "versions": versions()}
+            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "streams": list(corpora[0][0].streams),
+            "mesh": dict(trainer.mesh.shape), "versions": versions()}
 
 
 def versions() -> dict[str, str]:
@@ -291,6 +300,11 @@ def _finished_summary(run_dir: Location, steps: int) -> dict[str, Any] | None:
     return summary if summary and summary.get("steps") == steps else None
 
 
+def _baseline_so_far(run_dir: Location) -> dict[str, Any]:
+    """What `jaxlm evaluate --baseline` has added to the summary of an earlier end: the run's text is the same."""
+    return {key: value for key, value in (read_summary(run_dir / "summary.json") or {}).items() if key == "baseline"}
+
+
 def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     settings, clock = trainer.settings, loop.clock
     times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
@@ -302,6 +316,7 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     slots_per_second = seconds and clock.slots / seconds
     return plain({
         "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
+        **{name: value for name, value in loop.val_row.items() if name.startswith("val_")}, "best": loop.best,
         "diverged": None in losses.values(),
         "skipped_rows": loop.skipped_rows.count(steps),
         "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
@@ -313,14 +328,17 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     })
 
 
-def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
-    """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
+def evaluate_checkpoint(settings: Settings, with_baseline: bool = False) -> dict[str, Any]:
+    """A checkpoint of run_dir over the whole validation set: `step` and the metrics; and as `baseline` what n-grams
+    make of it (`jaxlm.baselines`), if asked for. Raises UserError."""
+    if with_baseline:
+        check_baseline(settings)
     settings, mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
         corpora = open_evaluated(settings, saved)
-        trainer = start(resolve(settings, corpora[0][0].tokenizer), mesh)
+        trainer = start(settled(settings, corpora), mesh)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
@@ -331,4 +349,5 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         if processes.is_main():
             print_line(describe(corpora))
         params = checkpoints.restore_params(step, trainer.params)
-        return {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True)
+        row = {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True).metrics
+        return row | {"baseline": beside(trainer.settings, saved, corpora, validation)} if with_baseline else row
