@@ -38,13 +38,14 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
         return
 
+    from jaxlm.interop.importing import open_weights
     from jaxlm.runtime.processes import is_main
     from jaxlm.serving.samples import make_sampler
     from jaxlm.serving.sampling import generate_from_run
     from jaxlm.tasks.find import find_task
     from jaxlm.training.run import train
 
-    summary, samples = train(settings, make_sampler), []
+    summary, samples = train(settings, make_sampler, open_weights), []
     with optional("the run is finished, but has no samples"):
         samples = generate_from_run(settings) if find_task(settings).continues_text else []
     if is_main():
@@ -98,9 +99,11 @@ def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.runtime.processes import is_main
     from jaxlm.training.run import evaluate_checkpoint
 
-    row = evaluate_checkpoint(settings)
+    row = evaluate_checkpoint(settings, with_baseline=arguments.baseline is not None)
     if is_main():
+        baseline = {} if arguments.json else row.pop("baseline", {})
         _print_figures(row, arguments.json)
+        _print_baseline(baseline)
         _say_next(*(_how_to_use(settings) or ["report", settings.run_dir]))
 
 
@@ -134,6 +137,24 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
         else:
             print(SEPARATOR.join(f"{sample.marked()}\n" for sample in samples), end="")
         _say_next("evaluate", settings.run_dir)
+
+
+def import_(settings: Settings, arguments: argparse.Namespace) -> None:
+    """import: a Hugging Face folder to a run directory"""
+    from jaxlm.interop.importing import import_folder
+    from jaxlm.runtime.processes import is_main
+
+    import_folder(arguments.config, settings)
+    if is_main():
+        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if settings.task.name == "causal_lm" else
+                    ["evaluate", settings.run_dir, "data.raw=TEXT"]))
+
+
+def export(settings: Settings, arguments: argparse.Namespace) -> None:
+    """export: a run directory to a Hugging Face folder"""
+    from jaxlm.interop.exporting import export_run
+
+    export_run(settings)
 
 
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -237,7 +258,21 @@ def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     for name, value in figures.items():
         if isinstance(value, dict):
             value = " ".join(f"{axis}={size}" for axis, size in value.items())
-        print(f"{name:20} {'not known' if value is None else f'{value:.6g}' if isinstance(value, float) else value}")
+        print(f"{name:20} {_shown(value)}")
+
+
+def _print_baseline(baseline: dict[str, dict[str, float | None]]) -> None:
+    """One line for each yardstick, its figures in columns."""
+    columns = list(next(iter(baseline.values()), {}))
+    if columns:
+        print(f"\n{'baseline':20}" + "".join(f" {name.replace('_', ' '):>14}" for name in columns))
+    for name, figures in baseline.items():
+        print(f"{name:20}" + "".join(f" {_shown(figures[key]):>14}" for key in columns))
+
+
+def _shown(value: Any) -> str:
+    """A figure for people."""
+    return "not known" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _say_next(*words: str) -> None:
@@ -280,14 +315,16 @@ def _console() -> "Console":
 
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
-    "train": train, "prepare": prepare, "evaluate": evaluate, "predict": predict, "generate": generate, "bench": bench,
-    "plan": plan}
+    "train": train, "prepare": prepare, "evaluate": evaluate, "predict": predict, "generate": generate, "import": import_,
+    "export": export, "bench": bench, "plan": plan}
 SUMMARIES = {
     "train": "prepare if need be, train, evaluate, report; go on in a RUN_DIR",
     "prepare": "raw text to tokenizer and corpus",
     "evaluate": "a checkpoint over the whole validation set",
     "predict": "what a checkpoint says of each record: predictions.jsonl",
     "generate": "continue generate.prompts with a checkpoint",
+    "import": "a Hugging Face folder to a run directory",
+    "export": "a run to a Hugging Face folder that says the same, proven",
     "bench": "time the training step on random tokens",
     "plan": "memory, traffic, speed on devices elsewhere, by their compiler",
     "report": "one page about a run, or a table that compares several",
@@ -372,7 +409,7 @@ def _run(arguments: list[str]) -> int:
     if verb == "report":
         report(parsed.runs)
         return 0
-    settings = config.load(parsed.config, parsed.overrides)
+    settings = _settings_of(verb, parsed)
     processes, restarts = getattr(parsed, "processes", 1), getattr(parsed, "restart", None)
     if (processes > 1 or restarts is not None) and not getattr(parsed, "compile_only", False):
         from jaxlm.checkpoints.manifest import newest_step
@@ -382,12 +419,29 @@ def _run(arguments: list[str]) -> int:
         if given and processes > 1:
             raise UserError(f"--processes {processes} starts a run of its own here, and {given[0]} is set; unset it, or "
                             "leave --processes away")
-        arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
+        baseline = getattr(parsed, "baseline", None)
+        arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else []),
+                     *(["--baseline", baseline] if baseline else [])]
         return supervise(arguments, settings, processes, restarts or 0, newest_step)
     if verb != "plan":  # which needs JAX only where it compiles
         _import_jax()
     VERBS[verb](settings, parsed)
     return 0
+
+
+def _settings_of(verb: str, parsed: argparse.Namespace) -> Settings:
+    """Of a run file or a run directory; for `import`, of the model's own config.json."""
+    if verb != "import":
+        return config.load(parsed.config, parsed.overrides, _about_origin)
+    from jaxlm.interop.source import import_settings
+
+    return import_settings(parsed.config, parsed.overrides)
+
+
+def _about_origin(place: str) -> config.Origin:
+    from jaxlm.interop.source import about_place
+
+    return about_place(place)
 
 
 def _import_jax() -> None:

@@ -143,7 +143,7 @@ _VALUES = {
     "train.remat": {"full": "true yes on all", "none": "false no off", "dots": "minimal selective"},
     "model.family": {"gpt": "gpt2 gpt_2 gpt3 gpt_3 gpt_neo decoder causal_lm", "llama": "llama2 llama3 llama_2 llama_3",
                      "qwen2": "qwen qwen2_5", "bert": "encoder masked_lm mlm", "roberta": "xlm_roberta",
-                     "distilbert": "distil_bert"},
+                     "distilbert": "distil_bert", "lstm": "rnn bilstm recurrent"},
     "task.name": {"causal_lm": "clm lm language_modeling next_token", "masked_lm": "mlm fill_mask", "bert": "nsp pretraining",
                   "text_classification": "classification sequence_classification sentiment_analysis sentiment regression glue"},
     "task.problem": {"single_label": "single_label_classification classification multiclass binary",
@@ -168,16 +168,19 @@ _VERBS = {
     "evaluate": "eval test validate val score perplexity",
     "predict": "infer inference classify classification predict_proba predictions label",
     "generate": "sample complete gen prompt chat",
+    "import": "import_hf from_hf from_pretrained hf_import import_model load download pull convert_from_hf",
+    "export": "export_hf to_hf save_pretrained hf_export export_model push push_to_hub save publish upload convert_to_hf",
     "bench": "benchmark profile speed",
     "plan": "estimate memory simulate dry_run search",
     "report": "compare summary summarize plot tensorboard show",
 }
 VERBS = {name: verb for verb, names in _VERBS.items() for name in names.split()}
+TWO_VERBS = _each("convert convert_checkpoint convert_weights huggingface hf transformers",
+                  "; 'import' reads a Hugging Face folder, 'export' writes one")
 
 _NOT_YET = {
     "trains adapters": "lora peft", "learns preferences": "dpo rlhf", "makes vectors of texts": "embed encode",
-    "serves a model": "serve server deploy api", "reads Hugging Face weights": "import import_hf from_hf load",
-    "writes Hugging Face weights": "export export_hf to_hf push save", "converts weights": "convert",
+    "serves a model": "serve server deploy api",
     "makes a model smaller": "compress quantize prune distill", "tries many runs": "sweep",
 }
 NOT_YET = {name: what for what, names in _NOT_YET.items() for name in names.split()}

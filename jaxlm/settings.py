@@ -422,7 +422,10 @@ class Settings:
     init_positions: Literal["fresh", "interpolate"] = key(
         "fresh", "with init, where model.max_length is more than that of init: further rows of learned positions are fresh, or "
                  "the rows are stretched")
-    out: Place | None = key(None, "predict: the file to write; null: RUN_DIR/predictions.jsonl")
+    out: Place | None = key(
+        None, "predict: the file to write; null: RUN_DIR/predictions.jsonl. export: the folder to make")
+    max_shard: Positive = key(
+        5 * 10**9, "export: weights in one safetensors file, at most; a larger tensor has a file of its own", "bytes")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     task: TaskSettings = key(TaskSettings(), "")

@@ -14,7 +14,18 @@ from typing import Any
 
 from jaxlm.console.units import counted
 from jaxlm.data.decoding import Decoding
-from jaxlm.data.documents import cells, json_values, longest_record, named, read_lines, text_stream
+from jaxlm.data.documents import (
+    cells,
+    column_values,
+    json_values,
+    location,
+    longest_record,
+    named,
+    parsed,
+    read_lines,
+    refuse_wrapped,
+    text_stream,
+)
 from jaxlm.data.formats import Reading
 from jaxlm.data.source_file import Columns, SourceFile, open_arrow, open_parquet, opened
 from jaxlm.data.sources import Part
@@ -90,6 +101,9 @@ class Table:
         """A column's name, or its number, for people."""
         return column if isinstance(column, str) else self.names[column] if self.names else str(column)
 
+    def quoted(self, column: str | int) -> str:
+        return f"'{self.title(column)}'" if self.names else self.title(column)
+
     def values(self, number: int) -> list[str]:
         """What a column holds, as text."""
         values = [row[number] for row in self.rows if len(row) == self.width]
@@ -103,11 +117,11 @@ class Table:
 
     def said(self, columns: Columns) -> str:
         """What was taken, in a line."""
-        taken = [f"{role} from column '{self.title(column)}'" for role, column in zip(ROLES, columns.texts, strict=False)]
+        taken = [f"{role} from column {self.quoted(column)}" for role, column in zip(ROLES, columns.texts, strict=False)]
         if columns.label_names:
             taken.append(f"labels from the columns {named(columns.label_names)}")
         elif columns.label:
-            taken.append(f"label from column '{self.title(columns.label[0])}'")
+            taken.append(f"label from column {self.quoted(columns.label[0])}")
         else:
             taken.append("no label")
         used = {*columns.texts, *columns.label}
@@ -121,9 +135,9 @@ def short(value: str) -> str:
     return repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}...")
 
 
-def head_of(file: SourceFile, task: TaskSettings) -> Table:
+def head_of(file: SourceFile, reading: Reading, task: TaskSettings) -> Table:
     """Names and first records. UserError for a file without any."""
-    decoding, max_bytes = Decoding(file.encoding), Reading.max_bytes
+    decoding, max_bytes = Decoding(file.encoding), reading.max_bytes
     match file.kind:
         case "csv" | "tsv":
             lines = [row for _, row in islice(cells(file, max_bytes, decoding), SEEN) if row]
@@ -139,15 +153,30 @@ def head_of(file: SourceFile, task: TaskSettings) -> Table:
         case _:
             table = of_objects(file, list(islice(objects(file, decoding, max_bytes), SEEN)))
     if not table.rows:
-        raise UserError(f"{file.name}: no record{' below its line of column names' if table.names else ''}")
+        below = " below its line of column names" if table.names and table.is_text_table else ""
+        raise UserError(f"{file.name}: no record{below}")
     return table
 
 
 def of_batch(file: SourceFile, schema: Any, batch: Any) -> Table:
     names, unique = schema.names, len(set(schema.names)) == len(schema.names)
-    columns = batch.slice(0, SEEN).to_pydict() if batch is not None and unique else {}
-    rows = [list(row) for row in zip(*columns.values(), strict=True)]
+    batch = batch.slice(0, SEEN) if batch is not None else None
+    columns = [seen_values(file, batch, name) for name in names] if batch is not None and unique else []
+    rows = [list(row) for row in zip(*columns, strict=True)]
     return Table(file, names, rows or ([[None] * len(names)] if batch is not None else []), schema.metadata)
+
+
+def seen_values(file: SourceFile, batch: Any, name: str) -> list[Any]:
+    """A column, for a look at it: texts that are no UTF-8 with U+FFFD, and None where Python has no such values."""
+    import pyarrow
+
+    column = batch.column(name)
+    if column.type in (pyarrow.string(), pyarrow.large_string()):
+        return [value and value.decode(errors="replace") for value in column.cast(pyarrow.large_binary()).to_pylist()]
+    try:
+        return column_values(file, batch, name)
+    except UserError:
+        return [None] * batch.num_rows
 
 
 def of_objects(file: SourceFile, records: list[dict[str, Any]]) -> Table:
@@ -156,20 +185,26 @@ def of_objects(file: SourceFile, records: list[dict[str, Any]]) -> Table:
 
 
 def objects(file: SourceFile, decoding: Decoding, max_bytes: int) -> Iterator[dict[str, Any]]:
-    """The objects of JSON; what is none is left to the reader, which says where it stands."""
+    """The objects of JSON."""
+    for number, record in values(file, decoding, max_bytes):
+        if not isinstance(record, dict):
+            raise UserError(f"{location(Part(file), number)}: expected a JSON object, found {type(record).__name__}")
+        yield record
+
+
+def values(file: SourceFile, decoding: Decoding, max_bytes: int) -> Iterator[tuple[int, Any]]:
+    """The values of JSON, with their places."""
     if file.kind == "json":
         with opened(file) as stream:
-            values = json_values(file, stream, decoding, longest_record(max_bytes))
-            yield from (value for value in values if isinstance(value, dict))
+            yield from enumerate(json_values(file, stream, decoding, longest_record(max_bytes)), 1)
         return
     with text_stream(file, decoding) as (stream, decode):
-        for line, _ in read_lines(stream, Part(file), longest_record(max_bytes)):
-            try:
-                value = json.loads(decode(line)[0]) if line else None
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(value, dict):
-                yield value
+        for number, (line, _) in enumerate(read_lines(stream, Part(file), longest_record(max_bytes)), 1):
+            if line and line.strip():
+                try:
+                    yield number, parsed(decode(line)[0])
+                except UserError as error:
+                    raise UserError(f"{location(Part(file), number)}: {error}") from None
 
 
 def has_header(lines: list[list[str]], task: TaskSettings) -> bool:
@@ -211,6 +246,11 @@ def columns_of(table: Table, task: TaskSettings, labelled: bool, streams: tuple[
         texts = texts or found_texts
         label = label or (found_label if labelled or not table.names else ())
     if not texts or (labelled and not label):
+        if table.file.kind in ("json", "jsonl"):
+            try:
+                refuse_wrapped(table.file, dict(zip(table.names, table.rows[0], strict=True)))
+            except UserError as error:
+                raise UserError(f"{location(Part(table.file), 1)}: {error}") from None
         raise unclear(table, task, labelled, texts)
     if streams is not None and len(texts) != len(streams):
         want = "a text and its pair" if len(streams) > 1 else "one text"
@@ -277,6 +317,9 @@ def by_contents(table: Table, texts: tuple[str | int, ...], label: tuple[str | i
     columns = {number: number if table.is_text_table else table.names[number] for number in range(table.width)}
     left = {number: column for number, column in columns.items() if column not in (*texts, *label)}
     labels = [column for number, column in left.items() if holds_labels(table.values(number))]
+    numbers = [column for number, column in left.items() if all(map(NUMBER.fullmatch, table.values(number)))]
+    if len(left) == 2 and len(labels) == 2 and len(numbers) == 1:  # texts that come again, and numbers
+        labels = numbers
     others = [column for column in left.values() if column not in labels]
     most = 2 if streams is None else len(streams)
     if streams == (TEXT,) and table.width == 1:
@@ -298,8 +341,10 @@ def holds_labels(values: list[str]) -> bool:
 
 def unclear(table: Table, task: TaskSettings, labelled: bool, texts: tuple[str | int, ...]) -> UserError:
     names = [name if table.names else str(number) for number, name in enumerate(table.names or range(table.width))]
-    example = f"{{text: {names[0]}{f', label: {names[-1]}' if labelled else ''}}}"
+    if table.width == 1 and labelled:
+        separator = " (is it a table, with another separator?)" if table.is_text_table else ""
+        return UserError(f"{table.file.name}: one column alone, {table.contents()}{separator}; expected a text and its label")
     what = "the text" if not labelled else "the label" if texts else "the text and which the label"
-    wide = " (is it a table, with another separator?)" if table.width == 1 and labelled and table.is_text_table else ""
-    return UserError(f"{table.file.name}: which column is {what} is not clear: {table.contents()}{wide}; name them, for example "
+    example = f"{{text: {names[0]}{f', label: {names[-1]}' if labelled else ''}}}"
+    return UserError(f"{table.file.name}: which column is {what} is not clear: {table.contents()}; name them, for example "
                      f"task.fields={example}")

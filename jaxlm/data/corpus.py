@@ -23,7 +23,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
@@ -303,6 +303,14 @@ def content_of(entry: dict[str, Any]) -> list[Any]:
     more = {name: content_of(stream) for name, stream in entry.get("streams", {}).items()}
     more |= {name: column["sha256"] for name, column in entry.get("columns", {}).items()}
     return [*files, more] if more else files
+
+
+def bytes_per_token(corpora: Sequence[Corpus]) -> float | None:
+    """UTF-8 bytes of validation text for each of its tokens, for bits per byte. None where the tokenizer lost text: the
+    bits left out would be those of what was lost."""
+    if any(corpus.loses_text for corpus in corpora):
+        return None
+    return sum(corpus.validation.num_bytes for corpus in corpora) / sum(corpus.validation.num_tokens for corpus in corpora)
 
 
 def share(part: int, whole: int) -> str:

@@ -65,7 +65,9 @@ def record_lines(corpus: Corpus, report: dict[str, Any], settings: Settings | No
     lines = [f"labels      {corpus.problem}{f', {len(corpus.labels):,} names' if corpus.labels else ''}"]
     for split, found in report["splits"].items():
         if getattr(corpus, split).num_documents:
-            lines.append(f"{'':11} {split}: {named([f'{name} ({count:,.6g})' for name, count in found['labels'].items()])}")
+            shown = [f"{name} {count:,.6g}" if corpus.labels is None else f"{name} ({count:,})"
+                     for name, count in found["labels"].items()]
+            lines.append(f"{'':11} {split}: {named(shown)}")
     if settings is not None:
         rows = LabelledRows(corpus.train, corpus.tokenizer.special, settings.data.sequence_length, causal=settings.model.causal)
         lines.append(f"truncated   {''.join(rows.truncation_note()) or f'none at data.sequence_length={rows.sequence_length}'}")

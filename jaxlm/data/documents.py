@@ -31,20 +31,28 @@ Decode = Callable[[bytes], tuple[str, int]]
 
 class Document(NamedTuple):
     """One document as read. `text` is None when it is longer than allowed, which `bytes` then says (of its text, or
-    of what holds it); `replaced`: characters that were none of the file's encoding.
-
-    A labelled record has perhaps other texts, its label as the file holds it (None: it has none), its place (the line
-    that it begins in, or its number, counted from 1 in its part of the file: see `location`), and where they are read
-    along all columns but the texts.
-    """
+    of what holds it); `replaced`: characters that were none of the file's encoding."""
 
     text: str | None
     replaced: int = 0
     bytes: int = 0
-    others: tuple[str, ...] = ()
-    label: Any = None
-    place: int = 0
-    columns: dict[str, Any] | None = None
+
+    @property
+    def texts(self) -> tuple[str | None, ...]:
+        return (self.text,)
+
+
+class LabelledDocument(NamedTuple):
+    """The same of a labelled record: its texts (one, None, where they are longer than allowed), its label as the file
+    holds it (None: it has none), its place (the line that it begins in, or its number, counted from 1 in its part of
+    the file: see `location`), and where they are read along all columns but the texts."""
+
+    texts: tuple[str | None, ...]
+    replaced: int
+    bytes: int
+    label: Any
+    place: int
+    columns: dict[str, Any] | None
 
 
 class Row(NamedTuple):
@@ -64,7 +72,7 @@ class Wanted(NamedTuple):
     """Which columns of a file are read."""
 
     texts: tuple[str | int, ...]
-    labels: tuple[str | int, ...]
+    columns: tuple[str | int, ...]  # the texts and their labels
     label_names: tuple[str, ...]  # of several
     header: bool
     key: str  # of the run file, which names them
@@ -74,25 +82,20 @@ class Wanted(NamedTuple):
     @classmethod
     def of(cls, file: SourceFile, reading: Reading) -> "Wanted":
         if file.columns is None:
-            return cls((reading.text_field,), (), (), True, "data.text_field", False)
-        columns = file.columns
-        return cls(columns.texts, columns.label, columns.label_names, columns.header, "task.fields", True, columns.others)
+            return cls((reading.text_field,), (reading.text_field,), (), True, "data.text_field", False)
+        found = file.columns
+        return cls(found.texts, found.texts + found.label, found.label_names, found.header, "task.fields", True, found.others)
 
-    @property
-    def columns(self) -> tuple[str | int, ...]:
-        return self.texts + self.labels
-
-    def document(self, row: Row) -> Document:
-        place = row.place if self.labelled else 0
-        if row.values is None:
-            return Document(None, bytes=row.bytes, place=place)
-        text, *others = row.values[:len(self.texts)]
-        label = self.label(row.values[len(self.texts):])
-        return Document(text, row.replaced, others=tuple(others), label=label, place=place, columns=row.columns)
+    def document(self, row: Row) -> Document | LabelledDocument:
+        if not self.labelled:
+            return Document(row.values and row.values[0], row.replaced, row.bytes)
+        values = row.values or [None]
+        label = self.label(values[len(self.texts):])
+        return LabelledDocument(tuple(values[:len(self.texts)]), row.replaced, row.bytes, label, row.place, row.columns)
 
     def label(self, values: Sequence[Any]) -> Any:
         """The one label; of a column for each, the names of those that are true."""
-        if not self.label_names:
+        if not self.label_names or not values:
             return values[0] if values else None
         return [name for name, value in zip(self.label_names, values, strict=True) if is_true(name, value)]
 
@@ -105,13 +108,13 @@ def is_true(name: str, value: Any) -> bool:
     return TRUTH[word]
 
 
-def read_documents(unit: Unit, reading: Reading) -> Iterator[Document]:
+def read_documents(unit: Unit, reading: Reading) -> Iterator[Document | LabelledDocument]:
     """The documents of a unit, in order, empty ones too."""
     for part in unit.parts:
         yield from part_documents(part, reading, Decoding(part.file.encoding))
 
 
-def part_documents(part: Part, reading: Reading, decoding: Decoding) -> Iterator[Document]:
+def part_documents(part: Part, reading: Reading, decoding: Decoding) -> Iterator[Document | LabelledDocument]:
     """Those of a part of a file that has been looked at (see `formats`); what is decoded counts in `decoding`."""
     if part.file.kind != "text":
         wanted = Wanted.of(part.file, reading)
@@ -243,16 +246,19 @@ def record_values(file: SourceFile, record: Any, wanted: Wanted) -> tuple[list[A
     valid JSON, but no character."""
     if not isinstance(record, dict):
         raise UserError(f"expected a JSON object, found {type(record).__name__}")
-    for field in wanted.texts if wanted.others else wanted.columns:  # read along are labels, too, where there are any
-        if field not in record:
+    values, replaced = [], 0
+    for field in wanted.columns:
+        value = record.get(field)
+        if value is None and field not in record and (field in wanted.texts or not wanted.others):
             refuse_wrapped(file, record)
             raise UserError(f"no field '{field}' ({wanted.key}), only {named(record) or 'nothing'}{nearest(field, record)}")
-    for field in wanted.texts:
-        if not isinstance(record[field], str):
-            raise UserError(f"field '{field}' ({wanted.key}) is {type(record[field]).__name__}, expected a string")
-    whole = [SURROGATES.subn("\ufffd", value) if isinstance(value, str) else (value, 0)
-             for value in map(record.get, wanted.columns)]
-    return [value for value, _ in whole], sum(halves for _, halves in whole)
+        if isinstance(value, str):
+            value, halves = (value, 0) if value.isascii() else SURROGATES.subn("\ufffd", value)
+            replaced += halves
+        elif field in wanted.texts:
+            raise UserError(f"field '{field}' ({wanted.key}) is {type(value).__name__}, expected a string")
+        values.append(value)
+    return values, replaced
 
 
 def read_along(record: dict[str, Any], wanted: Wanted) -> dict[str, Any] | None:
@@ -353,12 +359,19 @@ def table_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding) -
         if row and len(row) != width:
             raise UserError(f"{file.name}, line {line}: {len(row)} columns, but the first has {width}")
         if row or not wanted.labelled:
-            values = [row[place] if row else "" for place in places]
-            size = max(len(text.encode(errors="replace")) for text in values[:len(wanted.texts)])
-            too_long = size > max_bytes
+            values = [row[place] for place in places] if row else [""]
+            too_long = bytes_over(max_bytes, values[:len(wanted.texts)])
             columns = {name: row[place] for place, name in names.items()} if wanted.others else None
-            yield Row(None if too_long else values, decoding.replaced - before, size if too_long else 0, line, columns)
+            yield Row(None if too_long else values, decoding.replaced - before, too_long, line, columns)
         before = decoding.replaced
+
+
+def bytes_over(max_bytes: int, texts: list[str]) -> int:
+    """Bytes of the longest text where they are more than allowed; else 0."""
+    if 4 * max(map(len, texts)) <= max_bytes:  # of a character 4 at the most
+        return 0
+    longest = max(len(text.encode(errors="replace")) for text in texts)
+    return longest if longest > max_bytes else 0
 
 
 def cells(file: SourceFile, max_bytes: int, decoding: Decoding) -> Iterator[tuple[int, list[str]]]:
@@ -408,14 +421,14 @@ def parquet_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding)
         groups = range(part.start, parquet.metadata.num_row_groups if part.stop is None else part.stop)
         batches = parquet.iter_batches(batch_size=BATCH_ROWS, row_groups=list(groups),
                                        columns=None if wanted.others else list(wanted.columns))
-        yield from batch_rows(batches, wanted, max_bytes, decoding)
+        yield from batch_rows(part.file, batches, wanted, max_bytes, decoding)
 
 
 def arrow_rows(part: Part, wanted: Wanted, max_bytes: int, decoding: Decoding) -> Iterator[Row]:
     with open_arrow(part.file) as (schema, batches):
         check_columns(part.file, schema, wanted)
         pieces = (batch.slice(start, BATCH_ROWS) for batch in batches for start in range(0, batch.num_rows, BATCH_ROWS))
-        yield from batch_rows(pieces, wanted, max_bytes, decoding)
+        yield from batch_rows(part.file, pieces, wanted, max_bytes, decoding)
 
 
 def check_columns(file: SourceFile, schema: Any, wanted: Wanted) -> None:
@@ -435,15 +448,15 @@ def check_columns(file: SourceFile, schema: Any, wanted: Wanted) -> None:
             raise UserError(f"{file.name}: column '{column}' ({wanted.key}) is {kind}, expected string")
 
 
-def batch_rows(batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding: Decoding) -> Iterator[Row]:
+def batch_rows(file: SourceFile, batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding: Decoding) -> Iterator[Row]:
     """The rows of Arrow's record batches; of a text, a null is an empty document."""
     import pyarrow
 
     place = 0
     for batch in batches:
         texts = [batch.column(name).cast(pyarrow.large_binary()) for name in wanted.texts]
-        labels = [batch.column(name).to_pylist() for name in wanted.labels]
-        others = {name: batch.column(name).to_pylist() for name in batch.schema.names
+        labels = [column_values(file, batch, name) for name in wanted.columns[len(texts):]]
+        others = {name: column_values(file, batch, name) for name in batch.schema.names
                   if wanted.others and name not in wanted.texts}
         for number in range(batch.num_rows):
             place += 1
@@ -455,6 +468,14 @@ def batch_rows(batches: Iterable[Any], wanted: Wanted, max_bytes: int, decoding:
             decoded = [decoding.decode(content.to_pybytes()) if content else ("", 0) for content in contents]
             yield Row([text for text, _ in decoded] + [label[number] for label in labels], sum(many for _, many in decoded),
                       place=place, columns={name: column[number] for name, column in others.items()} if wanted.others else None)
+
+
+def column_values(file: SourceFile, batch: Any, name: str) -> list[Any]:
+    """A column as Python has it."""
+    try:
+        return batch.column(name).to_pylist()
+    except (UnicodeDecodeError, ValueError, OverflowError) as error:  # a day beyond Python's, say
+        raise UserError(f"{file.name}: column '{name}' cannot be read ({error})") from None
 
 
 ROWS = {"parquet": parquet_rows, "arrow": arrow_rows, "jsonl": json_lines, "json": json_records, "csv": table_rows,

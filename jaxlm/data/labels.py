@@ -18,7 +18,9 @@ from jaxlm.settings import TaskSettings
 
 SINGLE, MULTI, REGRESSION = "single_label", "multi_label", "regression"
 WHOLE = re.compile(r"([+-]?)(0|[1-9]\d*)(?:\.0*)?", re.ASCII)  # 1, -1, 1.0; not 01, which is a name
+DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+", re.ASCII)
 DECIMAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+FEW = 20  # records may have a label of its own each
 MANY = 100  # different labels, and a tenth of the records: perhaps the wrong column
 MOST_SHOWN = 12
 
@@ -46,7 +48,7 @@ class Labels:
     def number_of(self, name: str) -> int:
         if name in self.numbers:
             return self.numbers[name]
-        if self.by_number and name.isdecimal() and len(name) < 10 and int(name) < len(self.names):
+        if self.by_number and name in {str(number) for number in range(len(self.names))}:
             return int(name)
         hint = "; -1 often marks records without a label" if name == "-1" else nearest(name, self.names)
         raise UserError(f"label {shown(name)} is none of {told(self.names)}{hint}")
@@ -128,6 +130,8 @@ def find_labels(values: Sequence[Any], task: TaskSettings, columns: tuple[str, .
         if task.labels is not None:
             raise UserError(f"task.labels: names, but the labels are numbers ({why or 'task.problem=regression'}); leave it "
                             "away, or say task.problem=single_label")
+        if len({score_at(number, value, where) for number, value in enumerate(values)}) == 1:
+            raise UserError(f"data.raw: every record has the label {shown(values[0])}: there is nothing to learn")
         return Labels(REGRESSION, None), notes
     found = named_labels(values, problem, task, where)
     given = task.labels or class_names
@@ -135,8 +139,11 @@ def find_labels(values: Sequence[Any], task: TaskSettings, columns: tuple[str, .
     by_number = bool(given) and not found.keys() & set(names) and all(WHOLE.fullmatch(name) for name in found)
     check_names(names)
     if len(names) < 2 and problem == SINGLE:
-        raise UserError(f"data.raw: every record has the label {shown(names[0])}: there is nothing to learn; expected two labels "
-                        "or more")
+        hint = "-1 often marks records without a label" if names[0] == "-1" else "expected two labels or more"
+        raise UserError(f"data.raw: every record has the label {shown(names[0])}: there is nothing to learn; {hint}")
+    if len(found) == len(values) > FEW and problem == SINGLE:
+        raise UserError(f"data.raw: each of {len(values):,} records has a label of its own ({told(names)}): it is the wrong "
+                        "column (task.fields), or a number to predict (task.problem=regression)")
     if not names:
         raise UserError("data.raw: no record has a label")
     notes[0] += f"; {told(tuple(names))}{', by number in the file' if by_number else ''}"
@@ -160,6 +167,10 @@ def find_problem(values: Sequence[Any], task: TaskSettings, columns: tuple[str, 
     words = [str(value).strip() for value in values]
     fractions = [word for word in words if DECIMAL.fullmatch(word) and not float(word).is_integer()]
     if not fractions:
+        comma = next((number for number, word in enumerate(words) if DECIMAL_COMMA.fullmatch(word)), None)
+        if comma is not None and all(DECIMAL_COMMA.fullmatch(word) or WHOLE.fullmatch(word) for word in words):
+            raise UserError(f"{where(comma)}: label {shown(values[comma])} has a decimal comma; expected a point, or "
+                            "task.problem=single_label for names")
         return SINGLE, ""
     for number, value in enumerate(values):
         try:
@@ -168,6 +179,13 @@ def find_problem(values: Sequence[Any], task: TaskSettings, columns: tuple[str, 
             raise UserError(f"{where(number)}: {str(error).partition(', expected')[0]}, but others have a fraction "
                             f"({fractions[0]}); expected numbers, or task.problem=single_label") from None
     return REGRESSION, f"since there are fractions ({fractions[0]})"
+
+
+def score_at(number: int, value: Any, where: Callable[[int], str]) -> float:
+    try:
+        return score(value)
+    except UserError as error:
+        raise UserError(f"{where(number)}: {error}") from None
 
 
 def named_labels(values: Iterable[Any], problem: str, task: TaskSettings, where: Callable[[int], str]) -> Counter[str]:
@@ -197,6 +215,10 @@ def order(names: Iterable[str]) -> Callable[[str], Any]:
 def doubts(found: Counter[str], num_records: int) -> list[str]:
     """Lines about labels that may not be what was meant."""
     notes = []
+    alike: dict[str, list[str]] = {}
+    for name in sorted(found):
+        alike.setdefault(name.casefold(), []).append(name)
+    notes += [f"labels {told(names)} differ in case alone, and are different labels" for names in alike.values() if names[1:]]
     if len(found) > MANY and len(found) > num_records / 10:
         notes.append(f"{len(found):,} different labels in {num_records:,} records: is it the right column (task.fields), or a "
                      "number to predict (task.problem=regression)?")

@@ -221,7 +221,7 @@ def make_plan(data: DataSettings, settings: dict[str, Any], vocab_size: int | No
     if not any(seen[num_held_out:]):
         raise UserError(f"data.raw: no text to read: {notes[0]}")
     if task:
-        laid, said = lay_out([file for file in seen if file], task)
+        laid, said = lay_out([file for file in seen if file], reading, task)
         laid = iter(laid)
         seen, notes = [file and next(laid) for file in seen], notes + said
     held_out, files = ([file for file in some if file] for some in (seen[:num_held_out], seen[num_held_out:]))

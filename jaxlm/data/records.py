@@ -50,17 +50,17 @@ def read_records(raw: str | list[str], data: DataSettings, task: TaskSettings, s
         if file.version is None:
             raise UserError(f"{key}: {file.name} is a pipe, and records are read twice; write it into a file first")
     files = [file for file in look_at(files, reading) if file]
-    for file in lay_out(files, task, labelled=False, streams=tuple(streams))[0]:
+    for file in lay_out(files, reading, task, labelled=False, streams=tuple(streams))[0]:
         label = file.columns.label if len(file.columns.label) == 1 else ()  # several are among the columns
         file = replace(file, columns=replace(file.columns, label=label, label_names=(), others=True))
         part, decoding = Part(file), Decoding(file.encoding)
         for document in part_documents(part, reading, decoding):
             place = location(part, document.place)
-            if document.text is None:
+            if None in document.texts:
                 raise UserError(f"{place}: a text of {document.bytes:,} bytes; the most is data.cleaning.max_bytes="
                                 f"{data.cleaning.max_bytes}")
             columns = {name: plain(value) for name, value in document.columns.items()}
-            yield Record((document.text, *document.others), document.label, place, columns)
+            yield Record(document.texts, document.label, place, columns)
 
 
 def plain(value: Any) -> Any:
@@ -76,7 +76,7 @@ def reading_of(data: DataSettings, records: bool) -> Reading:
     return Reading(data.text_field, data.document, data.cleaning.max_bytes, data.encoding, records)
 
 
-def lay_out(files: list[SourceFile], task: TaskSettings, labelled: bool = True,
+def lay_out(files: list[SourceFile], reading: Reading, task: TaskSettings, labelled: bool = True,
             streams: tuple[str, ...] | None = None) -> tuple[list[SourceFile], list[str]]:
     """The files with their columns, and lines that say which were taken.
 
@@ -88,7 +88,7 @@ def lay_out(files: list[SourceFile], task: TaskSettings, labelled: bool = True,
     check_fields(task)
     laid, said = [], {}
     for file in files:
-        table = head_of(file, task)
+        table = head_of(file, reading, task)
         columns = columns_of(table, task, labelled, streams)
         first = laid[0].columns if laid else columns
         if len(columns.texts) != len(first.texts):
@@ -100,8 +100,8 @@ def lay_out(files: list[SourceFile], task: TaskSettings, labelled: bool = True,
             raise UserError(f"{file.name}: its numbers of labels have other names than those of {laid[0].name}; say which are "
                             "meant with task.labels")
         laid.append(replace(file, columns=columns))
-        said.setdefault(table.said(columns), []).append(file.name)
-    return laid, [f"{names[0]}{f' and {len(names) - 1:,} more' if names[1:] else ''}: {line}" for line, names in said.items()]
+        said.setdefault(table.said(columns), {})[file.name] = None  # once, though a file may come twice
+    return laid, [f"{named(names)}: {line}" for line, names in said.items()]
 
 
 def refuse_keys_of_text(data: DataSettings) -> None:

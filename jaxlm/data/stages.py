@@ -26,7 +26,7 @@ from jaxlm.console.progress import progress_bar
 from jaxlm.data import cleaning
 from jaxlm.data.corpus import SPLITS, stream_name
 from jaxlm.data.decoding import MOST_REPLACED, Decoding, likely_encodings, refuse_foreign
-from jaxlm.data.documents import Document, location, part_documents
+from jaxlm.data.documents import LabelledDocument, location, part_documents
 from jaxlm.data.formats import KINDS, Reading
 from jaxlm.data.shards import block_checksums
 from jaxlm.data.source_file import SourceFile
@@ -66,9 +66,9 @@ def clean_unit(task: CleanTask, stem: Path) -> Result:
         for part_number, part in enumerate(task.unit.parts):
             decoding = Decoding(part.file.encoding)
             for document in part_documents(part, task.reading, decoding):
-                texts, reason = clean_texts(document, task.cleaning)
+                texts, reason = clean_texts(document.texts, task.cleaning)
                 count += 1
-                repaired += reason is None and (document.replaced > 0 or texts != [document.text, *document.others])
+                repaired += reason is None and (document.replaced > 0 or texts != list(document.texts))
                 if reason:
                     dropped[reason] += 1
                     longest = max(longest, document.bytes or len(texts[-1].encode()) if reason == "too_long" else 0)
@@ -94,10 +94,10 @@ def clean_unit(task: CleanTask, stem: Path) -> Result:
             "longest_dropped": longest, "characters": characters, "damaged": damaged}
 
 
-def clean_texts(document: Document, settings: CleaningSettings) -> tuple[list[str], str | None]:
+def clean_texts(given: tuple[str | None, ...], settings: CleaningSettings) -> tuple[list[str], str | None]:
     """The mended texts of a document, and the first reason to drop it: a record loses all of its texts or none."""
     texts = []
-    for text in (document.text, *document.others):
+    for text in given:
         mended, reason = cleaning.clean(text, settings)
         texts.append(mended)
         if reason:
@@ -105,7 +105,7 @@ def clean_texts(document: Document, settings: CleaningSettings) -> tuple[list[st
     return texts, None
 
 
-def label_line(part: Part, document: Document) -> str:
+def label_line(part: Part, document: LabelledDocument) -> str:
     """A label as JSON, whatever a column of numbers holds. UserError for what is no label at all."""
     def plain(value: object) -> object:
         if isinstance(value, Decimal):

@@ -53,6 +53,10 @@ class Objective:
         """Sums over the rows of a batch, as a named tuple with `loss`, which is minimized, and `count`."""
         raise NotImplementedError
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        """All that the head says of a batch, float32 [B, T, V] or [B, C]: what an export is compared by."""
+        raise NotImplementedError
+
     def count(self, batch: Batch) -> jax.Array:
         """How many predictions a batch holds; what the sum of losses is to be divided by."""
         raise NotImplementedError
@@ -109,6 +113,9 @@ class NextToken(Objective):
         """States [B, T, D] to float32 logits [B, T, vocab_size]. For generation; training never calls it."""
         logits = jnp.einsum("btd,vd->btv", x, self._table(network).astype(x.dtype), preferred_element_type=jnp.float32)
         return capped(logits, network.settings)
+
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
 
     def figures(self, terms: Sums, facts: Facts) -> Figures:
         nats = self.loss(terms)
@@ -191,6 +198,9 @@ class MaskedToken(Objective):
         logits = jnp.einsum("btd,vd->btv", head(x), table.astype(x.dtype), preferred_element_type=jnp.float32) + bias
         return capped(logits, network.settings)
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
+
     def filled(self, network: Any, states: States, batch: Batch) -> jax.Array:
         """The likeliest token at each of masked_positions: int32 [B, P]."""
         return self.logits(network, states.at(batch["masked_positions"])).argmax(-1)[:, : batch["masked_positions"].shape[1]]
@@ -244,6 +254,9 @@ class NextSentence(Objective):
         [logits] = fan_out(jnp.tanh(pooled), head.classifier, states=FIRST_TOKEN)
         return logits[:, 0].astype(jnp.float32)
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, states.x)
+
     def figures(self, terms: Sums, facts: Facts) -> Figures:
         return {"val_nsp_loss": self.loss(terms), "val_nsp_accuracy": terms.correct / max(terms.count, 1)}
 
@@ -269,6 +282,12 @@ def output_table(settings: ModelSettings, rngs: nnx.Rngs) -> Embedding:
     """The table of an output head that does not share the embedding's."""
     return Embedding(padded_vocab_size(settings.vocab_size), settings.hidden_size, "vocab", stddev=settings.initializer_range,
                      rngs=rngs)
+
+
+def of_every_token(states: States, batch: Batch) -> jax.Array:
+    """States [B, T', D], T' >= T, in the order of the tokens."""
+    tokens = batch["tokens"]
+    return states.at(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
 
 
 def head_facts(network: Any) -> Head:

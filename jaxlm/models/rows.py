@@ -56,6 +56,9 @@ class RowObjective(Objective):
         state = states.at(batch["last_position"][:, None])[:, :1] if network.settings.causal else states.x[:, :1]
         return network.heads[self.name](state, states.dropout_keys)
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, states, batch)
+
     def count(self, batch: Batch) -> jax.Array:
         return batch["label_mask"].sum()
 

@@ -1,10 +1,12 @@
 """RUN_DIR/report.md, one page about a run, and a table that compares runs."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.console.units import counted, format_count, format_duration, format_milliseconds
+from jaxlm.presets import TRUNKS
 from jaxlm.reporting.evaluated import evaluation_told
 from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.markdown import encodable, fenced, table
@@ -57,6 +59,8 @@ def results(run: Run) -> dict[str, str]:
         last, best = run.evaluations[-1], min(run.evaluations, key=lambda row: row["val_loss"])
         figures["validation loss"] = f"{last['val_loss']:.4f} (step {last['step']})"
         figures["lowest validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
+        if not any("perplexity" in name for name in last) and any(name.endswith("bits_per_byte") for name in last):
+            figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"  # of a run that an older version trained
         apart = ("step", "time", "tokens", "epoch", "val_loss", "loss")
         others = {key: value for key, value in last.items() if key not in apart and value is not None}
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}
@@ -75,14 +79,24 @@ def results(run: Run) -> dict[str, str]:
     skipped = run.figure("skipped_rows")
     if is_number(skipped) and skipped:
         figures["rows skipped for damage"] = f"{skipped:,}"
-    return figures or {"loss": "nothing logged yet"}
+    return (figures or {"loss": "nothing logged yet"}) | baseline(run)
+
+
+def baseline(run: Run) -> dict[str, str]:
+    """What `jaxlm evaluate --baseline` found on the run's validation text, a row for each yardstick."""
+    kept = run.figure("baseline")
+    rows = {name: figures for name, figures in kept.items() if isinstance(figures, dict)} if isinstance(kept, dict) else {}
+    return {name: ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in figures.items() if value is not None)
+            for name, figures in rows.items()}
 
 
 def what_ran(run: Run) -> dict[str, str]:
     config = run.config
     parameters, tokens = run.figure("parameters"), run.figure("tokens")
     shape = (f"{config.get('model.family', '?')}, {config.get('model.num_layers', '?')} layers, "
-             f"width {config.get('model.hidden_size', '?')}, {config.get('model.num_heads', '?')} heads")
+             f"width {config.get('model.hidden_size', '?')}")
+    if config.get("model.family") not in TRUNKS:  # which have no heads
+        shape += f", {config.get('model.num_heads', '?')} heads"
     if config.get("model.num_experts"):
         shape += f", {config['model.num_experts']} experts of which a token takes {config.get('model.experts_per_token', '?')}"
     batch = f"{run.setting('data.global_batch_size')} sequences of {run.setting('data.sequence_length')} tokens"

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import progress_bar
 from jaxlm.data.batches import Batches, Source, Succession
 from jaxlm.data.columns import ROLES
@@ -19,14 +18,13 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
 from jaxlm.runtime.processes import is_main
-from jaxlm.settings import Settings, to_dict
+from jaxlm.settings import Settings
 from jaxlm.storage.files import Location, absolute, as_path, check_folder, plain, write_atomically
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
-from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
-from jaxlm.training.origin import say_which
-from jaxlm.training.setup import dropless, evaluation_batch_size, lay_mesh, on_devices, resolve, start
+from jaxlm.training.setup import evaluation_batch_size, lay_mesh, on_devices
 from jaxlm.training.step import Trainer
+from jaxlm.training.trained import opened
 
 FILE_NAME = "predictions.jsonl"
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # that JSON leaves in a text, and others cut at
@@ -52,23 +50,15 @@ def predict(settings: Settings) -> Predictions:
                         "was trained to, for example with task.name=text_classification")
     settings, mesh = lay_mesh(settings)
     path = _free_place(settings)
-    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
-        step = checkpoints.choose(settings.checkpoint.step)
-        saved = checkpoints.metadata(step)
-        tokenizer = Tokenizer.from_dict(saved["tokenizer"])
-        settings = resolve(settings, tokenizer)
-        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        records = read_records(settings.data.raw, settings.data, settings.task, saved["streams"])
-        first = next(records, None)  # what cannot be read is told before anything is loaded
+    with opened(settings, mesh) as trained:
+        records = read_records(settings.data.raw, settings.data, settings.task, trained.saved["streams"])
+        first = next(records, None)  # what cannot be read is told before the weights are loaded
         if first is None:
             raise UserError("data.raw: no record in it")
-        records = itertools.chain([first], records)
-        trainer = start(dropless(settings), mesh)
-        say_which(checkpoints.directory, step)
-        predictor = Predictor(trainer, checkpoints.restore_params(step, trainer.params), tokenizer)
+        predictor, records = Predictor(trained.trainer, trained.params(), trained.tokenizer), itertools.chain([first], records)
         with progress_bar("predicting", None, "records", enabled=is_main()) as advance:
             written = _write(path, predictor.lines(records, advance))
-    return Predictions(path, step, written, predictor.truncated)
+    return Predictions(path, trained.step, written, predictor.truncated)
 
 
 def _free_place(settings: Settings) -> Location:

@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxlm.data.rows import Field
 from jaxlm.errors import UserError
-from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.memory import memory_of
+from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import training_flops

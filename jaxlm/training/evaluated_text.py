@@ -47,7 +47,9 @@ def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
 def _prepared_alike(settings: Settings, data: DataSettings, own: dict[str, Any], digest: str) -> DataSettings:
     """How data.raw is prepared for the evaluation of a run: with its tokenizer, all of it held out, in a folder of
     its own."""
-    tokenizer = _own_corpus(settings, own) / TOKENIZER
+    # a run that was imported has no corpus yet, and its tokenizer where data.tokenizer says
+    places = [_own_corpus(settings, own) / TOKENIZER, *([as_path(own["tokenizer"])] if exists(own["tokenizer"]) else [])]
+    tokenizer = next((place for place in places if exists(place)), places[0])
     if not exists(tokenizer) or load_tokenizer(tokenizer).digest != digest:
         raise UserError(f"data.raw: the tokenizer of {settings.run_dir} is not in {tokenizer} any more; prepare the text with "
                         "data.tokenizer=FOLDER, where it is, and name what was made with data.corpus")

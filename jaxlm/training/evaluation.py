@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.batches import Batches
+from jaxlm.data.corpus import bytes_per_token
 from jaxlm.errors import RunError
 from jaxlm.models.model import Params
 from jaxlm.models.objectives import Facts, Objectives
@@ -27,11 +28,8 @@ def evaluate_run(trainer: Trainer, params: Params, validation: Batches, corpora:
     """Metrics over the whole validation set, or over eval.steps batches of it, which come `through` what watches
     over them."""
     steps = len(validation) if whole else min(len(validation), trainer.settings.eval.steps or len(validation))
-    bytes_per_token = sum(c.validation.num_bytes for c, _ in corpora) / sum(c.validation.num_tokens for c, _ in corpora)
-    if any(corpus.loses_text for corpus, _ in corpora):
-        bytes_per_token = None
     with on_devices(validation, 0, steps, trainer.mesh, trainer.settings.data.prefetch) as source:
-        found = evaluate(trainer, params, through(source), bytes_per_token)
+        found = evaluate(trainer, params, through(source), bytes_per_token([corpus for corpus, _ in corpora]))
     return found._replace(metrics=found.metrics | SkippedRows(validation, trainer.mesh).column(steps, "val_skipped_rows"))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checkpoints.manifest import finished_steps
 from jaxlm.checks import check_held_out
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
@@ -34,6 +35,7 @@ from jaxlm.settings import Settings, dump, to_dict
 from jaxlm.storage.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
+from jaxlm.training.baseline import beside, check_baseline
 from jaxlm.training.changes import (
     FIXED_KEYS,
     MODEL_KEYS,
@@ -83,6 +85,9 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
     check_held_out(settings)
+    if finished_steps(settings.run_dir) == [0]:
+        raise UserError(f"run_dir={settings.run_dir}: imported weights, for which no optimizer has a state; begin another run "
+                        f"with init={settings.run_dir}")
     if settings.checkpoint.step is not None:
         raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
                         "is for `evaluate` and `generate`")
@@ -145,7 +150,7 @@ def _run(trainer: Trainer, given: Settings, corpora: Corpora, checkpoints: Check
         if writer:
             writer.close()
         account.close()
-    summary = _summary(trainer, loop)
+    summary = _baseline_so_far(run_dir) | _summary(trainer, loop)
     if main:
         write_json(run_dir / "summary.json", summary)
         with optional("the run is finished, but loss.png is not drawn"):
@@ -295,6 +300,11 @@ def _finished_summary(run_dir: Location, steps: int) -> dict[str, Any] | None:
     return summary if summary and summary.get("steps") == steps else None
 
 
+def _baseline_so_far(run_dir: Location) -> dict[str, Any]:
+    """What `jaxlm evaluate --baseline` has added to the summary of an earlier end: the run's text is the same."""
+    return {key: value for key, value in (read_summary(run_dir / "summary.json") or {}).items() if key == "baseline"}
+
+
 def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     settings, clock = trainer.settings, loop.clock
     times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
@@ -318,8 +328,11 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     })
 
 
-def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
-    """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
+def evaluate_checkpoint(settings: Settings, with_baseline: bool = False) -> dict[str, Any]:
+    """A checkpoint of run_dir over the whole validation set: `step` and the metrics; and as `baseline` what n-grams
+    make of it (`jaxlm.baselines`), if asked for. Raises UserError."""
+    if with_baseline:
+        check_baseline(settings)
     settings, mesh = lay_mesh(settings)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
@@ -336,4 +349,5 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         if processes.is_main():
             print_line(describe(corpora))
         params = checkpoints.restore_params(step, trainer.params)
-        return {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True).metrics
+        row = {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True).metrics
+        return row | {"baseline": beside(trainer.settings, saved, corpora, validation)} if with_baseline else row

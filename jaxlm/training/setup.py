@@ -21,14 +21,14 @@ from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.prepare import prepare, refuse_other_kind
 from jaxlm.data.sequences import start_token
 from jaxlm.data.stages import given_tokenizer
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, vocabulary_size
 from jaxlm.errors import UserError, printable
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.parallel.rules import cutting, shrunk
 from jaxlm.runtime import processes, runtime_log
-from jaxlm.settings import Settings, flatten, to_dict
+from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, Settings, flatten, to_dict
 from jaxlm.storage.files import as_path, exists
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import logits_memory
@@ -153,10 +153,9 @@ def settled(settings: Settings, corpora: Corpora) -> Settings:
 
 def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
     """Fills in what the tokenizer decides. Raises UserError when the model's vocabulary is not the tokenizer's."""
-    if settings.model.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(f"model.vocab_size={settings.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; "
-                        "set that, or null (the table is padded to a multiple of 128 by itself)")
-    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size))
+    given = settings.data.tokenizer not in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS
+    size = vocabulary_size(settings.model.vocab_size, tokenizer, given)
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=size))
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

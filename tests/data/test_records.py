@@ -96,6 +96,7 @@ FILES = {  # name: content
     "bom.jsonl": codecs.BOM_UTF8 + lines(ROWS), "crlf.jsonl": lines(ROWS).replace(b"\n", b"\r\n"),
     "blank.jsonl": b"\n" + lines(ROWS).replace(b"\n", b"\n  \n"), "utf16.jsonl": lines(ROWS).decode().encode("utf-16"),
     "array.json": json.dumps(objects(ROWS), indent=1).encode(), "behind.json": "\n".join(map(json.dumps, objects(ROWS))).encode(),
+    "utf16.json": json.dumps(objects(ROWS), indent=1).encode("utf-16"),
     "a.jsonl.gz": gzip.compress(lines(ROWS)), "a.json.xz": lzma.compress(lines(ROWS)), "a.ndjson.bz2": bz2.compress(lines(ROWS)),
     "a.csv": table(ROWS), "lf.csv": table(ROWS, end="\n"), "all.csv": table(ROWS, quoting=csv.QUOTE_ALL),
     "bom.csv": codecs.BOM_UTF8 + table(ROWS), "semicolon.csv": table(ROWS, ";"), "bare.csv": table(ROWS, header=None),
@@ -224,6 +225,10 @@ UNCLEAR = {  # name: content, settings, words of the refusal
     "none.csv": ("text,extra words\nsome,of these\nother,of those\n", {}, "which column is the label is not clear"),
     "other.csv": ("review,stars\na,1\n", {"fields": {"text": "reviews"}}, "no column 'reviews' (task.fields.text)",
                   "did you mean 'review'?"),
+    "one.csv": ("text\na\nb\n", {}, "one column alone, text 'a'", "expected a text and its label"),
+    "blanks.tsv": ("text label\nsome 1\n", {}, "one column alone", "another separator?"),
+    "quotes.jsonl": ("{'text': 'a', 'label': 1}\n", {}, "line 1: not a JSON object"),
+    "rows.json": ('{"rows": [{"text": "a", "label": 1}]}', {}, "the records are in 'rows'", "jq -c '.rows[]'"),
     "far.tsv": ("some text\t1\n", {"fields": {"text": "0", "label": "2"}}, "no column '2' (task.fields.label)", "0 'some text'"),
     "same.csv": ("text,label\na,1\n", {"fields": {"text": "text", "label": "text"}}, "one column is named twice"),
     "twice.csv": ("text,text,label\na,b,1\n", {}, "more than one column 'text'"),
@@ -264,8 +269,21 @@ def test_what_was_taken_is_said_in_a_line(folder):
     corpus = prepared("b.csv", "b", {"fields": {"text": "1", "label": "2"}})
     (folder / "c.tsv").write_text("phrase text\tmark\nsome words\tgood\nmore words\tbad\nmany words\tgood\nyet more\tbad\n")
     assert "c.tsv: text from column 'phrase text', label from column 'mark'" in prepared("c.tsv", "c").notes
-    assert corpus.notes[0] == ("b.csv: text from column '1', label from column '2' (not read: 0) (no line names the columns: the "
+    assert corpus.notes[0] == ("b.csv: text from column 1, label from column 2 (not read: 0) (no line names the columns: the "
                                "first is a record)")
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, -1, 10**6])
+def test_an_arrow_file_that_points_outside_of_itself_is_refused(folder, offset):
+    """Arrow believes offsets, and would read anywhere, or end the process."""
+    content = stored(lambda file: feather.write_feather(columns([("abc", "x"), ("defg", "y")]), file, compression="uncompressed"))
+    offsets = np.array([0, 3, 7], np.int32).tobytes()
+    assert content.count(offsets) == 1
+    (folder / "a.feather").write_bytes(content.replace(offsets, np.array([0, offset, 7], np.int32).tobytes()))
+    with pytest.raises(UserError, match=r"^a\.feather: not a valid Arrow file"):
+        prepared("a.feather")
+    with pytest.raises(UserError, match=r"^a\.feather: not a valid Arrow file"):
+        prepare(DataSettings(raw="a.feather", tokenizer="bytes", validation=0), "text")
 
 
 def test_all_files_have_a_pair_or_none(folder):
@@ -322,6 +340,10 @@ WRONG = {  # labels as they are written in JSON; settings; words of the refusal
     "too large": ([1.5, 1e300], {}, "line 2: label 1e+300 is not finite in float32"),
     "truth as score": ([0.5, True], {}, "line 2: label True is no number"),
     "one": (["a", "a"], {}, "data.raw: every record has the label 'a'"),
+    "one score": ([0.5, 0.5], {}, "data.raw: every record has the label 0.5"),
+    "none": ([-1, -1], {}, "every record has the label '-1'", "-1 often marks records without a label"),
+    "each its own": ([f"id {number}" for number in range(30)], {}, "each of 30 records has a label of its own"),
+    "decimal comma": (["3", "4,5"], {}, "line 2: label '4,5' has a decimal comma"),
     "a list among names": (["a", ["b"]], {}, "line 1: label 'a' is one, expected several"),
     "names among lists": ([["a"], "b"], {}, "line 2: label 'b' is one, expected several"),
     "a list for one": ([["a"], ["b"]], {"problem": "single_label"}, "line 1: label ['a'] is no single name"),
@@ -481,6 +503,13 @@ def test_killed_anywhere_it_goes_on_to_the_same_corpus(folder, monkeypatch):
         assert not (folder / "corpus").exists()
     time.sleep(0.2)  # the workers notice
     assert prepared("in", processes=1, **data).digest == expected
+
+
+def test_labels_that_differ_in_case_alone_are_told(folder):
+    (folder / "a.csv").write_bytes(table([("x", "Pos"), ("y", "pos"), ("z", "neg")]))
+    corpus = prepared("a.csv")
+    assert corpus.labels == ["Pos", "neg", "pos"]
+    assert "labels Pos, pos differ in case alone, and are different labels" in corpus.notes
 
 
 def test_doubts_are_told_and_counted(folder):
