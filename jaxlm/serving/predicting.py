@@ -51,7 +51,8 @@ def predict(settings: Settings) -> Predictions:
     settings, mesh = lay_mesh(settings)
     path = _free_place(settings)
     with opened(settings, mesh) as trained:
-        records = read_records(settings.data.raw, settings.data, settings.task, trained.saved["streams"])
+        streams = trained.saved.get("streams")  # an imported model does not say
+        records = read_records(settings.data.raw, settings.data, settings.task, streams)
         first = next(records, None)  # what cannot be read is told before the weights are loaded
         if first is None:
             raise UserError("data.raw: no record in it")
