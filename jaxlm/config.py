@@ -17,7 +17,7 @@ import yaml
 from jaxlm.checks import check
 from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
 from jaxlm.near_misses import right_key, right_value
-from jaxlm.settings import NO_PLACE, Settings, flatten, sections
+from jaxlm.settings import LENGTHS, NO_PLACE, Settings, flatten, sections
 from jaxlm.storage.files import Location, as_path, exists, names_in, read_text
 from jaxlm.storage.remote import check_url, is_remote
 from jaxlm.values import PYTHONS_NULLS, alternatives, from_command_line, how_to_write, parse_yaml, typed
@@ -43,8 +43,9 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
     if run_dir:
         values["run_dir"] = str(run_dir)  # wherever it has been moved or copied to
         _forget_compiled(values)
-    for override in overrides:
-        lines.pop(_apply_override(values, override), None)
+    given = [_apply_override(values, override) for override in overrides]
+    for name in [*given, *_other_lengths(values, given)]:
+        lines.pop(name, None)
     for key in _keys_with_secrets(values):
         where = f"{path}:{lines[key]}: " if key in lines else ""
         raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
@@ -61,6 +62,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise UserError(f"{path}:{lines[key]}: {problem}" if key in lines else problem) from None
     check(settings)
     return settings
+
+
+def _other_lengths(values: dict[str, Any], given: Sequence[str]) -> list[str]:
+    """The file's word on how long the run is gives way to the command line's: train.epochs=3 there puts an end to
+    train.steps here. Returns the keys that are null now."""
+    lengths = [f"train.{name}" for name in LENGTHS]
+    said = [name for name in lengths if name in given and values["train"][name.removeprefix("train.")] is not None]
+    others = [name for name in lengths if name not in given] if said else []
+    values |= {"train": values["train"] | {name.removeprefix("train."): None for name in others}} if others else {}
+    return others
 
 
 def _forget_compiled(values: dict[str, Any]) -> None:

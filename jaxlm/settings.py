@@ -70,6 +70,10 @@ ACTIVATIONS = ("residual", "query_key_value", "attention", "attention_output", "
 PRODUCTS = ("query_key_value", "attention_output", "mlp_hidden", "mlp_output")
 REMAT = {"none": None, "dots": dict.fromkeys(PRODUCTS, "keep"), "full": {}}
 
+# The keys of `train` that say how long a run is, of which one is set, and how long it is where none is.
+LENGTHS = ("steps", "epochs", "tokens", "hours")
+DEFAULT_STEPS = 1000
+
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
 
@@ -231,9 +235,17 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The training step."""
+    """The training step, and how many of them: one of steps, epochs, tokens and hours."""
 
-    steps: Positive = key(1000, "optimizer steps of the whole run", "steps")
+    steps: Positive | None = key(None, "optimizer steps of the whole run; null: what epochs, tokens or hours come to, or 1000",
+                                 "steps")
+    epochs: PositiveFloat | None = key(
+        None, "in place of steps: passes over the training text of all corpora together, of which the last may be a part")
+    tokens: Positive | None = key(
+        None, "in place of steps: tokens to train on; padding is none, a token that is seen again is one more", "tokens")
+    hours: PositiveFloat | None = key(
+        None, "in place of steps: hours of all starts of the run together; the schedule goes by the share of them that is over",
+        "hours")
     precision: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and optimizer stay float32")
     gradient_precision: Literal["float32", "bfloat16"] = key(
         "float32", "type in which kernels' gradients travel and wait for the update; bfloat16: three quarters of fsdp's bytes")
@@ -247,6 +259,16 @@ class TrainSettings:
     loss_chunk: Positive | None = key(
         None, "positions of a sequence whose logits exist at a time; null: as many as a GPU or TPU has room for beside state and "
               "activations; elsewhere as 64 MiB or a quarter of the table's gradient hold", "tokens")
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, name) is None for name in LENGTHS):
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+
+    @property
+    def length(self) -> str:
+        """What the run file says of the run's length: train.epochs=3."""
+        name = next(name for name in reversed(LENGTHS) if getattr(self, name) is not None)  # steps may be worked out by now
+        return f"train.{name}={getattr(self, name):g}" if name in ("epochs", "hours") else f"train.{name}={getattr(self, name)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,15 @@ from jax.sharding import Mesh
 from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.errors import RunError, UserError
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.parallel.sharding import abstract
 from jaxlm.planning.devices import devices_of
 from jaxlm.planning.targets import Target
 from jaxlm.planning.versions import told_in_a_line
 from jaxlm.runtime import executables
 from jaxlm.runtime.compiler import programs_folder
 from jaxlm.settings import Settings
-from jaxlm.training.setup import batch_shapes, lay_mesh, open_corpora, resolve, start
-from jaxlm.training.step import Trainer, batch_sharding
+from jaxlm.training.length import with_any_steps, with_steps
+from jaxlm.training.setup import abstract_batch, lay_mesh, make_training_batches, open_corpora, resolve, start
+from jaxlm.training.step import Trainer
 
 NEEDED = re.compile(r"(temporaries )?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")  # libtpu's words
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -56,11 +56,10 @@ def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Train
       UserError: model.vocab_size is not known.
     """
     require_vocabulary(settings)
+    settings = settings if settings.train.hours is not None else with_any_steps(settings)
     with jax.set_mesh(mesh):
         trainer = start(settings, mesh)
-        batch = batch_shapes(settings)
-        state = trainer.layout.abstract
-        return trainer.step.trace(state, abstract(batch, dict.fromkeys(batch, batch_sharding(mesh)))), trainer
+        return trainer.step.trace(trainer.layout.abstract, abstract_batch(settings, mesh)), trainer
 
 
 def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
@@ -79,8 +78,9 @@ def compile_ahead(settings: Settings, target: Target | None) -> Path:
     if folder is None:
         raise UserError(f"devices.compiled={settings.devices.compiled}: --compile-only needs a folder on this machine")
     settings, mesh = (settings, lay(settings, target)[0]) if target else lay_mesh(settings)
-    if settings.model.vocab_size is None:
-        settings = resolve(settings, open_corpora(settings)[0][0].tokenizer)
+    if settings.model.vocab_size is None or (settings.train.steps is None and settings.train.hours is None):
+        corpora = open_corpora(settings)
+        settings = with_steps(resolve(settings, corpora[0][0].tokenizer), make_training_batches(settings, corpora))
     lowered = lower(trace_step(settings, mesh)[0], mesh)
     return executables.save(compiled(lowered, mesh), lowered, mesh, folder)
 

@@ -30,6 +30,7 @@ class Account:
         self.began = time.time() if began is None else began
         self._since = time.monotonic() - (time.time() - self.began)  # the same moment by a clock that nobody sets
         self.earlier = 0.0  # seconds that the steps before this start took
+        self._of_others = 0.0  # seconds that the starts before this one took
         self.parts: Counter[str] = Counter()
         self._mirror: Mirror | None = None
         self._written = 0.0
@@ -43,6 +44,11 @@ class Account:
     def wall_seconds(self) -> float:
         """Of the run so far, without what was lost or lay between its starts."""
         return self.earlier + self.seconds
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all starts of the run, with what was lost; not what lay between them."""
+        return self._of_others + self.seconds
 
     @contextmanager
     def spending(self, part: str) -> Iterator[None]:
@@ -59,6 +65,7 @@ class Account:
         self.skipped, self._mirror = 0, Mirror(run_dir)
         self._path = self._mirror.fetch(FILE_NAME)
         self.parts["startup"] += self.seconds
+        self._of_others = sum(start["seconds"] for start in _starts(run_dir))
         self.write()
 
     def reached(self, step: int, skipped: int) -> None:

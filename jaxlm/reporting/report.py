@@ -20,14 +20,13 @@ UNKNOWN = "not known"
 def write_report(run_dir: str | Path) -> Location:
     """Writes RUN_DIR/report.md and returns its path. Raises UserError when `run_dir` is no run."""
     run = read_run(run_dir)
-    total = run.config.get("train.steps", "?")
     if run.summary:
         wall, diverged = run.figure("wall_seconds"), run.figure("diverged")
         state = f"Finished: {run.figure('steps')} steps" + (f" in {format_duration(wall)}." if wall is not None else ".")
         if diverged:
             state = f"Ended with a loss that is not a number, so what it had learned is lost. {state}"
     else:
-        state = f"Not finished (running, or stopped): {run.steps} of {total} steps."
+        state = f"Not finished (running, or stopped): {way(run)}."
     sections = [f"# {run.name}", state]
     if exists(run.path / "loss.png"):
         sections.append("![Training and validation loss](loss.png)")
@@ -45,6 +44,17 @@ def write_report(run_dir: str | Path) -> Location:
     path = run.path / "report.md"
     write_text(path, encodable("\n\n".join(sections) + "\n"))
     return path
+
+
+def way(run: Run) -> str:
+    """How much of a run is done: 40 of 100 steps; 40 steps, 1.2 of 3 epochs."""
+    for name in ("epochs", "tokens", "hours"):
+        if whole := run.config.get(f"train.{name}"):
+            spent = goodput(run.path) or {}
+            done = {"epochs": run.values("epoch")[-1:], "tokens": run.values("tokens")[-1:],
+                    "hours": [(spent["wall_seconds"] - spent["restarts_seconds"]) / 3600] if spent else []}[name]
+            return f"{counted(run.steps, 'step')}, {format_count(done[0]) if done else '?'} of {format_count(whole)} {name}"
+    return f"{run.steps} of {run.config.get('train.steps', '?')} steps"
 
 
 def results(run: Run) -> dict[str, str]:

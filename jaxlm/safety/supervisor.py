@@ -70,7 +70,9 @@ def _is_finished(settings: Settings, newest: Callable[[str], int]) -> bool:
     """Whether all steps are saved and added up; what comes after that (samples, report) is no part of the run."""
     with suppress(UserError):  # a summary that cannot be read is none
         summary = read_summary(as_path(settings.run_dir) / "summary.json")
-        return summary is not None and summary["steps"] == settings.train.steps == newest(settings.run_dir)
+        if summary is None or summary["steps"] != newest(settings.run_dir):
+            return False
+        return summary["steps"] == settings.train.steps or summary.get("length") == settings.train.length
     return False
 
 

@@ -22,6 +22,7 @@ from jaxlm.runtime.processes import is_main
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
 from jaxlm.tasks.find import find_task
 from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
+from jaxlm.training.length import with_any_steps
 from jaxlm.training.origin import say_which
 from jaxlm.training.setup import dropless, encode_prompts, lay_mesh, resolve, start
 from jaxlm.training.step import Trainer
@@ -52,7 +53,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
-        settings = resolve(settings, tokenizer)
+        settings = with_any_steps(resolve(settings, tokenizer))
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
         trainer = start(dropless(settings), mesh)
         continue_prompts = make_generator(trainer, tokenizer)  # refuses prompts that do not fit

@@ -14,6 +14,7 @@ from jaxlm.reporting.memory import memory_of
 from jaxlm.settings import Settings
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import training_flops
+from jaxlm.training.length import with_any_steps
 from jaxlm.training.setup import batch_shapes, lay_mesh, start
 from jaxlm.training.step import Batch, batch_sharding
 
@@ -23,7 +24,7 @@ def bench(settings: Settings) -> dict[str, Any]:
     model.vocab_size."""
     if settings.model.vocab_size is None:
         raise UserError("model.vocab_size: missing; bench makes up its tokens and has to know how many there are")
-    settings, mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(with_any_steps(settings))
     trainer = start(settings, mesh)
     with jax.set_mesh(trainer.mesh):
         state = trainer.init(settings.seed)

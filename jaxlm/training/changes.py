@@ -63,6 +63,8 @@ def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Loc
     before = _read(ScheduleSettings, saved.get("schedule", {}))
     peak = _read(OptimizerSettings, saved.get("optimizer", {})).learning_rate
     steps = _read(TrainSettings, saved.get("train", {})).steps
+    if steps is None or settings.train.steps is None:
+        return  # by the clock: `jaxlm.training.length.Hours` sees to it
     own = (settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
     if (before, peak, steps) == own or step >= settings.train.steps or SCHEDULE in settings.checkpoint.allow:
         return

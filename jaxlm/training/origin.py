@@ -21,7 +21,8 @@ def origin_of(settings: Settings, first: int, set_aside: list[str]) -> str:
     done = max((row["step"] for row in read_metrics(run_dir)), default=0)
     again = "" if done <= first else f"; steps {first + 1} to {done}, which no checkpoint holds, are done again"
     if first:
-        return f"resuming from step {first} of {settings.train.steps} ({run_dir / CHECKPOINTS}){again}"
+        total = f" of {settings.train.steps}" if settings.train.steps else ""
+        return f"resuming from step {first}{total} ({run_dir / CHECKPOINTS}){again}"
     line = f"new weights (seed {settings.seed})"
     if set_aside:
         return f"{line}; {run_dir / CHECKPOINTS} has no good checkpoint, only {', '.join(set_aside)}"

@@ -17,6 +17,7 @@ import jax
 from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
+from jaxlm.data.batches import Batches
 from jaxlm.data.sequences import start_token
 from jaxlm.errors import LostProcess, RunError, UserError, reason
 from jaxlm.parallel.mesh import crossings, islands_of
@@ -44,12 +45,14 @@ from jaxlm.training.changes import (
 from jaxlm.training.evaluated_text import describe, open_evaluated
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.footprint import count_parameters
+from jaxlm.training.length import last_step, length_lines, refuse_length, with_any_steps, with_steps
 from jaxlm.training.loop import Loop, Output, Sampler
 from jaxlm.training.origin import origin_of, say_which
 from jaxlm.training.setup import (
     Corpora,
     check_corpora,
     lay_mesh,
+    make_training_batches,
     make_validation_batches,
     micro_batch_size,
     open_corpora,
@@ -62,8 +65,8 @@ SamplerMaker = Callable[[Trainer, Corpora], Sampler | None]
 
 
 def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[str, Any]:
-    """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see
-    summary.json).
+    """Trains to the end of the run (`jaxlm.training.length`), from the newest good checkpoint when there is one.
+    Returns the summary (see summary.json).
 
     Args:
       settings: of the run.
@@ -91,36 +94,38 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[
         watch.one_of(jax.process_index(), jax.process_count())
         with watch.phase("opening the corpus"):
             corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
-        trainer = start(resolve(laid, corpora[0][0].tokenizer), mesh)
+            batches = make_training_batches(laid, corpora)
+        trainer = start(with_steps(resolve(laid, corpora[0][0].tokenizer), batches), mesh)
         # as they were before they followed the devices
         given = dataclasses.replace(trainer.settings, mesh=settings.mesh, train=settings.train)
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
         with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
               Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
             sample = make_sampler(trainer, corpora) if make_sampler and settings.logging.samples_every_steps else None
-            return _run(trainer, given, corpora, checkpoints, watch, account, sample)
+            return _run(trainer, given, corpora, batches, checkpoints, watch, account, sample)
 
 
-def _run(trainer: Trainer, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account,
-         sample: Sampler | None) -> dict[str, Any]:
-    run_dir, total, main = as_path(trainer.settings.run_dir), trainer.settings.train.steps, processes.is_main()
+def _run(trainer: Trainer, given: Settings, corpora: Corpora, batches: Batches, checkpoints: Checkpoints, watch: Watch,
+         account: Account, sample: Sampler | None) -> dict[str, Any]:
+    run_dir, main = as_path(trainer.settings.run_dir), processes.is_main()
     metadata = _metadata(trainer, corpora)
     with watch.phase("reading the checkpoint", trainer.settings.guards.restore_seconds):
         state, first, saved = _start_or_resume(trainer, checkpoints, metadata)
     account.earlier = saved.get("wall_seconds", 0.0)
     changed = find_changes(saved, metadata) if saved else {}
     told = [describe_change(key, values) for key, values in changed.items()]
-    summary = _finished_summary(run_dir, total) if first == total else None
+    summary = _finished_summary(run_dir, first) if first == last_step(trainer.settings, saved) else None
     if summary:
         if main:
-            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on (with "
+            key = given.train.length.partition("=")[0]
+            print_line(f"{run_dir}: finished, all {first} steps are done; raise {key} to go on (with "
                        "'checkpoint.allow=[schedule]' where the learning rate has come down)")
             if told:
                 print_line(f"ignored, since no step is left: {', '.join(told)}")
         _refuse_divergence(run_dir, summary)
         return summary
     if main:
-        origin = [origin_of(trainer.settings, first, checkpoints.set_aside),
+        origin = [*length_lines(trainer.settings), origin_of(trainer.settings, first, checkpoints.set_aside),
                   *(f"changed at step {first}: {line}" for line in told)]
         write_text(run_dir / "config.yaml", dump(given))
         account.begin(run_dir, first)
@@ -128,8 +133,8 @@ def _run(trainer: Trainer, given: Settings, corpora: Corpora, checkpoints: Check
     try:
         if changed and writer:
             writer.write({"step": first, "time": time.time(), "changed": changed})
-        with TrainingProgress(total, first, enabled=main) as progress:
-            loop = Loop(trainer, corpora, checkpoints, Output(progress, writer, account), watch, sample)
+        with TrainingProgress(trainer.settings.train.steps, first, enabled=main) as progress:
+            loop = Loop(trainer, corpora, batches, checkpoints, Output(progress, writer, account), watch, sample)
             for line in [*_describe(trainer, corpora, loop.batches.padding_share), *origin] if main else ():
                 progress.print(line)
             loop.run(state, first, metadata, _last_evaluation(run_dir, first), saved)
@@ -209,9 +214,7 @@ def _start_or_resume(trainer: Trainer, checkpoints: Checkpoints, own: dict[str, 
         raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
                         "trained on; set it back, choose another run_dir, or insist with 'checkpoint.allow=[data.corpus]'")
     refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
-    if step > trainer.settings.train.steps:
-        raise UserError(f"train.steps={trainer.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} "
-                        "steps already; expected at least as many, or choose another run_dir")
+    refuse_length(trainer.settings, step, saved, checkpoints.directory)
     refuse_rise(saved["settings"], trainer.settings, step, checkpoints.directory)
     return from_saved(checkpoints.restore(step, trainer.saved)), step, saved
 
@@ -244,7 +247,8 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
         why = "the tokenizer has none" if settings.data.start_token else "data.start_token=false"
         lines.append(f"documents begin without a start token ({why}): their first token is not learnt, so an empty prompt "
                      "begins with anything")
-    schedule, rest = settings.schedule, settings.train.steps - (settings.schedule.decay_steps or settings.train.steps)
+    schedule, steps = settings.schedule, settings.train.steps or 0
+    rest = steps - (schedule.decay_steps or steps)
     if schedule.name in ("linear", "cosine") and rest and schedule.final_ratio == 0:
         lines.append(f"WARNING: schedule.decay_steps={schedule.decay_steps}: the last {rest} steps have a learning rate of 0; "
                      "set schedule.final_ratio, or schedule.decay_steps=null")
@@ -280,13 +284,14 @@ def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
     settings, clock = trainer.settings, loop.clock
     times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
     seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
-    steps = settings.train.steps
+    steps = loop.last
     slots, tokens = clock.total_slots(steps), clock.tokens.total(steps)
     rows = {"loss": loop.last_loss, "val_loss": loop.val_row}
     losses = plain({name: row[name] for name, row in rows.items() if name in row})
     slots_per_second = seconds and clock.slots / seconds
     return plain({
-        "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
+        "steps": steps, "length": settings.train.length, "tokens": tokens, "slots": slots,
+        "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
         "diverged": None in losses.values(),
         "skipped_rows": loop.skipped_rows.count(steps),
         "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
@@ -305,7 +310,7 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
         corpora = open_evaluated(settings, saved)
-        trainer = start(resolve(settings, corpora[0][0].tokenizer), mesh)
+        trainer = start(with_any_steps(resolve(settings, corpora[0][0].tokenizer)), mesh)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")

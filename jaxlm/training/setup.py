@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.checks import check_kernel, check_layout
 from jaxlm.console.progress import print_line
@@ -27,12 +27,14 @@ from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.parallel.rules import cutting, shrunk
+from jaxlm.parallel.sharding import abstract
 from jaxlm.runtime import processes, runtime_log
 from jaxlm.settings import Settings, flatten, to_dict
 from jaxlm.storage.files import as_path, exists
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import logits_memory
-from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
+from jaxlm.training.length import with_steps
+from jaxlm.training.step import PLACE, Batch, Trainer, batch_sharding, make_trainer
 
 Corpora = list[tuple[Corpus, float]]
 
@@ -115,7 +117,7 @@ def check_corpora(settings: Settings, corpora: Corpora) -> None:
     UserError."""
     tokenizer = corpora[0][0].tokenizer
     settings = resolve(settings, tokenizer)
-    make_training_batches(settings, corpora)
+    with_steps(settings, make_training_batches(settings, corpora))
     make_validation_batches(settings, corpora)
     if find_task(settings).continues_text:
         encode_prompts(settings, tokenizer)
@@ -169,6 +171,22 @@ def batch_shapes(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype) for name, field in find_task(settings).spec().items()}
 
 
+def abstract_batch(settings: Settings, mesh: Mesh) -> Batch:
+    """What the step takes beside the state, as shapes on the mesh; of a run with train.hours also its place in the
+    schedule."""
+    shapes = batch_shapes(settings)
+    batch = abstract(shapes, dict.fromkeys(shapes, batch_sharding(mesh)))
+    if settings.train.hours is not None:
+        batch |= {PLACE: jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))}
+    return batch
+
+
+def place_in_schedule(place: float, mesh: Mesh) -> Batch:
+    """The array that a step of a run with train.hours takes beside its rows."""
+    value = np.asarray(place, np.float32)
+    return {PLACE: jax.make_array_from_callback((), NamedSharding(mesh, PartitionSpec()), lambda index: value[index])}
+
+
 def make_training_batches(settings: Settings, corpora: Corpora) -> Batches:
     """`batch(step)` of the whole run."""
     return find_task(settings).training_batches(corpora)
@@ -203,7 +221,7 @@ def on_devices(batches: Batches, start_step: int, stop_step: int, mesh: Mesh, pr
         yield ahead(iter(host))
 
 
-def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: NamedSharding) -> jax.Array:
     """This process's rows of a batch, as a part of the global array."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -215,7 +233,7 @@ def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: jax.sha
 
 
 @functools.cache
-def _as_first_holders_read(sharding: jax.sharding.NamedSharding) -> Callable[[Batch], Batch]:
+def _as_first_holders_read(sharding: NamedSharding) -> Callable[[Batch], Batch]:
     """Gives all devices that hold a row what the first of them has.
 
     Of two processes with copies of a corpus of their own, one may have to skip a row that the other can read.
