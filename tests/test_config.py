@@ -165,7 +165,7 @@ def test_an_unknown_key_is_answered_with_the_nearest(load, name, nearest):
 def test_a_refusal_says_where(load):
     text = "seed: 1\ntrain:\n  # longer\n  steps: -2\n"
     assert refusal(load, text).endswith("run.yaml:4: train.steps=-2: expected integer > 0 | null")
-    assert refusal(load, text, "train.steps=-3") == "train.steps=-3: expected integer > 0"
+    assert refusal(load, text, "train.steps=-3") == "train.steps=-3: expected integer > 0 | null"
     assert load(text, "train.steps=3").train.steps == 3
     assert "run.yaml:6: train.steps is already set in line 4" in refusal(load, text + "  precision: float32\n  steps: 3\n")
     wrong = refusal(load, "model:\n  family: gtp\n")

@@ -114,9 +114,10 @@ class Hours:
     """When the hours of a run are over, and where in its schedule a step is until then.
 
     After some steps the run is looked at: how many steps are left at the pace of this start, or of the time since the
-    last look where that was slower, evaluations and saves included; and so which step is the last. The schedule moves on evenly from its place there to its end at that
-    step. A look is saved with its step, as a checkpoint: what comes after it, up to the next look, is the same however
-    often it is done again. Looks are rarer the more steps the run has had, and closer together towards the end.
+    last look where that was slower, evaluations and saves included; and so which step is the last. The schedule moves
+    on evenly from its place there to its end at that step. A look is saved with its step, as a checkpoint: what comes
+    after it, up to the next look, is the same however often it is done again. Looks are rarer the more steps the run
+    has had, and closer together towards the end.
 
     All processes call the same methods at the same steps; the first one's clock counts.
     """
