@@ -7,7 +7,7 @@ import json
 import shlex
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import yaml
 from jaxlm.checks import check
 from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
 from jaxlm.near_misses import right_key, right_value
-from jaxlm.settings import LENGTHS, NO_PLACE, Settings, flatten, sections
+from jaxlm.settings import LENGTHS, NO_PLACE, Settings, expand_home, flatten, sections
 from jaxlm.storage.files import Location, as_path, exists, names_in, read_text
 from jaxlm.storage.remote import check_url, is_remote
 from jaxlm.values import PYTHONS_NULLS, alternatives, from_command_line, how_to_write, parse_yaml, typed
@@ -25,8 +25,17 @@ from jaxlm.values import PYTHONS_NULLS, alternatives, from_command_line, how_to_
 _SETTINGS = pydantic.TypeAdapter(Settings)
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
-    """Reads a run file, or the `config.yaml` of a run directory, and applies `a.b=c` overrides.
+class Origin(NamedTuple):
+    """What trained weights say of a run that begins with them, where its run file says nothing."""
+
+    model: dict[str, Any]  # keys of ModelSettings
+    tokenizer: str | None  # its place
+    sequence_length: int | None
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), about: Callable[[str], Origin] | None = None) -> Settings:
+    """Reads a run file, or the `config.yaml` of a run directory, and applies `a.b=c` overrides. `about`: what a place
+    named by `init` says; `about_run` where only run directories are known.
 
     Raises:
       UserError: the file is missing or no YAML mapping; a key is unknown, set twice or ill-typed; values contradict
@@ -51,6 +60,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Settings:
         raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
                         "keep; leave it out, and give it by the storage's own environment variables or credential files")
     values = typed(values)
+    if values.get("init") and not (run_dir and not any(override.startswith("init=") for override in overrides)):
+        _take_from_origin(values, (about or about_run)(expand_home(values["init"])))
     for key in _doubtful_nulls(values):
         where = f"{path}:{lines[key]}: " if key in lines else ""
         raise UserError(f"{where}{key}={flatten(values)[key]}: nothing is written null, and a folder of that name "
@@ -72,6 +83,32 @@ def _other_lengths(values: dict[str, Any], given: Sequence[str]) -> list[str]:
     others = [name for name in lengths if name not in given] if said else []
     values |= {"train": values["train"] | {name.removeprefix("train."): None for name in others}} if others else {}
     return others
+
+
+def about_run(place: str) -> Origin:
+    """Of a run directory. Raises UserError."""
+    path = as_path(place) / "config.yaml"
+    if not exists(path):
+        inside = next((str(parent) for parent in as_path(place).parents[:2] if exists(parent / "config.yaml")), None)
+        raise UserError(f"init={place}: not a run directory (expected config.yaml in it)"
+                        + (f"; did you mean '{inside}'?" if inside else ""))
+    values = typed(_read_yaml(path)[0])
+    data = values.get("data") or {}
+    return Origin(values.get("model") or {}, place, data.get("sequence_length"))
+
+
+def _take_from_origin(values: dict[str, Any], origin: Origin) -> None:
+    """Fills in what the run file does not say. A family that it says anew brings its own keys."""
+    own = values.get("model") or {}
+    same_family = own.get("family") in (None, origin.model.get("family", "gpt"))
+    values["model"] = {**(origin.model if same_family else {}), **own}
+    data = values["data"] = dict(values.get("data") or {})
+    if data.get("tokenizer") not in (None, origin.tokenizer) and "vocab_size" not in own:
+        values["model"].pop("vocab_size", None)  # another tokenizer has a size of its own
+    if origin.tokenizer is not None and data.get("tokenizer") is None:
+        data["tokenizer"] = origin.tokenizer
+    if origin.sequence_length is not None and data.get("sequence_length") is None:
+        data["sequence_length"] = min(origin.sequence_length, values["model"].get("max_length") or origin.sequence_length)
 
 
 def _forget_compiled(values: dict[str, Any]) -> None:

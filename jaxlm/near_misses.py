@@ -15,6 +15,9 @@ def _each(names: str, right: str) -> dict[str, str]:
 _KEYS = {
     "run_dir": "output_dir out_dir output save_dir log_dir logdir logging_dir checkpoint_dir work_dir workdir experiment_dir "
                "base_output_directory run_name exp_name",
+    "init": "init_from init_checkpoint load load_from load_checkpoint load_parameters_path load_full_state_path from_pretrained "
+            "pretrained pretrained_model model_name_or_path model_path ckpt ckpt_path checkpoint_path restore_from "
+            "initialize_from weights base_model",
     "seed": "random_seed manual_seed rng_seed data_seed init_seed",
     "model.family": "model_type model_name architecture arch",
     "model.num_layers": "n_layer n_layers num_hidden_layers num_layer layers depth num_blocks base_num_decoder_layers",
@@ -116,12 +119,10 @@ NOTES = {
 SAME_VALUE = (_AS_LONG, _IN_SEQUENCES)  # notes of names whose value can be taken over
 
 # What other tools have and jaxlm has not: no key is near.
-_OTHER_WEIGHTS = "a run goes on from the checkpoints in its own run_dir; it cannot start from other weights yet"
+_GOES_ON = "a run goes on from the checkpoints in its own run_dir by itself; init=FOLDER begins with other weights"
 _ONE_TASK = "jaxlm trains whole models; adapters and frozen layers are not there yet"
 MISSING = {
-    **_each("init init_from init_checkpoint resume resume_from resume_from_checkpoint resume_from_path load load_from "
-            "load_checkpoint load_parameters_path load_full_state_path from_pretrained pretrained pretrained_model "
-            "model_name_or_path model_path ckpt ckpt_path checkpoint_path restore_from initialize_from weights", _OTHER_WEIGHTS),
+    **_each("resume resume_from resume_from_checkpoint resume_from_path", _GOES_ON),
     **_each("lora lora_r lora_alpha lora_rank peft freeze layer_decay", _ONE_TASK),
     **_each("compile torch_compile", "every step is compiled; there is nothing to switch on"),
     **_each("config config_file config_path c", "the run file stands by itself: jaxlm VERB CONFIG.yaml [KEY=VALUE ...]"),

@@ -416,6 +416,13 @@ class Settings:
     """One run."""
 
     run_dir: Place = key("runs/default", "folder of everything the run writes; also in s3:// or gs://")
+    init: Place | None = key(
+        None, "where weights come from while the run has no checkpoint of its own: another run directory, or a Hugging Face "
+              "folder; what the run file does not say of the model, the tokenizer and data.sequence_length is that one's; "
+              "null: random")
+    init_positions: Literal["fresh", "interpolate"] = key(
+        "fresh", "with init, where model.max_length is more than that of init: further rows of learned positions are fresh, or "
+                 "the rows are stretched")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     model: ModelSettings = key(ModelSettings(), "")
     task: TaskSettings = key(TaskSettings(), "")

@@ -104,7 +104,7 @@ def test_a_word_without_help_is_refused_with_the_nearest(refused):
     assert "did you mean 'learning_rate'?" in refused("help lerning_rate")
     assert "did you mean 'optimizer'?" in refused("help optimiser")
     assert "jaxlm help names the verbs" in refused("help qqqq")
-    assert "cannot start from other weights yet" in refused("help init_from")
+    assert "goes on from the checkpoints in its own run_dir" in refused("help resume_from")
 
 
 def test_the_reference_page_is_up_to_date(capsys):
@@ -158,7 +158,8 @@ def test_the_table_of_near_misses_holds_keys_and_values_that_are_there():
 @pytest.mark.parametrize(("typed", "right"), [
     ("batch_size=4", "data.global_batch_size"), ("lr=1", "optimizer.learning_rate"), ("max_steps=1", "train.steps"),
     ("max_tokens=1", "generate.max_new_tokens"), ("epochs=3", "train.epochs"), ("train.num_epochs=3", "train.epochs"),
-    ("warmup=1", "schedule.warmup_steps"), ("warmup_ratio=0.1", "It is in steps"), ("init_from=gpt2", "other weights yet"),
+    ("warmup=1", "schedule.warmup_steps"), ("warmup_ratio=0.1", "It is in steps"),
+    ("init_from=gpt2", "'init'"), ("resume=x", "by itself"),
     ("fp16=true", "train.precision=bfloat16"), ("bf16=true", "train.precision=bfloat16"), ("n_layer=2", "model.num_layers"),
     ("n_head=2", "model.num_heads"), ("n_embd=2", "model.hidden_size"), ("d_model=2", "model.hidden_size"),
     ("block_size=2", "data.sequence_length"), ("model.block_size=2", "data.sequence_length"), ("dropout=0", "model.dropout"),
@@ -174,8 +175,8 @@ def test_names_of_other_tools_are_answered_with_the_key_here(refused, typed, rig
 
 @pytest.mark.parametrize(("typed", "right"), [
     ("train.precision=bf16", "bfloat16"), ("train.precision=fp16", "bfloat16"), ("train.precision=fp32", "float32"),
-    ("optimizer.name=AdamW", "adamw"), ("model.family=GPT", "gpt"), ("model.family=llama3", "llama"), ("task.name=mlm", "masked_lm"),
-    ("schedule.name=wsd", "warmup_stable_decay"),
+    ("optimizer.name=AdamW", "adamw"), ("model.family=GPT", "gpt"), ("model.family=llama3", "llama"),
+    ("task.name=mlm", "masked_lm"),    ("schedule.name=wsd", "warmup_stable_decay"),
     ("devices.platform=cuda", "gpu"), ("model.attention=flash", "auto"), ("model.positions=rotary", "rope"),
     ("train.remat=true", "full")])
 def test_values_of_other_tools_are_answered_with_the_value_here(refused, typed, right):
@@ -189,7 +190,7 @@ def test_values_of_other_tools_are_answered_with_the_value_here(refused, typed, 
     ("train run.yaml --learning_rate 1", "optimizer.learning_rate=1"),
     ("train run.yaml --train.steps=5", "keys are set without dashes: train.steps=5"),
     ("train run.yaml --epochs 3", "train.epochs=3"),
-    ("train run.yaml --bf16", "train.precision=bfloat16"), ("train run.yaml --resume", "other weights yet"),
+    ("train run.yaml --bf16", "train.precision=bfloat16"), ("train run.yaml --resume", "goes on from the checkpoints"),
     ("train run.yaml --proceses 2", "did you mean '--processes'?"),
     ("train run.yaml --json", "option of evaluate, generate, bench, plan"),
     ("evaluate run.yaml --prompt x", "--prompt is an option of generate"), ("plan run.yaml", "--target"),

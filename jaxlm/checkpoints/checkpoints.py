@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from jaxlm.checkpoints.format1 import OLD_FORMAT, old_place
+from jaxlm.checkpoints.format1 import OLD_FORMAT, Place, old_place, todays_place
 from jaxlm.checkpoints.manifest import (
     CHECKPOINTS,
     MANIFEST,
@@ -257,6 +257,31 @@ class Checkpoints:
             raise Damaged(f"{path}: damaged (metadata or val_loss is not what is written there)")
         return manifest
 
+    def saved_order(self, step: int) -> np.ndarray:
+        """int [L]: which layer stands in each slot of the saved stacks."""
+        metadata = self.metadata(step)
+        return layer_order(metadata["settings"]["model"]["num_layers"], metadata["mesh"].get("stage", 1),
+                           metadata["settings"]["train"].get("stage_repeats", 1))
+
+    def shapes(self, step: int) -> dict[Place, tuple[int, ...]]:
+        """The shape of every saved parameter. Raises UserError."""
+        is_old = self._manifest(step)["format"] == OLD_FORMAT
+        with self._of_this_model(step), in_context(self.directory):
+            there = _by_place(ocp.checkpointables_metadata(self.directory / str(step) / STATE).metadata["params"])
+        return {todays_place(place) if is_old else place: tuple(leaf.shape) for place, leaf in there.items()}
+
+    def read(self, step: int, wanted: dict[Place, jax.ShapeDtypeStruct]) -> dict[Place, jax.Array]:
+        """Some of the saved parameters, laid out as they are wanted, layers in the order in which they were saved.
+        Raises UserError."""
+        is_old = self._manifest(step)["format"] == OLD_FORMAT
+        asked = {old_place(place) if is_old else place: leaf for place, leaf in wanted.items()}
+        with self._of_this_model(step), in_context(self.directory):
+            there = ocp.checkpointables_metadata(self.directory / str(step) / STATE).metadata["params"]
+            leaves = [asked.get(place, ocp.PLACEHOLDER) for place in _by_place(there)]
+            tree = jax.tree.unflatten(jax.tree.structure(there), leaves)
+        found = _by_place(self._load(step, {"params": tree})["params"])
+        return {place: found[old_place(place) if is_old else place] for place in wanted}
+
     def restore(self, step: int, layout: Layout) -> dict[str, Any]:
         """Those of the saved trees that `layout` has (it is of a dict of them), laid out by it, whatever mesh they were
         saved from.
@@ -264,9 +289,6 @@ class Checkpoints:
         Raises:
           UserError: the arrays are not those that are wanted.
         """
-        metadata = self.metadata(step)
-        saved = layer_order(metadata["settings"]["model"]["num_layers"], metadata["mesh"].get("stage", 1),
-                            metadata["settings"]["train"].get("stage_repeats", 1))
         wanted = layout.abstract
         loaded = self._load(step, self._as_saved(step, wanted))
         trees = {}
@@ -274,7 +296,7 @@ class Checkpoints:
             leaves = _by_place(loaded[name])
             in_order = [leaves[place] for place in self._by_saved_place(step, tree)]
             trees[name] = jax.tree.unflatten(jax.tree.structure(tree), in_order)
-        return layout.from_order(trees, saved)
+        return layout.from_order(trees, self.saved_order(step))
 
     def restore_params(self, step: int, layout: Layout) -> Any:
         """The parameters alone, laid out by `layout`."""
@@ -295,7 +317,7 @@ class Checkpoints:
                 found[name] = jax.tree.unflatten(jax.tree.structure(there[name]), [arrays[place] for place in saved])
             return found
 
-    def _by_saved_place(self, step: int, tree: Any) -> dict[tuple[str, ...], Any]:
+    def _by_saved_place(self, step: int, tree: Any) -> dict[Place, Any]:
         """The leaves of `tree` by the paths that they have in this checkpoint, in the order of the tree."""
         is_old = self._manifest(step)["format"] == OLD_FORMAT
         return {old_place(place) if is_old else place: leaf for place, leaf in _by_place(tree).items()}
@@ -313,7 +335,7 @@ class Checkpoints:
                             "expected one that was made with the same model and optimizer") from error
 
 
-def _by_place(tree: Any) -> dict[tuple[str, ...], Any]:
+def _by_place(tree: Any) -> dict[Place, Any]:
     """Leaves by their path, in the tree's order; a named tuple's fields count as keys, as Orbax saves them."""
     def name(entry: Any) -> str:
         return str(next(getattr(entry, kind) for kind in ("key", "name", "idx") if hasattr(entry, kind)))

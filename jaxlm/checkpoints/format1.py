@@ -2,8 +2,10 @@
 
 OLD_FORMAT = 1
 
+Place = tuple[str, ...]  # of an array in a tree: the keys on the way to it
+
 # Where a head's parameters are now, and where they were.
-HEADS = {
+HEADS: dict[Place, Place] = {
     ("heads", "next_token"): ("head",),
     ("heads", "masked_token", "transform"): ("mlm_transform",),
     ("heads", "masked_token", "norm"): ("mlm_norm",),
@@ -13,10 +15,19 @@ HEADS = {
 }
 
 
-def old_place(place: tuple[str, ...]) -> tuple[str, ...]:
-    """The path that an array of today's tree (parameters, or an optimizer's copies of them) had in format 1."""
+def old_place(place: Place) -> Place:
+    """Where an array of today's tree (parameters, or an optimizer's copies of them) stood in format 1."""
+    return _moved(place, HEADS)
+
+
+def todays_place(place: Place) -> Place:
+    """The inverse of `old_place`."""
+    return _moved(place, {before: now for now, before in HEADS.items()})
+
+
+def _moved(place: Place, moves: dict[Place, Place]) -> Place:
     for start in range(len(place)):
-        for now, before in HEADS.items():
-            if place[start : start + len(now)] == now:
-                return (*place[:start], *before, *place[start + len(now) :])
+        for source, target in moves.items():
+            if place[start : start + len(source)] == source:
+                return (*place[:start], *target, *place[start + len(source) :])
     return place

@@ -25,6 +25,7 @@ from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 from jaxlm.storage.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
+RUN_FILE = "config.yaml"
 MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")
 SPACE_MARK = "\u2581"  # how SentencePiece writes a blank inside a piece
 # Holds what tokenizers drop or change: blanks, lines, case, accents, ligatures, marks without width, rare and private
@@ -54,6 +55,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_starts_word(self, token: int) -> bool:
         """Whether a token that is not special begins a word."""
+
+    def token_text(self, token: int) -> str:
+        """The text of a token that is not special, without what marks that it goes on a word."""
+        return self.decode_plain([token])
 
     @property
     def vocabulary(self) -> dict[str, int]:
@@ -253,6 +258,9 @@ class JsonTokenizer(Tokenizer):
         unknown = [span for token, span in zip(encoding.ids, encoding.offsets, strict=True) if token == self.special.unk]
         return [text[start:stop] for start, stop in unknown]
 
+    def token_text(self, token: int) -> str:
+        return super().token_text(token).removeprefix(self.continuation or "")
+
     def token_starts_word(self, token: int) -> bool:
         piece = self.tokenizer.id_to_token(token) or ""
         if self.continuation is not None:
@@ -360,6 +368,12 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def load_folder(folder: Location, names: list[str]) -> Tokenizer:
     if DESCRIPTION in names:
         return load_saved(folder)
+    if RUN_FILE in names:  # a run directory: the tokenizer that it was trained with
+        places = (folder / "tokenizer", folder / "corpus" / "tokenizer")
+        own = next((place for place in places if exists(place / DESCRIPTION)), None)
+        if own is None:
+            raise UserError("a run directory without a tokenizer of its own; expected one in tokenizer/ or corpus/tokenizer/")
+        return load_saved(own)
     if JSON_FILE in names:
         return JsonTokenizer({JSON_FILE: read_bytes(folder / JSON_FILE)}, declared=declared_tokens(folder))
     models = [name for name in names if name.endswith(".model")]

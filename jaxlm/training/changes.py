@@ -60,9 +60,9 @@ def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Loc
     """Refuses settings by which a learning rate that has come down until `step` would go up again, as when
     train.steps is raised after a finished cosine, unless checkpoint.allow has SCHEDULE. `saved`: the settings of the
     checkpoint. Raises UserError."""
-    before = _read(ScheduleSettings, saved.get("schedule", {}))
-    peak = _read(OptimizerSettings, saved.get("optimizer", {})).learning_rate
-    steps = _read(TrainSettings, saved.get("train", {})).steps
+    before = saved_section(ScheduleSettings, saved.get("schedule", {}))
+    peak = saved_section(OptimizerSettings, saved.get("optimizer", {})).learning_rate
+    steps = saved_section(TrainSettings, saved.get("train", {})).steps
     if steps is None or settings.train.steps is None:
         return  # by the clock: `jaxlm.training.length.Hours` sees to it
     own = (settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
@@ -101,10 +101,10 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
 
 def as_now(saved: dict[str, Any]) -> dict[str, Any]:
     """Settings that a checkpoint has, with the model's nulls filled in by its family, as they are today."""
-    return saved | {"model": dataclasses.asdict(_read(ModelSettings, saved["model"]))} if "model" in saved else saved
+    return saved | {"model": dataclasses.asdict(saved_section(ModelSettings, saved["model"]))} if "model" in saved else saved
 
 
-def _read(section: type, values: dict[str, Any]) -> Any:
+def saved_section(section: type, values: dict[str, Any]) -> Any:
     """A section as an older or newer version has saved it: what is missing has its default."""
     known = {field.name for field in dataclasses.fields(section)}
     return section(**{name: value for name, value in values.items() if name in known})

@@ -1,4 +1,5 @@
-"""Where a run's weights come from, said in one line at each start: its own newest good checkpoint, or none."""
+"""Where a run's weights come from, said in one line at each start: its own newest good checkpoint, those of `init`
+(`jaxlm.training.transfer`), or none."""
 
 import difflib
 from pathlib import Path
@@ -14,22 +15,22 @@ from jaxlm.storage.remote import is_remote
 ALIKE = 0.88  # of two names, by difflib: one letter of eight and more
 
 
-def origin_of(settings: Settings, first: int, set_aside: list[str]) -> str:
-    """The line, before metrics.jsonl is cut to what the checkpoint has seen. `first`: its step, 0 where there is none;
-    `set_aside`: folders of checkpoints that were damaged."""
+def origin_of(settings: Settings, first: int, set_aside: list[str], taken: list[str]) -> list[str]:
+    """The line, before metrics.jsonl is cut to what the checkpoint has seen, and those below it. `first`: its step, 0
+    where there is none; `set_aside`: folders of checkpoints that were damaged; `taken`: what was said of `init`."""
     run_dir = as_path(settings.run_dir)
     done = max((row["step"] for row in read_metrics(run_dir)), default=0)
     again = "" if done <= first else f"; steps {first + 1} to {done}, which no checkpoint holds, are done again"
     if first:
         total = f" of {settings.train.steps}" if settings.train.steps else ""
-        return f"resuming from step {first}{total} ({run_dir / CHECKPOINTS}){again}"
-    line = f"new weights (seed {settings.seed})"
+        return [f"resuming from step {first}{total} ({run_dir / CHECKPOINTS}){again}"]
+    line, *rest = taken or [f"new weights (seed {settings.seed})"]
     if set_aside:
-        return f"{line}; {run_dir / CHECKPOINTS} has no good checkpoint, only {', '.join(set_aside)}"
-    if again:
-        return line + again
+        return [f"{line}; {run_dir / CHECKPOINTS} has no good checkpoint, only {', '.join(set_aside)}", *rest]
+    if again or taken:
+        return [line + again, *rest]
     other = None if is_remote(run_dir) else _namesake(run_dir)
-    return line + (f"; {other} has checkpoints: to go on from them, run_dir={other}" if other else "")
+    return [line + (f"; {other} has checkpoints: to go on from them, run_dir={other}" if other else "")]
 
 
 def _namesake(run_dir: Path) -> Path | None:

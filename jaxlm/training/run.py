@@ -18,7 +18,9 @@ from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.batches import Batches
+from jaxlm.data.corpus import TOKENIZER
 from jaxlm.data.sequences import start_token
+from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import LostProcess, RunError, UserError, reason
 from jaxlm.parallel.mesh import crossings, islands_of
 from jaxlm.reporting.goodput import Account, goodput
@@ -60,17 +62,19 @@ from jaxlm.training.setup import (
     start,
 )
 from jaxlm.training.step import Trainer, TrainState, from_saved
+from jaxlm.training.transfer import Opener, RunWeights, begin_with
 
 SamplerMaker = Callable[[Trainer, Corpora], Sampler | None]
 
 
-def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[str, Any]:
+def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_weights: Opener = RunWeights) -> dict[str, Any]:
     """Trains to the end of the run (`jaxlm.training.length`), from the newest good checkpoint when there is one.
     Returns the summary (see summary.json).
 
     Args:
       settings: of the run.
       make_sampler: what logging.samples_every_steps is to show; for example jaxlm.serving.samples.make_sampler.
+      open_weights: the trained weights that `init` names; run directories alone where it is not given.
 
     Raises:
       UserError: the input is wrong; nothing has been written then.
@@ -102,15 +106,15 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None) -> dict[
         with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
               Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
             sample = make_sampler(trainer, corpora) if make_sampler and settings.logging.samples_every_steps else None
-            return _run(trainer, given, corpora, batches, checkpoints, watch, account, sample)
+            return _run(trainer, given, corpora, batches, checkpoints, watch, account, sample, open_weights)
 
 
 def _run(trainer: Trainer, given: Settings, corpora: Corpora, batches: Batches, checkpoints: Checkpoints, watch: Watch,
-         account: Account, sample: Sampler | None) -> dict[str, Any]:
+         account: Account, sample: Sampler | None, open_weights: Opener) -> dict[str, Any]:
     run_dir, main = as_path(trainer.settings.run_dir), processes.is_main()
     metadata = _metadata(trainer, corpora)
     with watch.phase("reading the checkpoint", trainer.settings.guards.restore_seconds):
-        state, first, saved = _start_or_resume(trainer, checkpoints, metadata)
+        state, first, saved, taken = _start_or_resume(trainer, checkpoints, metadata, corpora[0][0].tokenizer, open_weights)
     account.earlier = saved.get("wall_seconds", 0.0)
     changed = find_changes(saved, metadata) if saved else {}
     told = [describe_change(key, values) for key, values in changed.items()]
@@ -125,9 +129,11 @@ def _run(trainer: Trainer, given: Settings, corpora: Corpora, batches: Batches, 
         _refuse_divergence(run_dir, summary)
         return summary
     if main:
-        origin = [*length_lines(trainer.settings), origin_of(trainer.settings, first, checkpoints.set_aside),
+        origin = [*length_lines(trainer.settings), *origin_of(trainer.settings, first, checkpoints.set_aside, taken),
                   *(f"changed at step {first}: {line}" for line in told)]
         write_text(run_dir / "config.yaml", dump(given))
+        if not is_remote(run_dir):
+            corpora[0][0].tokenizer.save(run_dir / TOKENIZER)
         account.begin(run_dir, first)
     writer = MetricsWriter(run_dir, tensorboard=trainer.settings.logging.tensorboard, resume_step=first) if main else None
     try:
@@ -203,11 +209,20 @@ def _alone_in(run_dir: Location) -> Iterator[None]:
         yield
 
 
-def _start_or_resume(trainer: Trainer, checkpoints: Checkpoints, own: dict[str, Any]) -> tuple[TrainState, int, dict[str, Any]]:
-    """The newest good checkpoint's state, or a fresh one; the steps already done; what the checkpoint says of
-    itself."""
+def _start_or_resume(trainer: Trainer, checkpoints: Checkpoints, own: dict[str, Any], tokenizer: Tokenizer,
+                     open_weights: Opener) -> tuple[TrainState, int, dict[str, Any], list[str]]:
+    """In this order: the run's own newest good checkpoint; the weights of `init`; new ones.
+
+    Returns the state, the steps already done, what the checkpoint says of itself, and what is to be said of `init`.
+    """
     if not checkpoints.steps:
-        return trainer.init(trainer.settings.seed), 0, {}
+        init = trainer.settings.init
+        weights = open_weights(init) if init else None  # before anything is computed: it may be refused
+        state = trainer.init(trainer.settings.seed)
+        if weights is None:
+            return state, 0, {}, []
+        params, lines = begin_with(weights, trainer, tokenizer, state.params)
+        return state._replace(params=params), 0, {}, lines
     step = checkpoints.choose(None)
     saved = checkpoints.metadata(step)
     if saved["corpora"] != own["corpora"] and "data.corpus" not in trainer.settings.checkpoint.allow:
@@ -216,7 +231,7 @@ def _start_or_resume(trainer: Trainer, checkpoints: Checkpoints, own: dict[str, 
     refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
     refuse_length(trainer.settings, step, saved, checkpoints.directory)
     refuse_rise(saved["settings"], trainer.settings, step, checkpoints.directory)
-    return from_saved(checkpoints.restore(step, trainer.saved)), step, saved
+    return from_saved(checkpoints.restore(step, trainer.saved)), step, saved, []
 
 
 def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[str]:
