@@ -73,8 +73,10 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     """prepare: raw text to tokenizer and corpus"""
     from jaxlm.data.description import describe
     from jaxlm.training.setup import open_corpora
+    from jaxlm.training.stages import prepare_stages
 
-    for corpus, _ in open_corpora(settings, notes=False):
+    mixtures = prepare_stages(settings) if settings.stages else [open_corpora(settings, notes=False)]
+    for corpus in {str(corpus.directory): corpus for corpora in mixtures for corpus, _ in corpora}.values():
         for line in describe(corpus):
             print(line)
     _say_next("train", arguments.config, *arguments.overrides)

@@ -74,6 +74,10 @@ REMAT = {"none": None, "dots": dict.fromkeys(PRODUCTS, "keep"), "full": {}}
 LENGTHS = ("steps", "epochs", "tokens", "hours")
 DEFAULT_STEPS = 1000
 
+# Keys of `model` that no parameter goes by.
+FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention", "capacity_factor", "balance_loss",
+                 "router_z_loss")
+
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
 
@@ -424,6 +428,11 @@ class Settings:
         "fresh", "with init, where model.max_length is more than that of init: further rows of learned positions are fresh, or "
                  "the rows are stretched")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
+    stages: list[dict[str, Any]] = key(
+        [], "parts of the run that follow each other, each a mapping of keys that it sets anew, with a length of its own: "
+            "- {train.steps: 900, data.sequence_length: 128}; weights, the optimizer's state and the count of steps go on. "
+            "schedule goes over all of them, but for those that set optimizer.learning_rate or a key of schedule: there it "
+            "begins anew. On the command line: stages.2.train.steps=50; []: all of the run is as it is said here")
     model: ModelSettings = key(ModelSettings(), "")
     task: TaskSettings = key(TaskSettings(), "")
     data: DataSettings = key(DataSettings(), "")
@@ -465,6 +474,8 @@ def dump(settings: Settings) -> str:
     """YAML that `jaxlm.config.load` turns back into the same settings. What the model's family says is null, so that
     another family can be said beside it."""
     values, family = to_dict(settings), PRESETS[settings.model.family]
+    if settings.stages:  # they say how long the run is
+        values["train"] |= dict.fromkeys(LENGTHS)
     values["model"] = {name: None if name in family and value == family[name] else value
                        for name, value in values["model"].items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
@@ -491,3 +502,31 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         full = f"{prefix}{name}"
         flat |= flatten(value, f"{full}.") if full in names and isinstance(value, dict) else {full: value}
     return flat
+
+
+def flat(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's keys by their dotted names, nested or dotted as they were written."""
+    nested = {name: value for name, value in stage.items() if "." not in name}
+    return flatten(nested) | {name: value for name, value in stage.items() if "." in name}
+
+
+def nest(stage: dict[str, Any]) -> dict[str, Any]:
+    """The inverse, all of it nested."""
+    values: dict[str, Any] = {}
+    for name, value in stage.items():
+        *path, last = name.split(".")
+        inside = values
+        for section in path:
+            inside = inside.setdefault(section, {})
+        inside[last] = value
+    return values
+
+
+def length_of(settings: Settings) -> str:
+    """What the run file says of the run's length: train.epochs=3; of stages: stages of train.steps=900,
+    train.steps=100."""
+    if not settings.stages:
+        return settings.train.length
+    said = (f"{name}={value}" for stage in settings.stages for name, value in stage.items()
+            if name.removeprefix("train.") in LENGTHS and value is not None)
+    return f"stages of {', '.join(said)}"

@@ -225,7 +225,7 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "skipped_steps": lambda value: f"{value:,} steps skipped",
     "skipped_rows": lambda value: f"{value:,} rows skipped",
 }
-NOT_SHOWN = ("step", "time", "tokens", "epoch", "grad_norm", "data_wait_seconds")
+NOT_SHOWN = ("step", "stage", "time", "tokens", "epoch", "grad_norm", "data_wait_seconds")
 
 
 def row_parts(row: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
 from jaxlm.training.length import with_any_steps
 from jaxlm.training.origin import say_which
 from jaxlm.training.setup import dropless, encode_prompts, lay_mesh, resolve, start
+from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
 
 
@@ -47,7 +48,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
     task = find_task(settings)
     if not task.continues_text:
         raise UserError(f"{task}: only models of task.name=causal_lm continue text")
-    settings, mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(of_checkpoint(settings))
     mesh = _for_decoding(mesh)
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)

@@ -14,7 +14,6 @@ from orbax.checkpoint import multihost
 
 from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import TrainingProgress, optional
-from jaxlm.data.batches import Batches
 from jaxlm.errors import Preempted, RunError
 from jaxlm.models.model import Params
 from jaxlm.reporting.goodput import Account
@@ -30,13 +29,13 @@ from jaxlm.training.clock import Clock
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.length import Hours
 from jaxlm.training.setup import (
-    Corpora,
     SkippedRows,
     abstract_batch,
     make_validation_batches,
     on_devices,
     place_in_schedule,
 )
+from jaxlm.training.stages import Stage
 from jaxlm.training.step import Batch, Trainer, TrainState, as_saved
 
 SHOWN_EXAMPLES = 4
@@ -78,15 +77,15 @@ class Pending(NamedTuple):
 
 
 class Loop:
-    """One start of a run, from the state it begins with to its last step."""
+    """One start of a stage of a run, from the state it begins with to its last step."""
 
-    def __init__(self, trainer: Trainer, corpora: Corpora, batches: Batches, checkpoints: Checkpoints, output: Output,
-                 watch: Watch, sample: Sampler | None = None):
-        self.sample = sample
-        self.trainer, self.corpora, self.checkpoints, self.output, self.watch = trainer, corpora, checkpoints, output, watch
+    def __init__(self, trainer: Trainer, stage: Stage, checkpoints: Checkpoints, output: Output, watch: Watch,
+                 sample: Sampler | None = None):
+        self.sample, self.stage, self.corpora = sample, stage, stage.corpora
+        self.trainer, self.checkpoints, self.output, self.watch = trainer, checkpoints, output, watch
         self.settings, self.guards, self.account = trainer.settings, trainer.settings.guards, output.account
-        self.batches, self.hours = batches, None
-        self.validation = make_validation_batches(trainer.settings, corpora)
+        self.batches, self.hours = stage.batches, None
+        self.validation = make_validation_batches(trainer.settings, stage.corpora)
         self.preemption = Preemption()
         if trainer.settings.logging.samples_every_steps and sample is None:
             output.progress.print("WARNING: logging.samples_every_steps: there is nothing to show samples of, so none are made")
@@ -110,9 +109,9 @@ class Loop:
         if self.settings.train.hours is not None:
             self.hours = Hours(self.settings, first, saved, lambda: self.account.spent)
             self.output.progress.total_steps = self.last
-        self.already_skipped = int(state.recent.skipped)
-        self.skipped_rows = SkippedRows(self.batches, self.trainer.mesh, saved.get("skipped_rows", 0))
-        self.clock = Clock(self.trainer, self.batches, self.skipped_rows, first, saved)
+        self.already_skipped = int(state.recent.skipped) - self.account.skipped
+        self.skipped_rows = SkippedRows(self.batches, self.trainer.mesh, saved.get("skipped_rows", 0), self.stage.start)
+        self.clock = Clock(self.trainer, self.stage, self.skipped_rows, first, saved)
         self.last_loss = {"loss": saved["loss"]} if "loss" in saved else {}
         with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
             step_function = self._compile(state)
@@ -122,7 +121,8 @@ class Loop:
         self.clock.restart(first)
         if self.hours:
             self.hours.begin()
-        with self.preemption, on_devices(self.batches, first, self.last or ENDLESS, self.trainer.mesh,
+        start, stop = self.stage.start, self.last or ENDLESS
+        with self.preemption, on_devices(self.batches, first - start, stop - start, self.trainer.mesh,
                                          self.settings.data.prefetch) as source:
             source, pending, step = iter(source), None, first
             if saved.get("evaluation_due"):
@@ -151,8 +151,8 @@ class Loop:
 
     @property
     def last(self) -> int | None:
-        """The last step of the run; None: nobody knows yet."""
-        return self.hours.last if self.hours else self.settings.train.steps
+        """The last step of the stage; None: nobody knows yet."""
+        return self.hours.last if self.hours else self.stage.stop
 
     def _look_at_the_clock(self, step: int, pending: Pending) -> None:
         if self.hours and self.hours.looks_at(step):
@@ -232,7 +232,8 @@ class Loop:
             val_loss = self._evaluate(step, state.params)
         if self._samples_at(step) and not self.preemption.agreed:
             with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
-                shows_itself = step == self.last and find_task(self.settings).continues_text  # when it has ended
+                ends = step == self.last and self.stage.is_last
+                shows_itself = ends and find_task(self.settings).continues_text  # when it has ended
                 self.output.samples(step, self.sample(state.params), shown=not shows_itself)
         if self._saves_at(step) or self.preemption.agreed:
             cut_short = self._evaluates_at(step) and self.preemption.agreed
@@ -298,7 +299,7 @@ class Loop:
         if int(again["skipped_in_a_row"]) == 0:
             raise RunError(f"{found}; run once more it came to {float(again['loss']):.4g} and {float(again['grad_norm']):.4g}: a "
                            "transient fault, most likely of the hardware")
-        examples = self.batches.examples(last.step - 1)
+        examples = self.batches.examples(last.step - 1 - self.stage.start)
         path = as_path(self.settings.run_dir) / f"diagnosis-{last.step}.json"
         if self.output.metrics:
             write_text(path, "".join(json.dumps(example._asdict()) + "\n" for example in examples))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -40,14 +41,21 @@ Corpora = list[tuple[Corpus, float]]
 
 
 def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
-    """Joins the other processes of this run and lays the mesh over the devices of all.
+    """Joins the other processes of this run and lays the mesh over the devices of all: `join`, then `lay`."""
+    return lay(settings, join(settings))
 
-    Returns the settings, too: with mesh.elastic they follow the devices that are there. Raises UserError for what
-    does not fit.
-    """
+
+def join(settings: Settings) -> list[jax.Device]:
+    """The devices of all processes of this run, once they have found each other. Raises UserError."""
     runtime_log.divert(settings)
     devices = processes.initialize(settings.devices)
     processes.refuse_differences(flatten(to_dict(settings)))
+    return devices
+
+
+def lay(settings: Settings, devices: list[jax.Device]) -> tuple[Settings, Mesh]:
+    """The mesh over devices, and the settings: with mesh.elastic they follow the devices that are there. Raises
+    UserError for what does not fit."""
     if settings.mesh.elastic:
         smaller, times = shrunk(settings.mesh, len(devices))
         train = dataclasses.replace(settings.train, gradient_accumulation=times * settings.train.gradient_accumulation)
@@ -58,12 +66,13 @@ def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
     return settings, mesh
 
 
-def start(settings: Settings, mesh: Mesh) -> Trainer:
-    """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`)."""
+def start(settings: Settings, mesh: Mesh, schedule: optax.Schedule | None = None) -> Trainer:
+    """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`). `schedule`: of the
+    learning rate; None: by the settings alone."""
     device = mesh.devices.flat[0]
     memory = logits_memory(settings, mesh.shape, device.platform, device.device_kind)
     model = Model(settings.model, settings.train, find_task(settings).objectives(), memory)
-    return make_trainer(model, settings, mesh)
+    return make_trainer(model, settings, mesh, schedule)
 
 
 def dropless(settings: Settings) -> Settings:
@@ -255,12 +264,13 @@ class SkippedRows(NamedTuple):
     batches: Batches
     mesh: Mesh
     earlier: int = 0  # before the step that this process resumed from
+    start: int = 0  # the step before the first of `batches`
 
     def count(self, steps: int) -> int:
-        """Of the first `steps` batches."""
+        """Up to this step of the run."""
         if self.batches.damage is None:
             return self.earlier
-        rows = self.batches.damage.samples(steps * self.batches.global_batch_size) % self.batches.global_batch_size
+        rows = self.batches.damage.samples((steps - self.start) * self.batches.global_batch_size) % self.batches.global_batch_size
         own = first_holders(batch_sharding(self.mesh), self.batches.global_batch_size)[rows] == jax.process_index()
         return self.earlier + int(process_allgather(np.int32(np.count_nonzero(own))).sum())
 

@@ -61,12 +61,12 @@ class Trainer(NamedTuple):
         return self.layout.part(as_saved)
 
 
-def make_trainer(model: Model, settings: Settings, mesh: Mesh) -> Trainer:
+def make_trainer(model: Model, settings: Settings, mesh: Mesh, schedule: optax.Schedule | None = None) -> Trainer:
     """Builds the state's layout, its initializer and the two steps for `settings` on `mesh`.
 
     Call the results under `jax.set_mesh(mesh)`.
     """
-    schedule = schedule_of(settings)
+    schedule = schedule or schedule_of(settings)
     optimizer = make_optimizer(settings.optimizer, model.axes)
     order = layer_order(settings.model.num_layers, mesh.shape["stage"], settings.train.stage_repeats)
     axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes),
