@@ -7,11 +7,20 @@ from itertools import chain
 from jaxlm.console.units import counted
 from jaxlm.data.decoding import encoding_problems
 from jaxlm.errors import UserError
-from jaxlm.models.sizes import VOCAB_PADDING, attention_dropout_rate, head_dim, intermediate_size, kv_heads
+from jaxlm.models.sizes import (
+    VOCAB_PADDING,
+    attention_dropout_rate,
+    head_dim,
+    intermediate_size,
+    is_recurrent,
+    kv_heads,
+    recurrent_width,
+)
 from jaxlm.settings import (
     AXES,
     BUILT_IN_TOKENIZERS,
     LENGTHS,
+    RECORD_TASKS,
     TRAINED_TOKENIZERS,
     MeshSettings,
     ModelSettings,
@@ -45,6 +54,14 @@ def check(settings: Settings) -> None:
         layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in AXES}),
     )
     refuse_first(problems)
+
+
+def check_held_out(settings: Settings) -> None:
+    """Refuses records that are to be learned from and held out, too; to evaluate or to predict them is another matter.
+    Raises UserError."""
+    data = settings.data
+    if settings.task.name in RECORD_TASKS and data.raw is not None and data.raw in (data.validation, [data.validation]):
+        raise UserError(f"data.validation={data.validation} is data.raw, too; name another file, or a share of the records (0.1)")
 
 
 def check_urls(settings: Settings) -> None:
@@ -84,6 +101,9 @@ def refuse_first(problems: Iterator[str]) -> None:
 
 
 def model_problems(model: ModelSettings) -> Iterator[str]:
+    if is_recurrent(model):
+        yield from recurrent_problems(model)
+        return
     if model.head_dim is None and model.hidden_size % model.num_heads:
         yield (f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}; "
                "change one or set model.head_dim")
@@ -110,6 +130,19 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
         yield f"model.attention={model.attention} knows no model.attention_window; use model.attention=auto"
     if model.capacity_factor is not None and model.num_experts is None:
         yield f"model.capacity_factor={model.capacity_factor} needs experts; set model.num_experts, or leave it null"
+
+
+OF_TRANSFORMERS = ("num_kv_heads", "head_dim", "attention_dropout", "rope_scaling", "attention_window", "global_every", "qk_norm",
+                   "num_experts", "capacity_factor", "next_sentence")
+
+
+def recurrent_problems(model: ModelSettings) -> Iterator[str]:
+    usual = ModelSettings(family=model.family)
+    for name in OF_TRANSFORMERS:
+        if getattr(model, name) != getattr(usual, name):
+            yield f"model.{name}={getattr(model, name)} is for transformers; leave it away with model.family={model.family}"
+    if model.hidden_size % 2 and not model.causal:
+        yield f"model.hidden_size={model.hidden_size} has no two halves, one for each direction; use an even one"
 
 
 ROPE_SCALING = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_length")}
@@ -219,12 +252,19 @@ def mesh_problems(mesh: MeshSettings) -> Iterator[str]:
 def layout_problems(settings: Settings, sizes: Mapping[str, int]) -> Iterator[str]:
     """What does not divide over axes of these sizes."""
     model, data = settings.model, settings.data
-    split = [
+    recurrent = is_recurrent(model)
+    whole = ("context", "stage", "expert") if recurrent else ()
+    for axis in whole:
+        if sizes[axis] > 1:
+            yield f"mesh.{axis}={sizes[axis]} is for transformers; model.family={model.family} runs over data, fsdp and tensor"
+    units = "model.hidden_size" if not recurrent or model.causal else "model.hidden_size / 2"
+    width = recurrent_width(model) if recurrent else model.hidden_size
+    split = [("tensor", units, width)] if recurrent else [
         ("tensor", "model.num_heads", model.num_heads),
         ("tensor", "model.num_kv_heads", kv_heads(model)),
         ("tensor", "model.intermediate_size", intermediate_size(model)),
-        ("fsdp", "model.hidden_size", model.hidden_size),
     ]
+    split.append(("fsdp", units, width))
     for axis, name, size in split:
         if size % sizes[axis]:
             fitting = max(part for part in range(1, min(sizes[axis], size + 1, MOST_DEVICES)) if size % part == 0)

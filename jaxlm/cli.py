@@ -38,13 +38,14 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
         print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
         return
 
+    from jaxlm.interop.importing import open_weights
     from jaxlm.runtime.processes import is_main
     from jaxlm.serving.samples import make_sampler
     from jaxlm.serving.sampling import generate_from_run
     from jaxlm.tasks.find import find_task
     from jaxlm.training.run import train
 
-    summary, samples = train(settings, make_sampler), []
+    summary, samples = train(settings, make_sampler, open_weights), []
     with optional("the run is finished, but has no samples"):
         samples = generate_from_run(settings) if find_task(settings).continues_text else []
     if is_main():
@@ -66,18 +67,30 @@ def _tell_the_end(settings: Settings, summary: dict[str, Any], samples: str) -> 
         print(*([samples] if samples else []), line, sep="\n", flush=True)
         if settings.logging.tensorboard:
             _say(f"curves: {_words('tensorboard', '--logdir', settings.run_dir)} (pip install tensorboard)")
-        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if samples else ["evaluate", settings.run_dir]))
+        _say_next(*(_how_to_use(settings) or ["evaluate", settings.run_dir]))
+
+
+def _how_to_use(settings: Settings) -> list[str]:
+    """The command that makes something of a trained model; []: there is none."""
+    from jaxlm.tasks.find import find_task
+
+    task = find_task(settings)
+    if task.answers_records:
+        return ["predict", settings.run_dir, "data.raw=FILE"]
+    return ["generate", settings.run_dir, "--prompt", "TEXT"] if task.continues_text else []
 
 
 def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     """prepare: raw text to tokenizer and corpus"""
+    from jaxlm.checks import check_held_out
     from jaxlm.data.description import describe
     from jaxlm.training.setup import open_corpora
     from jaxlm.training.stages import prepare_stages
 
+    check_held_out(settings)
     mixtures = prepare_stages(settings) if settings.stages else [open_corpora(settings, notes=False)]
     for corpus in {str(corpus.directory): corpus for corpora in mixtures for corpus, _ in corpora}.values():
-        for line in describe(corpus):
+        for line in describe(corpus, settings):
             print(line)
     _say_next("train", arguments.config, *arguments.overrides)
 
@@ -85,14 +98,32 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
 def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     """evaluate: a checkpoint over the whole validation set"""
     from jaxlm.runtime.processes import is_main
-    from jaxlm.tasks.find import find_task
     from jaxlm.training.run import evaluate_checkpoint
 
-    row = evaluate_checkpoint(settings)
+    row = evaluate_checkpoint(settings, with_baseline=arguments.baseline is not None)
     if is_main():
+        baseline = {} if arguments.json else row.pop("baseline", {})
         _print_figures(row, arguments.json)
-        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if find_task(settings).continues_text else
-                    ["report", settings.run_dir]))
+        _print_baseline(baseline)
+        _say_next(*(_how_to_use(settings) or ["report", settings.run_dir]))
+
+
+def predict(settings: Settings, arguments: argparse.Namespace) -> None:
+    """predict: what a checkpoint says of each record of data.raw, into predictions.jsonl"""
+    from jaxlm.console.units import counted
+    from jaxlm.runtime.processes import is_main
+    from jaxlm.serving.predicting import predict
+
+    if not any(override.startswith("data.raw=") for override in arguments.overrides):
+        raise UserError("predict: name the file of records, data.raw=FILE (the run's own data.raw is what it learned from)")
+    found = predict(settings)
+    if is_main():
+        if arguments.json:
+            print(json_text(found._asdict() | {"path": str(found.path)}))
+        else:
+            cut = f", of which {found.truncated:,} lost their end (data.sequence_length={settings.data.sequence_length})"
+            print(f"{found.path}: {counted(found.records, 'record')}{cut if found.truncated else ''}")
+        _say_next("evaluate", settings.run_dir, "data.raw=LABELLED_FILE")
 
 
 def generate(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -107,6 +138,24 @@ def generate(settings: Settings, arguments: argparse.Namespace) -> None:
         else:
             print(SEPARATOR.join(f"{sample.marked()}\n" for sample in samples), end="")
         _say_next("evaluate", settings.run_dir)
+
+
+def import_(settings: Settings, arguments: argparse.Namespace) -> None:
+    """import: a Hugging Face folder to a run directory"""
+    from jaxlm.interop.importing import import_folder
+    from jaxlm.runtime.processes import is_main
+
+    import_folder(arguments.config, settings)
+    if is_main():
+        _say_next(*(["generate", settings.run_dir, "--prompt", "TEXT"] if settings.task.name == "causal_lm" else
+                    ["evaluate", settings.run_dir, "data.raw=TEXT"]))
+
+
+def export(settings: Settings, arguments: argparse.Namespace) -> None:
+    """export: a run directory to a Hugging Face folder"""
+    from jaxlm.interop.exporting import export_run
+
+    export_run(settings)
 
 
 def bench(settings: Settings, arguments: argparse.Namespace) -> None:
@@ -210,7 +259,21 @@ def _print_figures(figures: dict[str, Any], as_json: bool) -> None:
     for name, value in figures.items():
         if isinstance(value, dict):
             value = " ".join(f"{axis}={size}" for axis, size in value.items())
-        print(f"{name:20} {'not known' if value is None else f'{value:.6g}' if isinstance(value, float) else value}")
+        print(f"{name:20} {_shown(value)}")
+
+
+def _print_baseline(baseline: dict[str, dict[str, float | None]]) -> None:
+    """One line for each yardstick, its figures in columns."""
+    columns = list(next(iter(baseline.values()), {}))
+    if columns:
+        print(f"\n{'baseline':20}" + "".join(f" {name.replace('_', ' '):>14}" for name in columns))
+    for name, figures in baseline.items():
+        print(f"{name:20}" + "".join(f" {_shown(figures[key]):>14}" for key in columns))
+
+
+def _shown(value: Any) -> str:
+    """A figure for people."""
+    return "not known" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _say_next(*words: str) -> None:
@@ -232,12 +295,15 @@ def _words(*words: str) -> str:
 
 def _in_short(summary: dict[str, Any]) -> str:
     from jaxlm.console.units import format_count, format_duration
+    from jaxlm.reporting.runs import best_told
 
     figures = [f"{summary['steps']:,} steps in {format_duration(summary['wall_seconds'])}"]
     if summary["tokens_per_second"]:
         figures.append(f"{format_count(summary['tokens_per_second'])} tokens/s")
     if summary["val_loss"] is not None:
         figures.append(f"validation loss {summary['val_loss']:.4f}")
+    if best := best_told(summary.get("best")):
+        figures.append(f"best {best} (checkpoint.step={summary['best']['step']})")
     if summary.get("skipped_rows"):
         figures.append(f"{summary['skipped_rows']:,} rows skipped")
     return ", ".join(figures)
@@ -250,15 +316,18 @@ def _console() -> "Console":
 
 
 VERBS: dict[str, Callable[[Settings, argparse.Namespace], None]] = {
-    "train": train, "prepare": prepare, "evaluate": evaluate, "generate": generate, "bench": bench,
-    "plan": plan}
+    "train": train, "prepare": prepare, "evaluate": evaluate, "predict": predict, "generate": generate, "import": import_,
+    "export": export, "bench": bench, "plan": plan}
 SUMMARIES = {
-    "train": "prepare the corpus if need be, train, evaluate, write the run report; resume if RUN_DIR has checkpoints",
+    "train": "prepare if need be, train, evaluate, report; go on in a RUN_DIR",
     "prepare": "raw text to tokenizer and corpus",
     "evaluate": "a checkpoint over the whole validation set",
+    "predict": "what a checkpoint says of each record: predictions.jsonl",
     "generate": "continue generate.prompts with a checkpoint",
+    "import": "a Hugging Face folder to a run directory",
+    "export": "a run to a Hugging Face folder that says the same, proven",
     "bench": "time the training step on random tokens",
-    "plan": "memory, traffic and speed on devices that are not here, from their own compiler",
+    "plan": "memory, traffic, speed on devices elsewhere, by their compiler",
     "report": "one page about a run, or a table that compares several",
 }
 SEPARATOR = "-" * 40 + "\n"  # between samples, which may themselves hold empty lines
@@ -341,7 +410,7 @@ def _run(arguments: list[str]) -> int:
     if verb == "report":
         report(parsed.runs)
         return 0
-    settings = config.load(parsed.config, parsed.overrides)
+    settings = _settings_of(verb, parsed)
     processes, restarts = getattr(parsed, "processes", 1), getattr(parsed, "restart", None)
     if (processes > 1 or restarts is not None) and not getattr(parsed, "compile_only", False):
         from jaxlm.checkpoints.manifest import newest_step
@@ -351,12 +420,29 @@ def _run(arguments: list[str]) -> int:
         if given and processes > 1:
             raise UserError(f"--processes {processes} starts a run of its own here, and {given[0]} is set; unset it, or "
                             "leave --processes away")
-        arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else [])]
+        baseline = getattr(parsed, "baseline", None)
+        arguments = [verb, parsed.config, *parsed.overrides, *(["--json"] if parsed.json else []),
+                     *(["--baseline", baseline] if baseline else [])]
         return supervise(arguments, settings, processes, restarts or 0, newest_step)
     if verb != "plan":  # which needs JAX only where it compiles
         _import_jax()
     VERBS[verb](settings, parsed)
     return 0
+
+
+def _settings_of(verb: str, parsed: argparse.Namespace) -> Settings:
+    """Of a run file or a run directory; for `import`, of the model's own config.json."""
+    if verb != "import":
+        return config.load(parsed.config, parsed.overrides, _about_origin)
+    from jaxlm.interop.source import import_settings
+
+    return import_settings(parsed.config, parsed.overrides)
+
+
+def _about_origin(place: str) -> config.Origin:
+    from jaxlm.interop.source import about_place
+
+    return about_place(place)
 
 
 def _import_jax() -> None:

@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 
 from jaxlm.config import advice, key_table
 from jaxlm.errors import UserError, nearest
-from jaxlm.near_misses import MISSING, NOT_YET, SAME_VALUE, VERBS, normal, right_key
+from jaxlm.near_misses import MISSING, NOT_YET, SAME_VALUE, TWO_VERBS, VERBS, normal, right_key
 from jaxlm.settings import expand_home, sections
 
-ALL_VERBS = ("prepare", "train", "evaluate", "generate", "bench", "plan", "report")
-WITH_JSON = ("evaluate", "generate", "bench", "plan")
-LOCAL_PROCESSES = ("train", "evaluate", "generate", "bench")
+ALL_VERBS = ("prepare", "train", "evaluate", "predict", "generate", "import", "export", "bench", "plan", "report")
+WITH_JSON = ("evaluate", "predict", "generate", "bench", "plan")
+LOCAL_PROCESSES = ("train", "evaluate", "predict", "generate", "import", "export", "bench")
 
 
 def _positive(text: str) -> int:
@@ -51,6 +51,8 @@ OPTIONS = (
            {"metavar": "FILE.png", "type": lambda name: Path(expand_home(name))}),
     Option("--prompt", ("generate",), "a text to continue, as typed, in place of generate.prompts; may be repeated",
            {"metavar": "TEXT", "action": "append", "default": []}),
+    Option("--baseline", ("evaluate",), "ngram: beside the model, what n-grams of orders 1 to 5 (Kneser-Ney, of the train "
+           "split) make of the same tokens", {"metavar": "NAME", "choices": ("ngram",)}),
     Option("--restart", ("train",), "start again after a crash, a kill or a hang, from the newest checkpoint; give up after N "
            "restarts in a row without a new one", {"metavar": "N", "type": _positive}),
     Option("--processes", LOCAL_PROCESSES, "start N processes on this machine, joined into one run (default 1)",
@@ -72,8 +74,11 @@ def positionals_of(verb: str) -> list[tuple[str, str]]:
     """(word, what it is) of what stands behind the verb without dashes."""
     if verb == "report":
         return [("RUN_DIR ...", "one: writes its report.md; several: compares them, and draws comparison.png in the first")]
-    return [("CONFIG.yaml|RUN_DIR", "a run file, or the directory of an earlier run"),
-            ("KEY=VALUE ...", "keys, for example train.steps=100 mesh.fsdp=8")]
+    first = {"import": ("FOLDER", "a model as transformers saves it: config.json, safetensors, the tokenizer's files"),
+             "export": ("RUN_DIR", "the directory of a run")}
+    keys = {"import": "run_dir=RUN_DIR mesh.fsdp=8", "export": "out=FOLDER max_shard=5GB mesh.fsdp=8"}
+    return [first.get(verb, ("CONFIG.yaml|RUN_DIR", "a run file, or the directory of an earlier run")),
+            ("KEY=VALUE ...", f"keys, for example {keys.get(verb, 'train.steps=100 mesh.fsdp=8')}")]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -89,7 +94,7 @@ def _parser(verb: str) -> argparse.ArgumentParser:
     if verb == "report":
         parser.add_argument("runs", nargs="+", type=expand_home, metavar="RUN_DIR")
     else:
-        parser.add_argument("config", type=expand_home, metavar="CONFIG.yaml")
+        parser.add_argument("config", type=expand_home, metavar=positionals_of(verb)[0][0].partition("|")[0])
         parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE")
     one_of = parser.add_mutually_exclusive_group() if verb == "plan" else parser
     for option in options_of(verb):
@@ -104,7 +109,9 @@ def parse(verb: str, arguments: Sequence[str]) -> argparse.Namespace:
     _refuse_unknown_options(verb, arguments)
     parsed = _parser(verb).parse_intermixed_args(arguments)
     if verb != "report" and "=" in parsed.config and not Path(parsed.config).exists():
-        raise UserError(f"{verb}: CONFIG.yaml is missing before '{parsed.config}', for example configs/quickstart.yaml")
+        word = positionals_of(verb)[0][0].partition("|")[0]
+        example = ", for example configs/quickstart.yaml" if word == "CONFIG.yaml" else ""
+        raise UserError(f"{verb}: {word} is missing before '{parsed.config}'{example}")
     if prompts := getattr(parsed, "prompt", None):
         parsed.overrides = [*parsed.overrides, f"generate.prompts={json.dumps(_checked(prompts))}"]
     return parsed
@@ -161,7 +168,7 @@ def about_verb(word: str) -> str:
         return f"'{word}': expected a verb and a run file before it: jaxlm train CONFIG.yaml {word}"
     if name in NOT_YET:
         return f"unknown verb '{word}': nothing here {NOT_YET[name]} yet; there are {verbs}"
-    near = f"; did you mean '{VERBS[name]}'?" if name in VERBS else nearest(word, ALL_VERBS)
+    near = TWO_VERBS.get(name) or (f"; did you mean '{VERBS[name]}'?" if name in VERBS else nearest(word, ALL_VERBS))
     if not near and (name in {prefix for prefix, _ in sections()} or name in {key.name for key in key_table()}):
         near = f"; for what this key is: jaxlm help {word}"
     return f"unknown verb '{word}', expected one of {verbs}{near}"

@@ -56,6 +56,19 @@ def load(path: str | Path, overrides: Sequence[str] = (), about: Callable[[str],
     if run_dir:
         values["run_dir"] = str(run_dir)  # wherever it has been moved or copied to
         _forget_compiled(values)
+    own_init = run_dir and not any(override.startswith("init=") for override in overrides)  # its config.yaml is complete
+    return _settled(values, lines, path, overrides, None if own_init else about or about_run)
+
+
+def made_of(values: dict[str, Any], overrides: Sequence[str], where: str | Path) -> Settings:
+    """Settings that a verb has put together, with `a.b=c` overrides. `where`: from what. Raises UserError."""
+    return _settled(values, {}, where, overrides, None)
+
+
+def _settled(values: dict[str, Any], lines: dict[str, int], path: str | Path, overrides: Sequence[str],
+             about: Callable[[str], Origin] | None) -> Settings:
+    """Overrides applied, what `init` says filled in (by `about`; None: it is not asked), every value of its type, none
+    against another. `lines`: of the file's keys."""
     given = [_apply_override(values, override) for override in overrides]
     for name in [*given, *_other_lengths(values, given)]:
         lines.pop(name, None)
@@ -66,8 +79,8 @@ def load(path: str | Path, overrides: Sequence[str] = (), about: Callable[[str],
         raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
                         "keep; leave it out, and give it by the storage's own environment variables or credential files")
     values = typed(values)
-    if values.get("init") and not (run_dir and not any(override.startswith("init=") for override in overrides)):
-        _take_from_origin(values, (about or about_run)(expand_home(values["init"])))
+    if about and isinstance(values.get("init"), str):
+        _take_from_origin(values, about(expand_home(values["init"])))
     for key in _doubtful_nulls(values):
         where = f"{path}:{lines[key]}: " if key in lines else ""
         raise UserError(f"{where}{key}={flatten(values)[key]}: nothing is written null, and a folder of that name "
@@ -150,7 +163,7 @@ def about_run(place: str) -> Origin:
     path = as_path(place) / "config.yaml"
     if not exists(path):
         inside = next((str(parent) for parent in as_path(place).parents[:2] if exists(parent / "config.yaml")), None)
-        raise UserError(f"init={place}: not a run directory (expected config.yaml in it)"
+        raise UserError(f"init={place}: neither a run directory (config.yaml) nor a Hugging Face folder (config.json)"
                         + (f"; did you mean '{inside}'?" if inside else ""))
     values = typed(_read_yaml(path)[0])
     data = values.get("data") or {}

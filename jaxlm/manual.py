@@ -99,11 +99,10 @@ def keys_of(section: str) -> list[Key]:
 
 def overview(summaries: Mapping[str, str]) -> str:
     """The verbs and the sections of keys, on one screen."""
-    lines = ["usage: jaxlm VERB CONFIG.yaml|RUN_DIR [KEY=VALUE ...]", "       jaxlm report RUN_DIR ...", ""]
+    lines = ["usage: jaxlm VERB CONFIG.yaml|RUN_DIR [KEY=VALUE ...]", "       jaxlm report RUN_DIR ... | --version", ""]
     lines += [_indented(f"{verb:10}{summaries[verb]}", 2, 12) for verb in ALL_VERBS]
     lines += ["", "  jaxlm VERB --help   what a verb takes",
-              "  jaxlm help WORD     keys of a section, or one key: jaxlm help learning_rate",
-              "  jaxlm --version", "",
+              "  jaxlm help WORD     keys of a section, or one key: jaxlm help learning_rate", "",
               _indented("Sections of keys: " + ", ".join(section_names()), 0, 2), "",
               _indented(f"Exit codes: {EXIT_CODES}", 0, 2)]
     return "\n".join(lines)

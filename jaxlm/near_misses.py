@@ -51,6 +51,11 @@ _KEYS = {
     "data.tokenizer": "tokenizer_name tokenizer_path tokenizer_type tokenizer_name_or_path tokenizer_model",
     "data.masking.probability": "mlm_probability mlm_prob mask_prob masking_probability mask_ratio mlm_mask_prob",
     "data.prepare_processes": "num_workers num_proc workers preprocessing_num_workers dataloader_num_workers",
+    "task.name": "task task_name task_type finetuning_task",
+    "task.problem": "problem_type",
+    "task.labels": "label_names class_names label_list num_labels num_classes id2label label2id",
+    "task.best": "metric_for_best_model best_metric monitor main_metric",
+    "out": "output_file predictions_file out_file output_path",
     "train.steps": "max_steps max_iters max_iterations num_iterations iterations iters num_steps total_steps train_steps "
                    "training_steps num_train_steps n_steps steps",
     "train.epochs": "epochs epoch num_epochs max_epochs n_epochs num_train_epochs train_epochs total_epochs num_epoch",
@@ -113,6 +118,7 @@ NOTES = {
     **_each("min_lr min_learning_rate final_lr end_lr lr_min", "It is a share of optimizer.learning_rate."),
     **_each("wandb use_wandb wandb_log wandb_project report_to",
             "Figures go to metrics.jsonl and TensorBoard events, to nothing else."),
+    **_each("num_labels num_classes", "The labels are found in the training file; the key names them, in their order."),
     **_each("gradient_checkpointing activation_checkpointing", "Write train.remat=full, or dots."),
 }
 
@@ -137,8 +143,11 @@ _VALUES = {
     "train.remat": {"full": "true yes on all", "none": "false no off", "dots": "minimal selective"},
     "model.family": {"gpt": "gpt2 gpt_2 gpt3 gpt_3 gpt_neo decoder causal_lm", "llama": "llama2 llama3 llama_2 llama_3",
                      "qwen2": "qwen qwen2_5", "bert": "encoder masked_lm mlm", "roberta": "xlm_roberta",
-                     "distilbert": "distil_bert"},
-    "task.name": {"causal_lm": "clm lm language_modeling next_token", "masked_lm": "mlm fill_mask", "bert": "nsp pretraining"},
+                     "distilbert": "distil_bert", "lstm": "rnn bilstm recurrent"},
+    "task.name": {"causal_lm": "clm lm language_modeling next_token", "masked_lm": "mlm fill_mask", "bert": "nsp pretraining",
+                  "text_classification": "classification sequence_classification sentiment_analysis sentiment regression glue"},
+    "task.problem": {"single_label": "single_label_classification classification multiclass binary",
+                     "multi_label": "multi_label_classification multilabel", "regression": "score"},
     "model.positions": {"rope": "rotary", "learned": "absolute embedding"},
     "model.normalization": {"rmsnorm": "rms rms_norm", "layernorm": "layer_norm ln"},
     "model.activation": {"swiglu": "silu swish glu", "gelu_tanh": "gelu_new gelu_fast gelu_pytorch_tanh"},
@@ -154,20 +163,24 @@ _VALUES = {
 VALUES = {key: {name: right for right, names in values.items() for name in names.split()} for key, values in _VALUES.items()}
 
 _VERBS = {
-    "train": "pretrain pretraining pre_train fit run resume continue start",
+    "train": "pretrain pretraining pre_train fit run resume continue start finetune fine_tune finetuning fine_tuning sft tune",
     "prepare": "preprocess tokenize tokenise prep data build prepare_data",
     "evaluate": "eval test validate val score perplexity",
-    "generate": "sample infer inference complete gen prompt chat",
+    "predict": "infer inference classify classification predict_proba predictions label",
+    "generate": "sample complete gen prompt chat",
+    "import": "import_hf from_hf from_pretrained hf_import import_model load download pull convert_from_hf",
+    "export": "export_hf to_hf save_pretrained hf_export export_model push push_to_hub save publish upload convert_to_hf",
     "bench": "benchmark profile speed",
     "plan": "estimate memory simulate dry_run search",
     "report": "compare summary summarize plot tensorboard show",
 }
 VERBS = {name: verb for verb, names in _VERBS.items() for name in names.split()}
+TWO_VERBS = _each("convert convert_checkpoint convert_weights huggingface hf transformers",
+                  "; 'import' reads a Hugging Face folder, 'export' writes one")
 
 _NOT_YET = {
-    "fine-tunes": "finetune fine_tune finetuning fine_tuning sft dpo rlhf tune lora", "predicts labels": "predict classify embed",
-    "serves a model": "serve server deploy api", "reads Hugging Face weights": "import import_hf from_hf load",
-    "writes Hugging Face weights": "export export_hf to_hf push save", "converts weights": "convert",
+    "trains adapters": "lora peft", "learns preferences": "dpo rlhf", "makes vectors of texts": "embed encode",
+    "serves a model": "serve server deploy api",
     "makes a model smaller": "compress quantize prune distill", "tries many runs": "sweep",
 }
 NOT_YET = {name: what for what, names in _NOT_YET.items() for name in names.split()}

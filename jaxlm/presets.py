@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mistral": LLAMA | {"attention_window": 4096},  # Jiang et al. 2023
     "qwen2": LLAMA | {"query_key_value_bias": True, "norm_epsilon": 1e-6, "rope_theta": 1e6},  # Yang et al. 2024
     "qwen3": LLAMA | {"qk_norm": True, "norm_epsilon": 1e-6, "rope_theta": 1e6},  # Yang et al. 2025
+    "lstm": GPT | {"scaled_initialization": False},  # Hochreiter & Schmidhuber 1997; tied: Press & Wolf 2017
     "bert": BERT,
     "roberta": BERT | {"norm_epsilon": 1e-5, "type_vocab_size": 1},  # Liu et al. 2019
     "distilbert": BERT | {"type_vocab_size": 0, "pooler": "relu"},  # Sanh et al. 2019
@@ -40,5 +41,5 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# The file of models/ that a family's trunk stands in, where it is no transformer.
-TRUNKS: dict[str, str] = {}
+# The file of models/ that a family's trunk stands in, where it is recurrent (reads token by token) and no transformer.
+TRUNKS: dict[str, str] = {"lstm": "lstm"}

@@ -28,6 +28,11 @@ def _number(value: Any) -> Any:
     return value
 
 
+def _column(name: Any) -> Any:
+    """A column's number is written like its name."""
+    return str(name) if type(name) is int else name
+
+
 def expand_home(path: str) -> str:
     """`~/text` and `~user/text` with the home folder in its place, as a shell does it. Raises UserError: no such
     home."""
@@ -48,6 +53,7 @@ def _place(path: str) -> str:
 
 NO_PLACE = "no_place"
 Place = Annotated[str, AfterValidator(_place)]  # file or folder; every key that names one is of this type
+Column = Annotated[str, BeforeValidator(_column)]  # of a record file: its name, or its number, from 0
 Integer = Annotated[int, BeforeValidator(_number)]
 Number = Annotated[float, BeforeValidator(_number), AllowInfNan(False)]
 Positive = Annotated[Integer, Gt(0)]
@@ -80,6 +86,7 @@ FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", 
 
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
+RECORD_TASKS = ("text_classification",)  # which read labelled records; all else reads text
 
 
 def key(default: Any, help: str, unit: str = "") -> Any:
@@ -338,8 +345,8 @@ class CheckpointSettings:
     every_steps: Positive = key(1000, "save interval", "steps")
     keep_last: Positive = key(2, "newest checkpoints kept")
     keep_every_steps: Positive | None = key(None, "also save at multiples of this, and keep those for ever; null: none", "steps")
-    keep_best: NotNegative = key(1, "also keep those with the lowest validation loss")
-    step: Positive | None = key(None, "evaluate, generate: the checkpoint to use; null: the newest", "steps")
+    keep_best: NotNegative = key(1, "also keep those that are best by the task's figure (task.best)")
+    step: Positive | None = key(None, "evaluate, predict, generate: the checkpoint to use; null: the newest", "steps")
     allow: list[str] = key([], "keys that may differ from what the checkpoints were made with, though the run is then "
                                "another one, e.g. [seed, data.corpus]; schedule: a learning rate that has come down may rise")
 
@@ -408,11 +415,25 @@ class BenchSettings:
 class TaskSettings:
     """What is learned from what."""
 
-    name: Literal["causal_lm", "masked_lm", "bert"] | None = key(
+    name: Literal["causal_lm", "masked_lm", "bert", "text_classification"] | None = key(
         None, "causal_lm: the next token; masked_lm: hidden tokens; bert: hidden tokens and whether one text follows the other; "
-              "null: causal_lm for causal models, bert with model.next_sentence, else masked_lm")
-    fields: dict[str, str] = key({}, "columns of the file that hold what the task reads, e.g. {text: sentence, label: label}; "
-                                     "{}: found by their names")
+              "text_classification: labels or a score of a text or a pair; null: causal_lm for causal models, bert with "
+              "model.next_sentence, else masked_lm")
+    fields: dict[str, Column | list[Column]] = key(
+        {}, "columns of the file that hold what the task reads, by name or number (from 0): {text: sentence, label: label}, "
+            "{text: 0, pair: 1, label: 2}, or a 0/1 column for each label: {text: comment, label: [toxic, threat]}; {}: found by "
+            "their names, or by what they hold")
+    problem: Literal["single_label", "multi_label", "regression"] | None = key(
+        None, "what a label is: one name, several, or a number; null: numbers with a fraction are regression, lists are "
+              "multi_label, all else is single_label")
+    labels: list[Column] | None = key(
+        None, "names of the labels, in the order of their numbers, which a file may have in their place; null: those in the "
+              "training file, sorted")
+    best: str | None = key(
+        None, "figure of the evaluations by which the best checkpoints are chosen (checkpoint.keep_best): accuracy, macro_f1, "
+              "matthews, spearman, ...; null: accuracy, for several labels micro_f1, for scores pearson; without labels loss")
+    label_separator: str | None = key(
+        None, "what stands between the labels of a text in one column of a table: a, b with `,`; null: one label a column")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,6 +448,10 @@ class Settings:
     init_positions: Literal["fresh", "interpolate"] = key(
         "fresh", "with init, where model.max_length is more than that of init: further rows of learned positions are fresh, or "
                  "the rows are stretched")
+    out: Place | None = key(
+        None, "predict: the file to write; null: RUN_DIR/predictions.jsonl. export: the folder to make")
+    max_shard: Positive = key(
+        5 * 10**9, "export: weights in one safetensors file, at most; a larger tensor has a file of its own", "bytes")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
     stages: list[dict[str, Any]] = key(
         [], "parts of the run that follow each other, each a mapping of keys that it sets anew, with a length of its own: "

@@ -117,13 +117,6 @@ def array_shapes() -> Callable[..., set[tuple[int, ...]]]:
 class Golden:
     """Reads what transformers computed and compares with it."""
 
-    def __call__(self, path: Path) -> list[dict[str, np.ndarray]]:
-        """The file's weights, inputs, outputs and gradients, by name."""
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-        return [{name.removeprefix(f"{group}/"): array for name, array in arrays.items() if name.startswith(f"{group}/")}
-                for group in ("weights", "inputs", "outputs", "gradients")]
-
     def assert_same(self, got: Any, want: Any) -> None:
         """1e-4 of each array's norm. What theory makes zero, like the gradient of a key's bias, is rounding in both:
         1e-5."""

@@ -176,7 +176,9 @@ def test_names_of_other_tools_are_answered_with_the_key_here(refused, typed, rig
 @pytest.mark.parametrize(("typed", "right"), [
     ("train.precision=bf16", "bfloat16"), ("train.precision=fp16", "bfloat16"), ("train.precision=fp32", "float32"),
     ("optimizer.name=AdamW", "adamw"), ("model.family=GPT", "gpt"), ("model.family=llama3", "llama"),
-    ("task.name=mlm", "masked_lm"),    ("schedule.name=wsd", "warmup_stable_decay"),
+    ("task.name=mlm", "masked_lm"),
+    ("task.name=sequence_classification", "text_classification"), ("task.problem=multi_label_classification", "multi_label"),
+    ("schedule.name=wsd", "warmup_stable_decay"),
     ("devices.platform=cuda", "gpu"), ("model.attention=flash", "auto"), ("model.positions=rotary", "rope"),
     ("train.remat=true", "full")])
 def test_values_of_other_tools_are_answered_with_the_value_here(refused, typed, right):
@@ -192,7 +194,7 @@ def test_values_of_other_tools_are_answered_with_the_value_here(refused, typed, 
     ("train run.yaml --epochs 3", "train.epochs=3"),
     ("train run.yaml --bf16", "train.precision=bfloat16"), ("train run.yaml --resume", "goes on from the checkpoints"),
     ("train run.yaml --proceses 2", "did you mean '--processes'?"),
-    ("train run.yaml --json", "option of evaluate, generate, bench, plan"),
+    ("train run.yaml --json", "option of evaluate, predict, generate, bench, plan"),
     ("evaluate run.yaml --prompt x", "--prompt is an option of generate"), ("plan run.yaml", "--target"),
     ("train train.steps=4", "CONFIG.yaml is missing before 'train.steps=4'"), ("train", "CONFIG.yaml"),
     ("generate run.yaml --prompt", "expected one argument"), ("train run.yaml -x", "unknown option -x")])
@@ -203,10 +205,13 @@ def test_options_that_are_keys_or_none(refused, command, words):
 @pytest.mark.parametrize(("word", "words"), [
     ("run.yaml", "expected a verb before it, for example jaxlm train run.yaml"),
     ("train.steps=4", "expected a verb and a run file"),
-    ("finetune", "nothing here fine-tunes yet"), ("fine-tune", "nothing here fine-tunes yet"),
+    ("finetune", "did you mean 'train'?"), ("fine-tune", "did you mean 'train'?"), ("infer", "did you mean 'predict'?"),
+    ("classify", "did you mean 'predict'?"), ("predict_proba", "did you mean 'predict'?"), ("pedict", "did you mean 'predict'?"),
     ("serve", "nothing here serves a model yet"),
-    ("import-hf", "reads Hugging Face weights yet"), ("export-hf", "writes Hugging Face weights yet"), ("predict", "yet"),
-    ("convert", "nothing here converts weights yet"), ("eval", "did you mean 'evaluate'?"),
+    ("import-hf", "did you mean 'import'?"), ("export-hf", "did you mean 'export'?"),
+    ("from_pretrained", "did you mean 'import'?"),
+    ("push_to_hub", "did you mean 'export'?"),
+    ("convert", "'import' reads a Hugging Face folder, 'export' writes one"), ("eval", "did you mean 'evaluate'?"),
     ("sample", "did you mean 'generate'?"),
     ("preprocess", "did you mean 'prepare'?"), ("pretrain", "did you mean 'train'?"), ("benchmark", "did you mean 'bench'?"),
     ("trian", "did you mean 'train'?"), ("optimizer", "jaxlm help optimizer"), ("--target", "expected a verb before --target")])

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 ROWS = re.findall(r"^\| (`jaxlm/[^|]*) \|", (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8"), re.MULTILINE)
 FLOOR = {name: floor for floor, row in enumerate(ROWS) for name in re.findall(r"`jaxlm/(\w+)", row)}
 FILES = sorted(path for path in (ROOT / "jaxlm").rglob("*.py") if path != ROOT / "jaxlm" / "__init__.py")
-WITHOUT_JAX = ("data", "storage", "console", "reporting")
+WITHOUT_JAX = ("baselines", "data", "storage", "console", "reporting")
 
 
 def room(path: Path) -> str:

@@ -1,7 +1,7 @@
 """RUN_DIR/checkpoints: what a run can go on from. Asynchronous, sharded, atomic, verified.
 
     120/state/...            the arrays, each process's own part of them (Orbax)
-    120/manifest.json        settings, corpora, versions, mesh, validation loss, digests of files; written last
+    120/manifest.json        settings, corpora, versions, mesh, validation figures, digests of files; written last
     100.damaged/...          set aside: a file of it was not what had been written
 
 A step's folder without manifest.json is a save that was interrupted. It is never read, and removed by the next run.
@@ -11,10 +11,10 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -51,6 +51,24 @@ PAUSE, REMOTE_PAUSE = 0.05, 1.0  # seconds between looks whether the others are 
 MESSAGE = 512  # bytes of what a process can tell the others
 
 
+class Best(NamedTuple):
+    """By what one checkpoint is better than another: a figure of their evaluations; among equals the lower loss, then
+    the earlier."""
+
+    figure: str = "val_loss"
+    direction: Literal["min", "max"] = "min"
+
+    def rank(self, figures: Mapping[str, float | None]) -> tuple[float, float] | None:
+        """What sorts the best first; None: the figure was not measured."""
+        figure, loss = figures.get(self.figure), figures.get("val_loss")
+        if figure is None:
+            return None
+        return figure if self.direction == "min" else -figure, math.inf if loss is None else loss
+
+
+LOWEST_LOSS = Best()
+
+
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving waits for the last save.
 
@@ -59,18 +77,18 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: str | os.PathLike, keep: CheckpointSettings | None = None,
-                 phase: Callable[[str], AbstractContextManager] = nullcontext):
+                 phase: Callable[[str], AbstractContextManager] = nullcontext, best: Best = LOWEST_LOSS):
         """With `keep` None the folder is only read; raises UserError when it does not exist then. `phase` is told
-        what the background is about to do (see `jaxlm.safety.watch`)."""
+        what the background is about to do (see `jaxlm.safety.watch`). `best`: which ones keep.keep_best is about."""
         self.directory = absolute(run_dir) / CHECKPOINTS  # Orbax writes in the background: relative paths fail there
         if keep is None and not exists(self.directory):
             raise UserError(f"{run_dir}: no {CHECKPOINTS} folder; expected the run directory of a `jaxlm train`")
         if not is_remote(self.directory) and self.directory.is_file():
             raise UserError(f"{self.directory}: a file; expected the folder of the run's checkpoints, or nothing")
-        self._keep, self._phase = keep, phase
+        self._keep, self._phase, self._best = keep, phase, best
         self._background = ThreadPoolExecutor(1, thread_name_prefix="save")
         self._saving: Future | None = None
-        self._val_losses: dict[int, float | None] = {}  # of the complete ones, where something is to be kept or removed
+        self._figures: dict[int, dict[str, float]] = {}  # of the complete ones, where something is to be kept or removed
         self._permanent: set[int] = set()  # those that an earlier start made to stay
         if keep and jax.process_index() == 0:
             self._remove_unfinished()
@@ -99,11 +117,18 @@ class Checkpoints:
 
     # ---- saving ------------------------------------------------------------------------------------------------------
 
-    def save(self, trees: dict[str, Any], step: int, metadata: dict[str, Any], val_loss: float | None,
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The best of the checkpoints that are kept: its step, and the figure by which it is. Process 0 alone knows."""
+        ranked = _ranked(self._figures, self._best)
+        return (ranked[0], self._figures[ranked[0]][self._best.figure]) if ranked else None
+
+    def save(self, trees: dict[str, Any], step: int, metadata: dict[str, Any], evaluation: Mapping[str, Any] | None,
              first: Callable[[], object] = lambda: None) -> None:
         """Copies the trees of arrays off the devices and returns; the files are written in the background.
 
         `metadata` is plain JSON: the run's settings, the tokenizer itself, the corpus digests, the mesh, versions.
+        `evaluation`: figures of an evaluation at this step, `val_loss` among them; None: there was none.
         `first`: what has to be done before the checkpoint may count; called in the background.
 
         Raises:
@@ -112,11 +137,11 @@ class Checkpoints:
         self.wait()
         folder = self.directory / str(step)
         # NaN would pass for the best, since nothing compares below it
-        val_loss = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+        figures = {name: float(value) for name, value in (evaluation or {}).items() if value is not None and math.isfinite(value)}
         with self._one_clear_error(folder), in_context(folder):
             make_folder(folder)
             arrays = ocp.save_checkpointables_async(folder / STATE, trees)
-        about = {"format": FORMAT, "step": step, "val_loss": val_loss, "metadata": metadata}
+        about = {"format": FORMAT, "step": step, "val_loss": figures.get("val_loss"), "figures": figures, "metadata": metadata}
         self._saving = self._background.submit(self._finish, folder, arrays, about, first)
 
     def wait(self) -> None:
@@ -146,9 +171,9 @@ class Checkpoints:
             while (files := all_digests(folder, processes)) is None:
                 time.sleep(pause)
             commit(folder, about, files, processes)
-            self._val_losses[about["step"]] = about["val_loss"]
-            for step in set(_not_kept(self._val_losses, self._keep)) - self._permanent:
-                del self._val_losses[step]
+            self._figures[about["step"]] = about["figures"]
+            for step in set(_not_kept(self._figures, self._keep, self._best)) - self._permanent:
+                del self._figures[step]
                 self._remove(self.directory / str(step))
 
     @contextmanager
@@ -165,9 +190,10 @@ class Checkpoints:
         try:
             manifest = self._read(step)
         except Damaged:  # `choose` tells it, where it matters
-            self._val_losses[step] = None
+            self._figures[step] = {}
             return
-        self._val_losses[step] = manifest["val_loss"]
+        # one of before there were other figures
+        self._figures[step] = manifest.get("figures", {"val_loss": manifest["val_loss"]})
         settings = manifest["metadata"].get("settings")
         every = flatten(settings).get("checkpoint.keep_every_steps") if isinstance(settings, dict) else None
         if isinstance(every, int) and every > 0 and step % every == 0:
@@ -231,7 +257,7 @@ class Checkpoints:
         for step, problem in damaged.items():
             folder = self.directory / str(step)
             if self._keep:
-                self._val_losses.pop(step, None)
+                self._figures.pop(step, None)
                 move(folder, self.directory / f"{step}{DAMAGED}")
             print_line(f"WARNING: {problem}; going back to step {good}" + (f", step {step} is set aside" if self._keep else ""))
 
@@ -252,9 +278,10 @@ class Checkpoints:
         if manifest.get("format") not in (OLD_FORMAT, FORMAT) or manifest.get("step") != step:
             raise Damaged(f"{path}: damaged (it says format {shown(manifest.get('format'))}, step {shown(manifest.get('step'))}; "
                           f"expected {FORMAT} or {OLD_FORMAT}, {step})")
-        val_loss = manifest.get("val_loss", "")
-        if not isinstance(manifest.get("metadata"), dict) or not isinstance(val_loss, int | float | None):
-            raise Damaged(f"{path}: damaged (metadata or val_loss is not what is written there)")
+        val_loss, figures = manifest.get("val_loss", ""), manifest.get("figures", {})
+        numbers = isinstance(figures, dict) and all(isinstance(figure, int | float) for figure in figures.values())
+        if not isinstance(manifest.get("metadata"), dict) or not isinstance(val_loss, int | float | None) or not numbers:
+            raise Damaged(f"{path}: damaged (metadata, val_loss or figures are not what is written there)")
         return manifest
 
     def saved_order(self, step: int) -> np.ndarray:
@@ -363,12 +390,17 @@ def _share(folder: Location, process: int, num_processes: int) -> list[str]:
     return [name for name, writer in zip(names, writers, strict=True) if (writer if writer < num_processes else 0) == process]
 
 
-def _not_kept(val_losses: dict[int, float | None], keep: CheckpointSettings) -> list[int]:
-    """Which of the checkpoints (step -> validation loss) are neither among the newest, nor permanent, nor among the
+def _not_kept(figures: dict[int, dict[str, float]], keep: CheckpointSettings, best: Best) -> list[int]:
+    """Which of the checkpoints (step -> validation figures) are neither among the newest, nor permanent, nor among the
     best."""
-    steps = sorted(val_losses)
+    steps = sorted(figures)
     kept = set(steps[-keep.keep_last :])
     kept |= {step for step in steps if keep.keep_every_steps and step % keep.keep_every_steps == 0}
-    measured = [step for step in steps if val_losses[step] is not None]
-    kept |= set(sorted(measured, key=val_losses.get)[: keep.keep_best])
+    kept |= set(_ranked(figures, best)[: keep.keep_best])
     return [step for step in steps if step not in kept]
+
+
+def _ranked(figures: dict[int, dict[str, float]], best: Best) -> list[int]:
+    """Steps of the checkpoints that were measured, the best first."""
+    ranks = {step: rank for step in sorted(figures) if (rank := best.rank(figures[step])) is not None}
+    return sorted(ranks, key=ranks.get)

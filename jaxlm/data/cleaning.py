@@ -130,6 +130,13 @@ def text_digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()[:16]
 
 
+def texts_digest(texts: list[str]) -> bytes:
+    """16 bytes that stand for a record's texts; for a single one those of `text_digest`."""
+    if len(texts) == 1:
+        return text_digest(texts[0])
+    return hashlib.sha256(b"".join(map(text_digest, texts))).digest()[:16]
+
+
 def first_occurrences(digests: np.ndarray) -> np.ndarray:
     """bool [n]: whether the digest (`S16`) is the first of its kind."""
     first = np.zeros(len(digests), bool)

@@ -1,14 +1,19 @@
 """What people are told of a corpus: what went in, what came out, and some of its text as a model will see it."""
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.corpus import Corpus, Documents, share
+from jaxlm.data.documents import named
+from jaxlm.data.labelled import LabelledRows
+from jaxlm.data.labels import MULTI, SINGLE
 from jaxlm.data.manifest import read_report
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import printable
+from jaxlm.settings import Settings
 
 EXAMPLES = 3
 TOKENS = 40  # read for an example, at most
@@ -16,8 +21,11 @@ WIDTH = 66  # letters shown of it
 BOUND = "|"
 
 
-def describe(corpus: Corpus) -> list[str]:
-    """Lines for people: what went in, what was dropped and why, what came out, and how it looks to a model."""
+def describe(corpus: Corpus, settings: Settings | None = None) -> list[str]:
+    """Lines for people: what went in, what was dropped and why, what came out, and how it looks to a model.
+
+    settings: of the run, which decide how much of a labelled record fits into a row; None: that is not said.
+    """
     report, sources, tokenizer = read_report(corpus.directory), corpus.manifest["sources"], corpus.manifest["tokenizer"]
     dropped = [f"{count:,} {reason.replace('_', ' ')}" for reason, count in report["dropped"].items() if count]
     kinds = Counter(f"{source['kind']} ({source['encoding']})" for source in sources if "kind" in source)
@@ -32,9 +40,9 @@ def describe(corpus: Corpus) -> list[str]:
     if "replaced_characters" in report:
         lines.append(f"replaced    {counted(report['replaced_characters'], 'character')} that could not be decoded")
     for documents in (corpus.train, corpus.validation):
-        each = f", {documents.num_bytes / documents.num_tokens:.2f} bytes a token" if documents.num_tokens else ""
-        lines.append(f"{documents.split:11} {counted(documents.num_documents, 'document')}, "
-                     f"{counted(documents.num_tokens, 'token')}{each}")
+        num_tokens, num_bytes = documents.total("tokens"), documents.total("bytes")
+        each = f", {num_bytes / num_tokens:.2f} bytes a token" if num_tokens else ""
+        lines.append(f"{documents.split:11} {counted(documents.num_documents, 'document')}, {counted(num_tokens, 'token')}{each}")
     if "shares" in report:
         shares = [f"{split} {100 * part:.3g} %" for split, part in report["shares"].items()]
         lines.append(f"shares      {', '.join(shares)} of the text")
@@ -44,18 +52,52 @@ def describe(corpus: Corpus) -> list[str]:
     lines.append(f"unknown     {'; '.join(filter(None, map(unknown_tokens, (corpus.train, corpus.validation))))}")
     lines.append(f"tokenizer   {tokenizer['kind']}, {tokenizer['vocab_size']:,} tokens, digest {tokenizer['digest'][:12]}, "
                  f"{corpus.end_token}")
-    lines += [f"lost        {corpus.lost}"] if corpus.loses_text else []
-    lines += [f"example     {shown}" for shown in examples(corpus.train, corpus.tokenizer)]
+    if corpus.problem is None:
+        lines += [f"lost        {corpus.lost}"] if corpus.loses_text else []
+        lines += [f"example     {shown}" for shown in examples(corpus.train, corpus.tokenizer)]
+    else:
+        lines += record_lines(corpus, report, settings)
     return [*lines, *(f"note        {note}" for note in corpus.notes), *corpus.warnings()]
+
+
+def record_lines(corpus: Corpus, report: dict[str, Any], settings: Settings | None) -> list[str]:
+    """Labels, how much of the records fits into rows, and some records with their labels."""
+    lines = [f"labels      {corpus.problem}{f', {len(corpus.labels):,} names' if corpus.labels else ''}"]
+    for split, found in report["splits"].items():
+        if getattr(corpus, split).num_documents:
+            shown = [f"{name} {count:,.6g}" if corpus.labels is None else f"{name} ({count:,})"
+                     for name, count in found["labels"].items()]
+            lines.append(f"{'':11} {split}: {named(shown)}")
+    if settings is not None:
+        rows = LabelledRows(corpus.train, corpus.tokenizer.special, settings.data.sequence_length, causal=settings.model.causal)
+        lines.append(f"truncated   {''.join(rows.truncation_note()) or f'none at data.sequence_length={rows.sequence_length}'}")
+    places = sorted({corpus.train.num_documents * place // EXAMPLES for place in range(EXAMPLES)})
+    return lines + [f"example     {labelled_example(corpus, corpus.train, place)}" for place in places]
+
+
+def labelled_example(corpus: Corpus, documents: Documents, number: int) -> str:
+    """A record as a model sees it, with its label, `a| stir|ring|... = positive`; // is between the texts of a pair."""
+    shown = []
+    for stream in documents.streams.values():
+        start, stop = stream.offsets[number:number + 2].tolist()
+        shown.append(example(corpus.tokenizer, stream.read(start, min(start + TOKENS, stop)).tolist()))
+    label = documents.column("label")[number]
+    if corpus.problem == SINGLE:
+        label = corpus.labels[label]
+    elif corpus.problem == MULTI:
+        label = ", ".join(name for name, chosen in zip(corpus.labels, label, strict=True) if chosen) or "no label"
+    return f"{' // '.join(shown)} = {printable(str(label))}"
 
 
 def unknown_tokens(documents: Documents) -> str:
     """How much of a split's text has no token, for people; empty for an empty split."""
-    unknown = documents.entry.get("unknown_tokens")
-    if not documents.num_tokens:
+    tokens = documents.total("tokens")
+    if not tokens:
         return ""
-    return f"{documents.split} " + ("not counted" if unknown is None else (
-        f"{unknown:,} of {documents.num_tokens:,} tokens ({share(unknown, documents.num_tokens)})"))
+    if "unknown_tokens" not in documents.entry:
+        return f"{documents.split} not counted"
+    unknown = documents.total("unknown_tokens")
+    return f"{documents.split} {unknown:,} of {tokens:,} tokens ({share(unknown, tokens)})"
 
 
 def examples(documents: Documents, tokenizer: Tokenizer) -> list[str]:

@@ -8,12 +8,14 @@ read as prose.
 
 import codecs
 import csv
+import io
 import json
 import re
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxlm.data.decoding import Decoding, encoding_of, refuse_foreign, wide_encoding
 from jaxlm.data.source_file import COMPRESSED, SourceFile, compression_of, opened, suffix_of
@@ -38,6 +40,7 @@ LOOK = 2**16  # bytes
 ZEROS = 8192  # bytes: text has no zero byte among the first of them (it is how git tells, too)
 QUOTES = 16 * 2**20  # bytes of a TSV, to see what its quotes mean
 LOOKERS = 16  # remote files at a time
+SEEN_ROWS = 200  # of a table, to see what separates its columns
 CLEARLY = 0.01  # of the characters that a file begins with: another encoding, before anything is read
 
 UNPACK = "unpack it, and name the folder"
@@ -70,12 +73,14 @@ TREEBANK = re.compile(r"^\d+(?:[-.]\d+)?\t[^\t]*(?:\t[^\t]*){8}$")  # CoNLL-U: t
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are found in files: keys of DataSettings and CleaningSettings of the same names."""
+    """How documents are found in files: keys of DataSettings and CleaningSettings of the same names; and whether they
+    are labelled records (see `jaxlm.data.records`)."""
 
     text_field: str = "text"
     document: str = "file"
     max_bytes: int = 64 * 2**20
     encoding: str = "utf-8"
+    records: bool = False
 
 
 def look_at(files: list[SourceFile], reading: Reading) -> list[SourceFile | None]:
@@ -91,11 +96,8 @@ def look_at(files: list[SourceFile], reading: Reading) -> list[SourceFile | None
 
 
 def look(file: SourceFile, reading: Reading) -> SourceFile | None:
+    file = replace(file, compression=compression_of(file.name, begin_of(file, LOOK)))
     head = begin_of(file, LOOK)
-    file = replace(file, compression=compression_of(file.name, head))
-    if file.compression:
-        with opened(file) as stream:
-            head = stream.read(LOOK)
     if head.startswith(b"PAR1"):
         return replace(file, kind="parquet")
     if head.startswith((b"ARROW1\0\0", b"\xff\xff\xff\xff")):
@@ -107,22 +109,29 @@ def look(file: SourceFile, reading: Reading) -> SourceFile | None:
     refuse_strange(file, head)
     text = decoded(file, head)
     if suffix in AS_IT_STANDS:
-        return file
+        return file if not reading.records else refuse_prose(file)
     whole = len(head) < LOOK
-    refuse_unreadable_records(file, suffix, text)
+    refuse_unreadable_records(file, suffix, text, reading.records)
     kind, lone = json_kind(text, whole, any_begin=suffix in JSON_SUFFIXES)
-    if lone and file.searched and suffix == ".json" and f'"{reading.text_field}"' not in text:
+    if lone and file.searched and suffix == ".json" and (reading.records or f'"{reading.text_field}"' not in text):
         return None
     if kind or suffix in JSON_SUFFIXES:
         return replace(file, kind=kind or "jsonl")  # its reader says in which line it is no JSON
-    separator = find_separator(text, whole, reading.text_field, TABLES.get(suffix), named=suffix in TABLES)
+    if reading.records:
+        separator = record_separator(text, whole, TABLES.get(suffix), named=suffix in TABLES) or refuse_prose(file)
+    else:
+        separator = find_separator(text, whole, reading.text_field, TABLES.get(suffix), named=suffix in TABLES)
     if separator is None:
         return file
-    quoted = separator != "\t" or quotes_enclose(begin_of(file, QUOTES) if not file.compression else head, file.encoding)
+    quoted = separator != "\t" or quotes_enclose(begin_of(file, QUOTES), file.encoding)
     return replace(file, kind="tsv" if separator == "\t" else "csv", delimiter=separator, quoted=quoted)
 
 
 def begin_of(file: SourceFile, size: int) -> bytes:
+    """The first bytes, decompressed where `compression` says so."""
+    if file.compression:
+        with opened(file) as stream:
+            return stream.read(size)
     try:
         return read_range(file.path, 0, size)
     except OSError as error:
@@ -155,17 +164,29 @@ def refuse_strange(file: SourceFile, head: bytes) -> None:
         raise UserError(f"{file.name}: byte {place} is zero: binary; expected UTF-8 text")
 
 
-def refuse_unreadable_records(file: SourceFile, suffix: str, text: str) -> None:
+def refuse_prose(file: SourceFile) -> NoReturn:
+    """Where labels are learned, nothing is read as prose."""
+    what = "empty" if not file.bytes else "plain text, without columns"
+    raise UserError(f"{file.name}: {what}; expected labelled records: TSV, CSV, JSON Lines, JSON, Parquet or Arrow")
+
+
+def refuse_unreadable_records(file: SourceFile, suffix: str, text: str, records: bool) -> None:
     """Raises UserError for a web page that is called something else, and for labelled words and questions."""
     if PAGE.match(text):
         raise UserError(f"{file.name}: a web page (HTML); {EXTRACT}, or name it .html to read it with its tags")
     lines = [line.rstrip("\r") for line in islice(text.split("\n"), 60) if line.strip()][:-1]
     words = [line for line in lines if not line.startswith(("#", "-DOCSTART-"))]
     tagged = len(words) >= 5 and (all(map(TAGGED.match, words)) or all(map(TREEBANK.match, words)))
+    if records and tagged:  # labels may look like tags, but words have no blanks
+        tagged = not any(re.search(r"\S \S.*\t", word) for word in words)
     if suffix in TREEBANKS or text.startswith("-DOCSTART-") or tagged:
-        raise UserError(f"{file.name}: CoNLL (a word a line, with its labels), which is no text to pretrain on; join its words "
-                        "to sentences in a .txt file")
+        raise UserError(f"{file.name}: CoNLL (a word a line, with its labels), " + (
+            "which labels words; expected records that label whole texts" if records else
+            "which is no text to pretrain on; join its words to sentences in a .txt file"))
     if text.lstrip().startswith("{") and '"data"' in text and SQUAD.search(text):
+        if records:
+            raise UserError(f"{file.name}: SQuAD JSON (questions about paragraphs), whose answers are no labels; expected "
+                            "records that label whole texts")
         raise UserError(f"{file.name}: SQuAD JSON (questions about paragraphs), which is no text to pretrain on; write its "
                         f"paragraphs as JSON Lines: jq -c '.data[].paragraphs[] | {{text: .context}}' {file.name} > "
                         "paragraphs.jsonl")
@@ -244,12 +265,40 @@ def find_separator(text: str, whole: bool, field: str, given: str | None, named:
                  if len(rows[separator]) == 2 and len(rows[separator][0]) == len(rows[separator][1]) > 1), None)
 
 
-def first_rows(text: str, whole: bool, separator: str) -> list[list[str]]:
-    lines = text.splitlines(keepends=True)
+def first_rows(text: str, whole: bool, separator: str, count: int = 2) -> list[list[str]]:
+    lines = io.StringIO(text, newline="\n").readlines()
     try:
-        return list(islice(csv.reader(lines if whole else lines[:-1] or lines, delimiter=separator), 2))
+        return list(islice(csv.reader(lines if whole else lines[:-1] or lines, delimiter=separator), count))
     except csv.Error:
         return []
+
+
+def record_separator(text: str, whole: bool, given: str | None, named: bool) -> str | None:
+    """What separates the columns of records, also where no line names them; None: no table.
+
+    It is the one that gives most rows the same number of columns. In a file that is not named as a table that must be
+    all of them, and more than one.
+    """
+    if given or not text.strip():
+        return given and (given if text.strip() else None)
+    agreeing = {separator: agreement(text, whole, separator) for separator in SEPARATORS}
+    if named:  # a file of texts alone has one column
+        return max(SEPARATORS, key=agreeing.__getitem__)
+    return next((separator for separator in ("\t", *SEPARATORS) if agreeing[separator] == 1), None)
+
+
+def agreement(text: str, whole: bool, separator: str) -> float:
+    """The largest share of the rows that have equally many columns, more than one."""
+    readings = [first_rows(text, whole, separator, SEEN_ROWS)]
+    if separator == "\t":  # its quotes may be letters
+        lines = text.split("\n")[:SEEN_ROWS]
+        readings.append([line.split("\t") for line in (lines if whole else lines[:-1] or lines) if line.strip()])
+
+    def share(rows: list[list[str]]) -> float:
+        columns = Counter(len(row) for row in rows if row)
+        return max((count for number, count in columns.items() if number > 1), default=0) / max(1, columns.total())
+
+    return max(map(share, readings))
 
 
 def quotes_enclose(content: bytes, encoding: str) -> bool:

@@ -12,6 +12,7 @@ from jaxlm.errors import UserError, shown
 from jaxlm.storage.files import Location, exists, read_text
 
 FORMAT = 1
+RECORDS_FORMAT = 2  # with labels: what knows only the former would take it for plain text
 MANIFEST, REPORT = "manifest.json", "report.json"
 
 Count = Annotated[int, Ge(0)]
@@ -27,7 +28,7 @@ class ShardEntry(File):
     checksums: NotRequired[File]
 
 
-class Split(TypedDict):
+class Stream(TypedDict):
     documents: Count
     tokens: Count
     bytes: Count
@@ -35,6 +36,23 @@ class Split(TypedDict):
     lost_characters: NotRequired[Count]  # in which the text differs from what its tokens decode to
     shards: list[ShardEntry]
     offsets: File
+
+
+class Column(File):
+    """Numbers beside the documents."""
+
+    dtype: Literal["<i4", "<f4", "|u1"]
+    width: NotRequired[Annotated[int, Gt(0)]]  # of an array for each document
+
+
+class Split(Stream):
+    streams: NotRequired[dict[Literal["pair"], Stream]]  # this and the next: of labelled records
+    columns: NotRequired[dict[Literal["label"], Column]]
+
+
+class LabelsEntry(TypedDict):
+    problem: Literal["single_label", "multi_label", "regression"]
+    names: list[str] | None
 
 
 class TokenizerEntry(TypedDict):
@@ -67,10 +85,12 @@ class Manifest(TypedDict):
     settings: dict[str, Any]
     sources: list[Source]
     passed_over: NotRequired[list[Source]]  # found in a folder, and without records
+    labels: NotRequired[LabelsEntry]
 
 
 class ReportedSplit(TypedDict):
     unknown: NotRequired[dict[str, Count]]  # text that became unknown tokens, the commonest first: how often
+    labels: NotRequired[dict[str, Count | float | None]]  # of each name how many; of scores least, mean and greatest
 
 
 class Report(TypedDict):
@@ -92,18 +112,47 @@ def read_manifest(directory: Location) -> dict[str, Any]:
         hint = "its preparation was not finished; start it again" if unfinished else f"expected a folder with {MANIFEST}"
         raise UserError(f"{directory}: not a corpus ({hint})")
     manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{path}: corpus format {shown(manifest.get('format'))}, expected {FORMAT}; prepare it again")
+    if manifest.get("format") not in (FORMAT, RECORDS_FORMAT):
+        raise UserError(f"{path}: corpus format {shown(manifest.get('format'))}, expected {FORMAT} or {RECORDS_FORMAT}; prepare "
+                        "it again")
     _check(path, manifest, Manifest)
+    _check_shards(path, manifest)
+    _check_labels(path, manifest)
+    return manifest
+
+
+def _check_shards(path: Location, manifest: dict[str, Any]) -> None:
     shard_tokens = manifest["settings"].get("data.shard_tokens")
-    for split, entry in manifest["splits"].items():
+    streams = [(split, entry) for split, entry in manifest["splits"].items()]
+    streams += [(f"{split}.{name}", stream) for split, entry in streams for name, stream in entry.get("streams", {}).items()]
+    for split, entry in streams:
         full, rest = divmod(entry["tokens"], shard_tokens) if type(shard_tokens) is int and shard_tokens > 0 else (0, 0)
         lengths = [shard["tokens"] for shard in entry["shards"]]
         wanted = [shard_tokens] * min(full, len(lengths)) + [rest] * (rest > 0)
         if lengths != wanted or sum(lengths) != entry["tokens"]:
             raise UserError(f"{path}: damaged (the shards of {split} do not make its {entry['tokens']:,} tokens); "
                             "prepare the corpus again")
-    return manifest
+
+
+def _check_labels(path: Location, manifest: dict[str, Any]) -> None:
+    """Of labelled records: every split has its column of the right kind, and streams of the same length."""
+    splits, labels = manifest["splits"].values(), manifest.get("labels")
+    if (manifest["format"] == RECORDS_FORMAT) != (labels is not None):
+        raise UserError(f"{path}: damaged (labels and format {manifest['format']}); prepare the corpus again")
+    kinds = [split.get("columns", {}).get("label") for split in splits]
+    if labels is None:
+        whole = not any(split.get("columns") or split.get("streams") for split in splits)
+    else:
+        names = labels["names"]
+        dtype, width = {"single_label": ("<i4", None), "regression": ("<f4", None)}.get(
+            labels["problem"], ("|u1", len(names or ())))
+        whole = (names is None) == (labels["problem"] == "regression") and all(
+            kind and (kind["dtype"], kind.get("width")) == (dtype, width) for kind in kinds)
+        whole &= len({tuple(split.get("streams", ())) for split in splits}) == 1
+        whole &= all(stream["documents"] == split["documents"]
+                     for split in splits for stream in split.get("streams", {}).values())
+    if not whole:
+        raise UserError(f"{path}: damaged (labels, columns and streams do not fit each other); prepare the corpus again")
 
 
 def read_report(directory: Location) -> dict[str, Any]:

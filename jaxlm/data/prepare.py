@@ -23,17 +23,20 @@ import numpy as np
 
 from jaxlm.console.progress import progress_bar
 from jaxlm.data import cleaning, pipes, sources, stages
-from jaxlm.data.corpus import SPLITS, TOKENIZER, Corpus, checksum_file, offsets_file, shard_file, token_type
+from jaxlm.data.columns import ROLES
+from jaxlm.data.corpus import SPLITS, TEXT, TOKENIZER, Corpus, checksum_file, offsets_file, shard_file, stream_name, token_type
 from jaxlm.data.documents import read_documents
 from jaxlm.data.formats import KINDS, Reading, look_at
-from jaxlm.data.manifest import FORMAT, MANIFEST, REPORT
+from jaxlm.data.labelling import FATES, doubts, label_counts, number_labels, write_column
+from jaxlm.data.manifest import FORMAT, MANIFEST, RECORDS_FORMAT, REPORT
+from jaxlm.data.records import lay_out, reading_of, reads_records, refuse_keys_of_text, without_validation
 from jaxlm.data.report import COUNTS, commonest_unknown, refuse_many_replaced, report, why_dropped
 from jaxlm.data.source_file import SourceFile, suffix_of
 from jaxlm.data.stages import Cleaned, CleanTask, TokenizeTask
 from jaxlm.data.tokenizers import DESCRIPTION, Tokenizer, load_tokenizer
 from jaxlm.data.workers import Result, Workers, exclusive, remove_exclusive
 from jaxlm.errors import UserError
-from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings, expand_home
+from jaxlm.settings import TRAINED_TOKENIZERS, DataSettings, TaskSettings, expand_home
 from jaxlm.storage import remote
 from jaxlm.storage.files import (
     Location,
@@ -51,7 +54,8 @@ CACHE = "~/.cache/jaxlm/prepare"  # of corpora that go into a bucket when they a
 SHAPING = ("raw", "text_field", "document", "encoding", "validation", "validation_split", "tokenizer", "end_token",
            "shard_tokens")
 SHAPING_TRAINED = ("lowercase", "tokenizer_sample")  # where a tokenizer is trained
-DERIVED = ("model.vocab_size", "data.validation_split")  # null goes with whatever they became
+SHAPING_RECORDS = ("fields", "problem", "labels", "label_separator")
+DERIVED = ("model.vocab_size", "data.validation_split", "task.problem", "task.labels")  # null goes with whatever they became
 BEFORE_THERE_WAS = {"data.encoding": "utf-8"}  # a key: what corpora were prepared with that know nothing of it
 DESCRIPTOR = re.compile(r"/(dev|proc/self)/fd/\d+")  # the shell numbers them anew each time
 
@@ -70,30 +74,42 @@ class Plan:
     notes: list[str]
     tokenizer: Tokenizer | None
     fingerprint: str
+    task: TaskSettings | None  # of labelled records
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """What a document's texts are called."""
+        columns = self.units[0].parts[0].file.columns
+        return (TEXT,) if columns is None else ROLES[:len(columns.texts)]
 
 
 def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None = None, processes: int | None = None,
-            accept: Callable[[Corpus], object] = lambda corpus: None) -> Corpus:
+            accept: Callable[[Corpus], object] = lambda corpus: None, task: TaskSettings | None = None) -> Corpus:
     """The corpus in `directory`, prepared from `data.raw` if it does not exist yet.
 
     `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes; `accept` raises
-    UserError for a corpus that the caller cannot use. UserError when the input is wrong or not accepted (nothing is
-    left behind), or when `directory` was made with other settings.
+    UserError for a corpus that the caller cannot use; `task`: where it reads labelled records (see RECORD_TASKS), the
+    corpus is one of them, else of text. UserError when the input is wrong or not accepted (nothing is left behind), or
+    when `directory` was made with other settings.
     """
     directory = absolute(directory)
-    settings = shaping_settings(data, vocab_size)
+    task = task if task and reads_records(task) else None
+    settings = shaping_settings(data, vocab_size, task)
     if exists(directory / MANIFEST):
-        corpus = open_prepared(directory, settings if data.raw is not None else {}, data)
+        corpus = open_prepared(directory, settings if data.raw is not None else {}, data, task)
         accept(corpus)
         return corpus
     check_place(data, directory, vocab_size)
+    if task:
+        refuse_keys_of_text(data)
+        data = dataclasses.replace(data, validation_split="documents")
     partial = workplace(directory)
     created = [folder for folder in partial.parents if not folder.exists()]
     with exclusive(partial):
         begun = [path for path in partial.iterdir() if path.is_dir()]  # by an interrupted preparation
         try:
             if not exists(directory / MANIFEST):  # else another process finished it just now
-                plan = make_plan(data, settings, vocab_size, partial)
+                plan = make_plan(data, settings, vocab_size, partial, task)
                 begun = []
                 folder = partial / plan.fingerprint[:16]
                 build(plan, folder, processes or data.prepare_processes or os.cpu_count() or 1)
@@ -110,7 +126,7 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
                 for folder in created:
                     folder.rmdir()
             raise
-    return open_prepared(directory, settings, data)
+    return open_prepared(directory, settings, data, task)
 
 
 def workplace(directory: Location) -> Path:
@@ -135,9 +151,18 @@ def put_in_place(corpus: Path, directory: Location) -> None:
     shutil.rmtree(corpus)
 
 
-def open_prepared(directory: Location, settings: dict[str, Any], data: DataSettings) -> Corpus:
+def refuse_other_kind(corpus: Corpus, task: TaskSettings) -> None:
+    """Raises UserError for a corpus of text where labelled records are read, and the other way round."""
+    if (corpus.problem is None) == reads_records(task):
+        what, wanted = ("plain text", f"task.name={task.name} reads labelled records") if corpus.problem is None else (
+            f"labelled records ({corpus.problem})", "it is for task.name=text_classification")
+        raise UserError(f"data.corpus: {corpus.directory} is a corpus of {what}, and {wanted}; name another folder")
+
+
+def open_prepared(directory: Location, settings: dict[str, Any], data: DataSettings, task: TaskSettings | None) -> Corpus:
     """The finished corpus; UserError where it was made with another value of one of these settings."""
     corpus = Corpus(directory, whole=data.damaged == "stop")
+    refuse_other_kind(corpus, task or TaskSettings())
     for key, value in settings.items():
         made_with = corpus.manifest["settings"].get(key, BEFORE_THERE_WAS.get(key))
         if value != made_with and not (key in DERIVED and value is None):
@@ -148,7 +173,7 @@ def open_prepared(directory: Location, settings: dict[str, Any], data: DataSetti
 
 # ----------------------------------------------------------------------------------------------------------------- plan
 
-def shaping_settings(data: DataSettings, vocab_size: int | None) -> dict[str, Any]:
+def shaping_settings(data: DataSettings, vocab_size: int | None, task: TaskSettings | None) -> dict[str, Any]:
     """The settings that decide what the corpus holds, by key."""
     trained = data.tokenizer in TRAINED_TOKENIZERS
     values = {f"data.{name}": getattr(data, name) for name in SHAPING + (SHAPING_TRAINED if trained else ())}
@@ -156,6 +181,7 @@ def shaping_settings(data: DataSettings, vocab_size: int | None) -> dict[str, An
     values["data.raw"] = raw and [DESCRIPTOR.sub(r"/\1/fd", item) for item in raw]
     values["data.encoding"] = codecs.lookup(data.encoding).name
     values |= {f"data.cleaning.{name}": value for name, value in dataclasses.asdict(data.cleaning).items()}
+    values |= {f"task.{name}": getattr(task, name) for name in SHAPING_RECORDS} if task else {}
     return values | ({"model.vocab_size": vocab_size} if trained else {})
 
 
@@ -175,29 +201,40 @@ def check_place(data: DataSettings, directory: Location, vocab_size: int | None)
     cleaning.check_scripts(data.cleaning.scripts)
 
 
-def make_plan(data: DataSettings, settings: dict[str, Any], vocab_size: int | None, partial: Path) -> Plan:
+def make_plan(data: DataSettings, settings: dict[str, Any], vocab_size: int | None, partial: Path,
+              task: TaskSettings | None) -> Plan:
     """Finds the files, looks at each, and checks what can be checked before any work. Pipes are copied into
     `partial`."""
     tokenizer = stages.given_tokenizer(data)
-    reading = Reading(data.text_field, data.document, data.cleaning.max_bytes, data.encoding)
+    reading = reading_of(data, records=task is not None)
     left_out = sources.PassedOver()
     found = sources.find_sources(data.validation, "data.validation", left_out) if isinstance(data.validation, str) else []
+    raw, notes = sources.find_sources(data.raw, "data.raw", left_out), []
+    if task and data.raw != data.validation:  # `evaluate` holds out all of a file
+        raw, notes = without_validation(raw, found)
     num_held_out = len(found)
-    found = pipes.spool(found + sources.find_sources(data.raw, "data.raw", left_out), partial)
+    found = pipes.spool(found + raw, partial)
     seen = look_at(found, reading)
     passed_over = [file for file, looked in zip(found, seen, strict=True) if looked is None]
     left_out.update(f"{suffix_of(file.name)} without records" for file in passed_over)
-    held_out, files = ([file for file in some if file] for some in (seen[:num_held_out], seen[num_held_out:]))
-    notes = left_out.note(data.raw)
-    if not files:
+    notes = left_out.note(data.raw) + notes
+    if not any(seen[num_held_out:]):
         raise UserError(f"data.raw: no text to read: {notes[0]}")
+    if task:
+        laid, said = lay_out([file for file in seen if file], reading, task)
+        laid = iter(laid)
+        seen, notes = [file and next(laid) for file in seen], notes + said
+    held_out, files = ([file for file in some if file] for some in (seen[:num_held_out], seen[num_held_out:]))
     validation_units = sources.plan_units(held_out, data.document, sources.UNIT_BYTES)
     units = validation_units + sources.plan_units(files, data.document, sources.UNIT_BYTES)
-    refuse_useless_keys(data, held_out + files, units, reading)
+    if not task:
+        refuse_useless_keys(data, held_out + files, units, reading)
     state = [dataclasses.astuple(file) for file in held_out + files]
-    identity = [FORMAT, settings, state, [unit.bytes for unit in units], tokenizer.digest if tokenizer else None]
+    identity = [RECORDS_FORMAT if task else FORMAT, settings, state, [unit.bytes for unit in units],
+                tokenizer.digest if tokenizer else None]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Plan(data, vocab_size, settings, units, len(validation_units), reading, passed_over, notes, tokenizer, fingerprint)
+    return Plan(data, vocab_size, settings, units, len(validation_units), reading, passed_over, notes, tokenizer, fingerprint,
+                task)
 
 
 def refuse_useless_keys(data: DataSettings, files: list[SourceFile], units: list[sources.Unit], reading: Reading) -> None:
@@ -230,18 +267,30 @@ def build(plan: Plan, folder: Path, processes: int) -> None:
         with Workers(work, 1 if small else processes) as workers:
             cleaned, clean_results = clean(plan, workers)
             fate = select(plan, cleaned, clean_results, work / "fate.npy")
+            labels, column, notes = number_labels(plan.task, plan.units, cleaned, cleaned.first[plan.num_validation],
+                                                  fate) if plan.task else (None, None, [])
+            if labels and plan.data.raw != plan.data.validation:
+                notes += doubts(labels, column, cleaned.digests(), cleaned.first[plan.num_validation], fate)
             tail = stages.tail_share(plan.data, fate)
             tokenizer = choose_tokenizer(plan, cleaned, fate, corpus / TOKENIZER)
             dtype = token_type(tokenizer.vocab_size)
-            counts = tokenize(workers, cleaned, fate, corpus / TOKENIZER, tail, dtype)
-            splits = {split: write_split(split, workers, counts, corpus, plan.data.shard_tokens, dtype) for split in SPLITS}
-        write_json(corpus / REPORT, report(plan.data, clean_results, fate, splits, commonest_unknown(counts), plan.notes))
+            counts = tokenize(plan, workers, cleaned, fate, corpus / TOKENIZER, tail, dtype)
+            splits = {split: write_split(plan, split, workers, counts, corpus, dtype) for split in SPLITS}
+        told = report(plan.data, clean_results, fate, splits, commonest_unknown(counts), plan.notes + notes,
+                      labelled=labels is not None)
+        for split in SPLITS if labels else ():
+            chosen = column[fate == FATES[split]]
+            splits[split]["columns"] = {"label": write_column(split, chosen, corpus)}
+            told["splits"][split]["labels"] = label_counts(labels, chosen)
+        write_json(corpus / REPORT, told)
         write_json(corpus / MANIFEST, {
-            "format": FORMAT,
+            "format": RECORDS_FORMAT if labels else FORMAT,
+            **({"labels": {"problem": labels.problem, "names": labels.names and list(labels.names)}} if labels else {}),
             "tokenizer": {"kind": tokenizer.kind, "digest": tokenizer.digest, "vocab_size": tokenizer.vocab_size},
             "token_dtype": dtype.str,
             "splits": splits,
-            "settings": plan.settings | {"data.validation_split": "documents" if tail is None else "tail"},
+            "settings": plan.settings | {"data.validation_split": "documents" if tail is None else "tail"} | (
+                {"task.problem": labels.problem, "task.labels": labels.names and list(labels.names)} if labels else {}),
             "sources": [source for result in clean_results for source in result["sources"]],
             "passed_over": [{"path": file.name, "bytes": file.bytes, "version": file.version} for file in plan.passed_over],
         })
@@ -273,22 +322,29 @@ def choose_tokenizer(plan: Plan, cleaned: Cleaned, fate: np.ndarray, folder: Pat
     return load_tokenizer(folder)
 
 
-def tokenize(workers: Workers, cleaned: Cleaned, fate: np.ndarray, tokenizer: Path, tail: Fraction | None,
+def tokenize(plan: Plan, workers: Workers, cleaned: Cleaned, fate: np.ndarray, tokenizer: Path, tail: Fraction | None,
              dtype: np.dtype) -> list[Result]:
     bounds = list(zip(cleaned.first, cleaned.first[1:], strict=False))
-    tasks = [TokenizeTask(stem, fate[start:stop], tokenizer, tail, dtype)
+    tasks = [TokenizeTask(stem, fate[start:stop], tokenizer, tail, dtype, plan.streams)
              for stem, (start, stop) in zip(cleaned.stems, bounds, strict=True)]
     return workers.run("tokenize", stages.tokenize_unit, tasks, [stop - start for start, stop in bounds], "documents")
 
 
-def write_split(split: str, workers: Workers, counts: list[Result], corpus: Path, shard_tokens: int, dtype: np.dtype) -> Result:
-    """Shards and offsets of one split, and its entry in the manifest."""
+def write_split(plan: Plan, split: str, workers: Workers, counts: list[Result], corpus: Path, dtype: np.dtype) -> Result:
+    """The streams of one split, and their entry in the manifest: the first one's, with the others in it."""
+    entry, *others = [write_stream(stream_name(split, stream), workers, counts, corpus, plan.data.shard_tokens, dtype)
+                      for stream in plan.streams]
+    return entry | ({"streams": dict(zip(plan.streams[1:], others, strict=True))} if others else {})
+
+
+def write_stream(name: str, workers: Workers, counts: list[Result], corpus: Path, shard_tokens: int, dtype: np.dtype) -> Result:
+    """Shards and offsets of one stream, and its entry in the manifest."""
     stems = [workers.stem("tokenize", number) for number in range(len(counts))]
-    spans = stages.shard_spans(stems, [count[split]["tokens"] for count in counts], split, shard_tokens)
-    tasks = [stages.ShardTask(shard, corpus / shard_file(split, number), corpus / checksum_file(split, number), dtype)
+    spans = stages.shard_spans(stems, [count[name]["tokens"] for count in counts], name, shard_tokens)
+    tasks = [stages.ShardTask(shard, corpus / shard_file(name, number), corpus / checksum_file(name, number), dtype)
              for number, shard in enumerate(spans)]
-    shards = workers.run(f"write {split}", stages.write_shard, tasks, [task.tokens for task in tasks], "tokens")
-    path = corpus / offsets_file(split)
-    write_atomically(path, lambda temporary: np.save(temporary, stages.document_offsets(stems, split)))
-    totals = {key: sum(count[split][key] for count in counts) for key in COUNTS}
+    shards = workers.run(f"write {name}", stages.write_shard, tasks, [task.tokens for task in tasks], "tokens")
+    path = corpus / offsets_file(name)
+    write_atomically(path, lambda temporary: np.save(temporary, stages.document_offsets(stems, name)))
+    totals = {key: sum(count[name][key] for count in counts) for key in COUNTS}
     return totals | {"shards": shards, "offsets": {"file": path.name, "sha256": stages.file_digest(path)}}

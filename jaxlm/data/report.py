@@ -26,11 +26,11 @@ WHY_DROPPED = {  # by the reason: what such documents are, and the key that drop
 
 
 def report(data: DataSettings, clean_results: list[Result], fate: np.ndarray, splits: dict[str, Result],
-           unknown: dict[str, dict[str, int]], found: list[str]) -> dict[str, Any]:
+           unknown: dict[str, dict[str, int]], found: list[str], labelled: bool = False) -> dict[str, Any]:
     """What became of every document: documents_in = the sum of dropped + documents_out; and what of the text has no
     token.
 
-    `unknown`: see `commonest_unknown`; `found`: notes about the files.
+    `unknown`: see `commonest_unknown`; `found`: notes about the files; `labelled`: the documents are records.
     """
     dropped = dropped_documents(clean_results)
     dropped["exact_duplicate"] = int(np.count_nonzero(fate == EXACT_DUPLICATE))
@@ -45,7 +45,7 @@ def report(data: DataSettings, clean_results: list[Result], fate: np.ndarray, sp
         "splits": {split: {key: splits[split][key] for key in COUNTS} | {"unknown": unknown[split]} for split in SPLITS},
         "shares": {split: splits[split]["bytes"] / total if total else 0.0 for split in SPLITS},
         "notes": [printable(note) for note in (*found, *too_long_notes(data, clean_results), *replaced_notes(clean_results),
-                                               *split_notes(data, fate, splits))],
+                                               *split_notes(data, fate, splits, labelled))],
     }
 
 
@@ -119,7 +119,7 @@ def refuse_many_replaced(clean_results: list[Result]) -> None:
         raise foreign(worst["path"], worst["encoding"], worst["replaced"], worst["characters"], worst["likely"])
 
 
-def split_notes(data: DataSettings, fate: np.ndarray, splits: dict[str, Result]) -> Iterator[str]:
+def split_notes(data: DataSettings, fate: np.ndarray, splits: dict[str, Result], labelled: bool) -> Iterator[str]:
     """What the validation split became, where that is not what was asked for."""
     validation, train = splits["validation"], splits["train"]
     if isinstance(data.validation, str) or data.validation == 0:
@@ -131,11 +131,11 @@ def split_notes(data: DataSettings, fate: np.ndarray, splits: dict[str, Result])
     share = validation["bytes"] / max(1, validation["bytes"] + train["bytes"])
     if not data.validation / FAR_OFF <= share <= data.validation * FAR_OFF:
         both = validation["documents"] + train["documents"]
-        way_out = "it is cut between characters" if tail else (
+        way_out = "it is cut between characters" if tail else "records are held out whole" if labelled else (
             "documents are held out whole; data.validation_split=tail cuts the end of each instead")
         yield (f"data.validation={data.validation:.6g}, but the validation split has {percent(share)} of the text "
                f"({validation['documents']:,} of {counted(both, 'document')}): {way_out}")
-    if validation["tokens"] < FEW_TOKENS:
+    if validation["tokens"] < FEW_TOKENS and not labelled:  # of those, records are counted
         yield (f"the validation split has only {counted(validation['tokens'], 'token')}: its loss will say little; raise "
                "data.validation, or name a text for it")
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-Values = Literal["token", "position", "segment", "class", "mask"]
+Values = Literal["token", "position", "segment", "class", "number", "mask"]
 
 
 class Field(NamedTuple):

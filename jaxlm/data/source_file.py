@@ -21,12 +21,24 @@ CHUNK = 2**20
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Where a file of labelled records holds what a task reads: names, or in a table numbers from 0."""
+
+    texts: tuple[str | int, ...]  # the text; or it and its pair
+    label: tuple[str | int, ...] = ()  # several: one for each label, true or false; (): it is not read
+    label_names: tuple[str, ...] = ()  # of several
+    header: bool = True  # the first line of a table names the columns
+    others: bool = False  # all columns but the texts are read along
+    class_names: tuple[str, ...] = ()  # of the labels' numbers, where the file has them (ClassLabel of Hugging Face's datasets)
+
+
+@dataclass(frozen=True)
 class SourceFile:
     """A file of raw text. `name` is how the user wrote it, and what manifests and messages call it.
 
     `version`: what changes whenever it is written; None: read from a pipe. `searched`: found in a folder, not named.
     The rest is what `jaxlm.data.formats` finds in it: `kind` is a key of KINDS there, `delimiter` and `quoted` are
-    those of a table.
+    those of a table; and what `jaxlm.data.records` does: `columns`, None where texts have no labels.
     """
 
     name: str
@@ -39,6 +51,7 @@ class SourceFile:
     encoding: str = "utf-8"
     delimiter: str = ","
     quoted: bool = True
+    columns: Columns | None = None
 
 
 def suffix_of(name: str) -> str:
@@ -101,11 +114,23 @@ def open_arrow(file: SourceFile) -> Iterator[tuple[Any, Iterator[Any]]]:
         if content.read(6) == b"ARROW1":
             content.seek(0)
             with pyarrow.ipc.open_file(content) as reader:
-                yield reader.schema, (reader.get_batch(number) for number in range(reader.num_record_batches))
+                yield reader.schema, (whole(reader.get_batch(number)) for number in range(reader.num_record_batches))
         else:
             content.seek(0)
             with pyarrow.ipc.open_stream(content) as reader:
-                yield reader.schema, iter(reader)
+                yield reader.schema, map(whole, reader)
+
+
+def whole(batch: Any) -> Any:
+    """A record batch whose parts lie inside of it: Arrow believes what a file says of them, and reads anywhere. Raises
+    pyarrow.ArrowInvalid."""
+    import pyarrow
+
+    batch.validate()
+    for column in batch.columns:  # text that is no UTF-8 is another matter
+        same = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}.get(column.type)
+        (column.cast(same) if same else column).validate(full=True)
+    return batch
 
 
 @contextmanager

@@ -5,8 +5,10 @@ import json
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from jaxlm.errors import UserError
+from jaxlm.console.progress import print_once
+from jaxlm.errors import UserError, shown
 from jaxlm.storage.files import Location, exists, read_text
 
 # Variants in case, brackets and separators count as the same: <|EOS_TOKEN|> is <eos_token>.
@@ -23,8 +25,11 @@ SPELLINGS = {
 }
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<|eot|>", "<end_of_turn>", "<|end|>", "<|endofturn|>", "<|end_of_turn_token|>",
              "<|eom_id|>", "<turn|>", "<|return|>", "<|end_of_message|>")
-# Where roles are declared; of two that disagree, the first. A fine-tuned model's config.json is often its base model's.
+# Where roles are declared; of two that disagree, the first, unless it lacks what newer versions of transformers write
+# (NEWER): then special_tokens_map.json goes before it. A fine-tuned model's config.json is often its base model's.
 DECLARING = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "config.json")
+
+NEWER = "added_tokens_decoder"
 
 Declared = Mapping[str, Sequence[str | int]]  # role -> names or ids, the most trusted first
 
@@ -46,23 +51,46 @@ class SpecialTokens:
         return frozenset(token for token in asdict(self).values() if token is not None)
 
 
+def token_name(token: Any) -> str | None:
+    """The token that a file names: as text, or as an object with its properties."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
 def declared_tokens(folder: Location) -> Declared:
     """What the JSON files that lie beside a tokenizer say of its roles. Raises UserError for one that is no JSON
     object."""
     declared: dict[str, list[str | int]] = {role: [] for role in SPELLINGS}
-    for file in (folder / name for name in DECLARING):
-        try:
-            content = json.loads(read_text(file)) if exists(file) else {}
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file.name} is not JSON ({error})") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{file.name}: expected a JSON object with the special tokens")
+    contents = {name: declaring_object(folder / name) for name in DECLARING}
+    first, second, *others = DECLARING
+    warn_of_two(contents, first, second)
+    order = (first, second, *others) if NEWER in contents[first] else (second, first, *others)
+    for content in map(contents.get, order):
         for role, found in declared.items():
-            token, ids = content.get(f"{role}_token"), content.get(f"{role}_token_id")
-            token = token.get("content") if isinstance(token, dict) else token  # an AddedToken with all of its properties
-            found += [each for each in (token, *(ids if isinstance(ids, list) else [ids]))
+            ids = content.get(f"{role}_token_id")
+            found += [each for each in (token_name(content.get(f"{role}_token")), *(ids if isinstance(ids, list) else [ids]))
                       if isinstance(each, str | int) and not isinstance(each, bool)]
     return declared
+
+
+def declaring_object(file: Location) -> dict[str, Any]:
+    try:
+        content = json.loads(read_text(file)) if exists(file) else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file.name} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file.name}: expected a JSON object with the special tokens")
+    return content
+
+
+def warn_of_two(contents: Mapping[str, Mapping[str, Any]], first: str, second: str) -> None:
+    """A line for each role for which the two files beside a tokenizer name different tokens."""
+    used = first if NEWER in contents[first] else second
+    for role in SPELLINGS:
+        one, other = (token_name(contents[name].get(f"{role}_token")) for name in (first, second))
+        if one and other and one != other:
+            print_once(f"WARNING: {role}_token is {shown(one)} in {first}, {shown(other)} in {second}; as in transformers, "
+                       f"{used} counts")
 
 
 def find_special(vocabulary: Mapping[str, int], marks: Iterable[str], declared: Declared) -> SpecialTokens:

@@ -6,32 +6,35 @@ from one stage to the next as files beside a task's stem (see work.py).
 """
 
 import hashlib
+import json
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from functools import lru_cache
 from itertools import chain, repeat
 from math import floor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from jaxlm.console.progress import progress_bar
 from jaxlm.data import cleaning
-from jaxlm.data.corpus import SPLITS
+from jaxlm.data.corpus import SPLITS, stream_name
 from jaxlm.data.decoding import MOST_REPLACED, Decoding, likely_encodings, refuse_foreign
-from jaxlm.data.documents import part_documents
+from jaxlm.data.documents import LabelledDocument, location, part_documents
 from jaxlm.data.formats import KINDS, Reading
 from jaxlm.data.shards import block_checksums
 from jaxlm.data.source_file import SourceFile
-from jaxlm.data.sources import Unit
+from jaxlm.data.sources import Part, Unit
 from jaxlm.data.tokenizer_training import train_tokenizer
 from jaxlm.data.tokenizers import ByteTokenizer, CharacterTokenizer, Tokenizer, load_tokenizer, with_end_token
 from jaxlm.data.workers import Result, beside
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, shown
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, CleaningSettings, DataSettings
 from jaxlm.storage.files import open_bytes, write_atomically
 
@@ -51,37 +54,69 @@ class CleanTask:
 
 
 def clean_unit(task: CleanTask, stem: Path) -> Result:
-    """Reads a unit and keeps its clean documents: `.text` (UTF-8, one after the other), `.lengths.npy` (int64, bytes),
-    `.digests.npy` (S16) and `.signatures.npy` (uint32, empty unless near duplicates are looked for)."""
+    """Reads a unit and keeps its clean documents: `.text` (UTF-8, one after the other, of a record all its texts),
+    `.lengths.npy` (int64 [documents, texts], bytes), `.digests.npy` (S16), `.signatures.npy` (uint32, empty unless near
+    duplicates are looked for), and of labelled records `.labels` (JSON, one a line) and `.places.npy` (int64
+    [documents, 2]: the part of the unit, and the place in it)."""
     dropped: Counter[str] = Counter()
     count = repaired = characters = longest = 0
     damaged: list[Result] = []
-    lengths, digests, signatures = array("q"), bytearray(), bytearray()
-    with open(beside(stem, ".text"), "wb") as file:
-        for part in task.unit.parts:
+    lengths, digests, signatures, places = array("q"), bytearray(), bytearray(), array("q")
+    with open(beside(stem, ".text"), "wb") as file, open(beside(stem, ".labels"), "w", encoding="utf-8") as labels:
+        for part_number, part in enumerate(task.unit.parts):
             decoding = Decoding(part.file.encoding)
             for document in part_documents(part, task.reading, decoding):
-                text, reason = cleaning.clean(document.text, task.cleaning)
+                texts, reason = clean_texts(document.texts, task.cleaning)
                 count += 1
-                repaired += reason is None and (document.replaced > 0 or text != document.text)
+                repaired += reason is None and (document.replaced > 0 or texts != list(document.texts))
                 if reason:
                     dropped[reason] += 1
-                    longest = max(longest, document.bytes or len(text.encode()) if reason == "too_long" else 0)
+                    longest = max(longest, document.bytes or len(texts[-1].encode()) if reason == "too_long" else 0)
                     continue
-                lengths.append(file.write(text.encode()))
-                digests += cleaning.text_digest(text)
+                lengths.extend(file.write(text.encode()) for text in texts)
+                digests += cleaning.texts_digest(texts)
                 if task.cleaning.near_duplicates is not None:
-                    signatures += cleaning.signature(text).tobytes()
+                    signatures += cleaning.signature("\n".join(texts)).tobytes()
+                if part.file.columns is not None:
+                    labels.write(f"{label_line(part, document)}\n")
+                    places.extend((part_number, document.place))
             refuse_foreign(part.file.name, part.file.encoding, decoding.replaced, decoding.characters, decoding.sample)
             characters += decoding.characters
             if decoding.replaced:
                 damaged.append(damage_of(part.file, decoding))
-    np.save(beside(stem, ".lengths.npy"), np.array(lengths, np.int64))
+    kept = len(digests) // 16
+    np.save(beside(stem, ".lengths.npy"), np.array(lengths, np.int64).reshape(kept, -1 if kept else 1))
+    np.save(beside(stem, ".places.npy"), np.array(places, np.int64).reshape(-1, 2))
     np.save(beside(stem, ".digests.npy"), np.frombuffer(digests, "S16"))
     np.save(beside(stem, ".signatures.npy"), np.frombuffer(signatures, np.uint32).reshape(-1, cleaning.PERMUTATIONS))
     sources = [described(part.file) for part in task.unit.parts if part.start == 0]
-    return {"documents": count, "kept": len(lengths), "repaired": repaired, "dropped": dropped, "sources": sources,
+    return {"documents": count, "kept": kept, "repaired": repaired, "dropped": dropped, "sources": sources,
             "longest_dropped": longest, "characters": characters, "damaged": damaged}
+
+
+def clean_texts(given: tuple[str | None, ...], settings: CleaningSettings) -> tuple[list[str], str | None]:
+    """The mended texts of a document, and the first reason to drop it: a record loses all of its texts or none."""
+    texts = []
+    for text in given:
+        mended, reason = cleaning.clean(text, settings)
+        texts.append(mended)
+        if reason:
+            return texts, reason
+    return texts, None
+
+
+def label_line(part: Part, document: LabelledDocument) -> str:
+    """A label as JSON, whatever a column of numbers holds. UserError for what is no label at all."""
+    def plain(value: object) -> object:
+        if isinstance(value, Decimal):
+            return float(value)
+        raise TypeError
+
+    try:
+        return json.dumps(document.label, default=plain)
+    except TypeError:
+        raise UserError(f"{location(part, document.place)}: label {shown(document.label)} is {type(document.label).__name__}, "
+                        "expected text, a number or a list of them") from None
 
 
 def described(file: SourceFile) -> Result:
@@ -106,27 +141,38 @@ class Cleaned:
 
     def lengths(self) -> np.ndarray:
         """int64 [documents]: bytes of UTF-8."""
-        return np.concatenate([np.load(beside(stem, ".lengths.npy")) for stem in self.stems])
+        return np.concatenate([np.load(beside(stem, ".lengths.npy")).sum(axis=1) for stem in self.stems])
 
     def digests(self) -> np.ndarray:
         """S16 [documents]."""
         return np.concatenate([np.load(beside(stem, ".digests.npy")) for stem in self.stems])
 
-    def texts(self, wanted: np.ndarray) -> Iterator[str]:
-        """The documents at these (rising) numbers."""
+    def labels(self) -> list[Any]:
+        """Of each labelled record, as its file holds it."""
+        return [json.loads(line) for stem in self.stems for line in beside(stem, ".labels").read_text("utf-8").split("\n")[:-1]]
+
+    def place(self, number: int, units: list[Unit]) -> str:
+        """Where a labelled record stands, for people."""
+        unit = int(np.searchsorted(self.first, number, side="right")) - 1
+        part, place = np.load(beside(self.stems[unit], ".places.npy"))[number - self.first[unit]].tolist()
+        return location(units[unit].parts[part], place)
+
+    def texts(self, wanted: np.ndarray) -> Iterator[list[str]]:
+        """The texts of the documents at these (rising) numbers: of a record all of them."""
         for unit, stem in enumerate(self.stems):
             start, stop = np.searchsorted(wanted, self.first[unit:unit + 2])
             yield from unit_texts(stem, wanted[start:stop] - self.first[unit])
 
 
-def unit_texts(stem: Path, wanted: np.ndarray) -> Iterator[str]:
-    """The clean documents of one unit at these (rising) numbers."""
+def unit_texts(stem: Path, wanted: np.ndarray) -> Iterator[list[str]]:
+    """The texts of the clean documents of one unit at these (rising) numbers."""
     lengths = np.load(beside(stem, ".lengths.npy"))
-    starts = np.cumsum(lengths) - lengths
+    each = lengths.sum(axis=1)
+    starts = np.cumsum(each) - each
     with open(beside(stem, ".text"), "rb") as file:
         for number in wanted:
             file.seek(starts[number])
-            yield file.read(lengths[number]).decode()
+            yield [file.read(length).decode() for length in lengths[number].tolist()]
 
 
 # --------------------------------------------------------------------------------------------------------------- select
@@ -175,7 +221,7 @@ def hold_out(fate: np.ndarray, digests: np.ndarray, share: float) -> None:
     candidates = np.flatnonzero(fate == TRAIN)
     if len(candidates) == 1:
         raise UserError(f"data.validation: {share} of a single document cannot be held out as a whole "
-                        "(data.validation_split=documents); use data.validation_split=tail to hold out its end, or "
+                        "(data.validation_split=documents); use data.validation_split=tail to hold out the end of a text, or "
                         "data.validation=0")
     values = digest_numbers(digests[candidates])[:, 1]
     chosen = values < int(Fraction(repr(share)) * 2**64)
@@ -236,7 +282,7 @@ def make_tokenizer(cleaned: Cleaned, fate: np.ndarray, data: DataSettings, vocab
     kept = np.flatnonzero(fate <= VALIDATION)
     if data.tokenizer == "characters":
         characters: set[str] = set()
-        for text in cleaned.texts(kept):
+        for text in chain.from_iterable(cleaned.texts(kept)):
             characters.update(text)
         return CharacterTokenizer.of(characters, end_mark=len(kept) > 1)
     sample = sample_texts(cleaned, np.flatnonzero(fate == TRAIN), data.tokenizer_sample,
@@ -255,10 +301,12 @@ def sample_texts(cleaned: Cleaned, candidates: np.ndarray, max_bytes: int, tail:
     last = min(int(np.searchsorted(reached, max_bytes)), len(by_hash) - 1)
     room = max_bytes - int(reached[last - 1] if last else 0)
     wanted = np.sort(by_hash[:last + 1])
-    texts = [split_text(text, TRAIN, tail)[0] for text in cleaned.texts(wanted)]
+    texts = [[split_text(text, TRAIN, tail)[0] for text in record] for record in cleaned.texts(wanted)]
     place = int(np.searchsorted(wanted, by_hash[last]))
-    texts[place] = texts[place].encode()[:room].decode(errors="ignore")
-    return texts
+    for number, text in enumerate(texts[place]):
+        texts[place][number] = text.encode()[:room].decode(errors="ignore")
+        room = max(0, room - len(text.encode()))
+    return list(chain.from_iterable(texts))
 
 
 # ------------------------------------------------------------------------------------------------------------- tokenize
@@ -270,29 +318,34 @@ class TokenizeTask:
     tokenizer: Path
     tail: Fraction | None
     dtype: np.dtype
+    streams: tuple[str, ...]  # one for each text of a document
 
 
 def tokenize_unit(task: TokenizeTask, stem: Path) -> Result:
-    """Writes, for each split, the unit's `.tokens` (raw) and `.lengths.npy` (int64, tokens of each document)."""
+    """Writes, for each stream of each split, the unit's `.tokens` (raw) and `.lengths.npy` (int64, tokens of each
+    document)."""
     tokenizer = tokenizer_at(task.tokenizer)
     end = [] if tokenizer.special.eos is None else [tokenizer.special.eos]
     wanted = np.flatnonzero(task.fate <= VALIDATION)
-    lengths = {split: array("q") for split in SPLITS}
-    num_bytes = dict.fromkeys(SPLITS, 0)
-    losses = {split: Losses() for split in SPLITS}
+    names = [stream_name(split, stream) for split in SPLITS for stream in task.streams]
+    lengths = {name: array("q") for name in names}
+    num_bytes = dict.fromkeys(names, 0)
+    losses = {name: Losses() for name in names}
     with ExitStack() as stack:
-        files = {split: stack.enter_context(open(beside(stem, f".{split}.tokens"), "wb")) for split in SPLITS}
-        for number, text in zip(wanted, unit_texts(task.cleaned, wanted), strict=True):
-            for split, piece in zip(SPLITS, split_text(text, task.fate[number], task.tail), strict=True):
-                if piece:
-                    encoded = map(losses[split].encode, repeat(tokenizer), stretches(piece))
-                    size = sum(files[split].write(np.array(ids, task.dtype)) for ids in chain(encoded, [end]))
-                    lengths[split].append(size // task.dtype.itemsize)
-                    num_bytes[split] += len(piece.encode())
-    for split in SPLITS:
-        np.save(beside(stem, f".{split}.lengths.npy"), np.array(lengths[split], np.int64))
-    return {split: {"documents": len(lengths[split]), "tokens": sum(lengths[split]), "bytes": num_bytes[split],
-                    **losses[split].result()} for split in SPLITS}
+        files = {name: stack.enter_context(open(beside(stem, f".{name}.tokens"), "wb")) for name in names}
+        for number, texts in zip(wanted, unit_texts(task.cleaned, wanted), strict=True):
+            for stream, text in zip(task.streams, texts, strict=True):
+                for split, piece in zip(SPLITS, split_text(text, task.fate[number], task.tail), strict=True):
+                    if piece:
+                        name = stream_name(split, stream)
+                        encoded = map(losses[name].encode, repeat(tokenizer), stretches(piece))
+                        size = sum(files[name].write(np.array(ids, task.dtype)) for ids in chain(encoded, [end]))
+                        lengths[name].append(size // task.dtype.itemsize)
+                        num_bytes[name] += len(piece.encode())
+    for name in names:
+        np.save(beside(stem, f".{name}.lengths.npy"), np.array(lengths[name], np.int64))
+    return {name: {"documents": len(lengths[name]), "tokens": sum(lengths[name]), "bytes": num_bytes[name],
+                   **losses[name].result()} for name in names}
 
 
 class Losses:
@@ -357,7 +410,7 @@ class ShardTask:
         return sum(stop - start for _, start, stop in self.spans)
 
 
-def shard_spans(stems: list[Path], counts: list[int], split: str, shard_tokens: int) -> list[list[Span]]:
+def shard_spans(stems: list[Path], counts: list[int], name: str, shard_tokens: int) -> list[list[Span]]:
     """The stream of the units' tokens, cut every `shard_tokens`."""
     shards: list[list[Span]] = []
     position = 0
@@ -367,7 +420,7 @@ def shard_spans(stems: list[Path], counts: list[int], split: str, shard_tokens: 
             if position % shard_tokens == 0:
                 shards.append([])
             stop = min(count, start + shard_tokens - position % shard_tokens)
-            shards[-1].append((beside(stem, f".{split}.tokens"), start, stop))
+            shards[-1].append((beside(stem, f".{name}.tokens"), start, stop))
             position += stop - start
             start = stop
     return shards
@@ -390,9 +443,9 @@ def write_shard(task: ShardTask, stem: Path) -> Result:
             "checksums": {"file": task.checksums.name, "sha256": file_digest(task.checksums)}}
 
 
-def document_offsets(stems: list[Path], split: str) -> np.ndarray:
-    """int64 [documents + 1]: where each document begins in the split's stream, and the end of the last."""
-    lengths = [np.load(beside(stem, f".{split}.lengths.npy")) for stem in stems]
+def document_offsets(stems: list[Path], name: str) -> np.ndarray:
+    """int64 [documents + 1]: where each document begins in a stream (see `stream_name`), and the end of the last."""
+    lengths = [np.load(beside(stem, f".{name}.lengths.npy")) for stem in stems]
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(lengths))])
 
 

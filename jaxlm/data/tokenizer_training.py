@@ -27,6 +27,10 @@ WORDPIECE_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 # the vocabulary holds them.
 CHARACTER_COVERAGE = Fraction("0.9995")
 ALPHABET_SHARE = Fraction(1, 2)
+# Scores of unigram pieces are rounded to multiples of this: then sums of them are exact in 32 bits (for some hundred
+# thousand characters), and equally good ways to cut a text stay so in whatever order they are summed. With rounding
+# errors the choice would be SentencePiece's alone, and no other library could give the same tokens.
+SCORE_STEP = 2.0**-6
 LONGEST_WORD = 500  # letters; longer ones are cut. WordPiece's search takes the square of it, and gives up at 100 unless told
 
 
@@ -74,6 +78,8 @@ def train_sentencepiece(kind: str, texts: Sequence[str], vocab_size: int, lowerc
             raise UserError(vocabulary_error(kind, vocab_size, error)) from error
     proto = ModelProto.FromString(model.getvalue())
     proto.normalizer_spec.normalization_rule_tsv = ""  # the rules are compiled in; the file's name would change the digest
+    for piece in proto.pieces if kind == "unigram" else ():
+        piece.score = round(piece.score / SCORE_STEP) * SCORE_STEP
     special = SpecialTokens(pad=0, unk=1, bos=2, cls=2, eos=3, sep=3, mask=4)
     return SentencePieceTokenizer({ours.MODEL_FILE: proto.SerializeToString(deterministic=True)}, special)
 

@@ -11,7 +11,8 @@ import hashlib
 import json
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from jaxlm.console.progress import print_once
+from jaxlm.data.framing import Framing, framing_of, usual_framing
+from jaxlm.data.huggingface_files import BESIDE, MERGES, MODEL_CONFIG, NOT_READ, VOCABULARY, WORDS, refuse_contradictions
+from jaxlm.data.older_tokenizers import older_tokenizer
 from jaxlm.data.special_tokens import Declared, SpecialTokens, declared_tokens, find_special
 from jaxlm.errors import UserError, nearest, shown
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS
 from jaxlm.storage.files import Location, as_path, exists, is_special, names_in, read_bytes, read_text, write_bytes, write_json
 
 DESCRIPTION = "jaxlm_tokenizer.json"  # in a saved folder: kind, special tokens, digest and file names
+MOST_SPARE = 100  # ids for each token that there is
+BESIDE_FOLDER = "huggingface"  # in a saved folder: the files that it came with
 RUN_FILE = "config.yaml"
 MODEL_FILE, JSON_FILE, CHARACTERS_FILE = FILES = ("tokenizer.model", "tokenizer.json", "characters.json")
 SPACE_MARK = "\u2581"  # how SentencePiece writes a blank inside a piece
@@ -43,6 +50,7 @@ class Tokenizer(ABC):
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
+        self.beside: dict[str, bytes] = {}  # the other files of the Hugging Face folder that it is of
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -70,9 +78,17 @@ class Tokenizer(ABC):
         return []
 
     @cached_property
+    def framing(self) -> Framing:
+        """What stands around the texts of a row."""
+        return usual_framing(self.special)
+
+    @cached_property
     def lossless(self) -> bool:
         """Whether a text that holds what tokenizers drop comes back from its tokens; then any text is taken to."""
-        return self.decode(self.encode(PROBE)) == PROBE
+        try:
+            return self.decode(self.encode(PROBE)) == PROBE
+        except UserError:  # of characters that it does not know
+            return False
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [self.encode(text) for text in texts]
@@ -118,17 +134,15 @@ class Tokenizer(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able description that `from_dict` turns back into this tokenizer."""
-        files = {name: content.decode() if name.endswith(".json") else base64.b64encode(content).decode()
-                 for name, content in self.files.items()}
-        return {"kind": self.kind, "special": asdict(self.special), "files": files}
+        beside = {"beside": in_text(self.beside)} if self.beside else {}
+        return {"kind": self.kind, "special": asdict(self.special), "files": in_text(self.files), **beside}
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> "Tokenizer":
         """The tokenizer that `to_dict` described; UserError when it is damaged."""
         try:
-            files = {name: content.encode() if name.endswith(".json") else base64.b64decode(content, validate=True)
-                     for name, content in value["files"].items()}
-            return build(value["kind"], files, SpecialTokens(**value["special"]))
+            special, beside = SpecialTokens(**value["special"]), in_bytes(value.get("beside", {}))
+            return build(value["kind"], in_bytes(value["files"]), special, beside)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"tokenizer: the saved description is damaged ({shown(error)})") from error
 
@@ -141,8 +155,12 @@ class Tokenizer(ABC):
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in self.files.items():
             write_bytes(directory / name, content)
+        for name, content in self.beside.items():
+            (directory / BESIDE_FOLDER).mkdir(exist_ok=True)
+            write_bytes(directory / BESIDE_FOLDER / name, content)
+        beside = {"beside": sorted(self.beside)} if self.beside else {}
         write_json(directory / DESCRIPTION, {"kind": self.kind, "digest": self.digest, "special": asdict(self.special),
-                                             "files": sorted(self.files)})
+                                             "files": sorted(self.files), **beside})
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -217,15 +235,14 @@ class JsonTokenizer(Tokenizer):
         super().__init__(files)
         import tokenizers
 
-        try:
+        with refusing(f"{JSON_FILE} is not a Hugging Face tokenizer"):
             self.tokenizer = tokenizers.Tokenizer.from_str(files[JSON_FILE].decode())
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"tokenizer: {JSON_FILE} is not a Hugging Face tokenizer ({first_line(error)})") from error
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         self.tokenizer.encode_special_tokens = True  # spelled in a text, they are plain text
         vocabulary, added = self.vocabulary, self.tokenizer.get_added_tokens_decoder()
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        refuse_gaps(vocabulary, self.vocab_size)
         model = json.loads(files[JSON_FILE])["model"]
         self.continuation = model["continuing_subword_prefix"] if model.get("type") == "WordPiece" else None
         marks = [token.content for token in added.values()]
@@ -233,6 +250,21 @@ class JsonTokenizer(Tokenizer):
         # An added token that is not called special would be found in text that spells it.
         plain = [token.content for number, token in added.items() if number in self.special.ids and not token.special]
         self.tokenizer.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in plain])
+
+    @cached_property
+    def has_framing(self) -> bool:
+        """Whether the file itself puts tokens around texts."""
+        return self.own_framing is not None
+
+    @cached_property
+    def own_framing(self) -> Framing | None:
+        with refusing(f"{JSON_FILE}: its post_processor fails"):
+            return framing_of(self.tokenizer)
+
+    @cached_property
+    def framing(self) -> Framing:
+        """As the file's post-processor has it."""
+        return self.own_framing or usual_framing(self.special)
 
     def own_unknown(self, model: dict[str, Any]) -> Declared:
         """What the model itself puts for what it does not know, whatever is declared beside it."""
@@ -245,10 +277,12 @@ class JsonTokenizer(Tokenizer):
         return self.tokenizer.get_vocab(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        with refusing("a text cannot be encoded"):
+            return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        with refusing("a text cannot be encoded"):
+            return [encoding.ids for encoding in self.tokenizer.encode_batch(list(texts), add_special_tokens=False)]
 
     def decode_plain(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
@@ -267,6 +301,28 @@ class JsonTokenizer(Tokenizer):
             return not piece.startswith(self.continuation)
         # Byte-level BPE writes blank, newline and tab as these letters.
         return piece[:1] in ("\u0120", "\u010a", "\u0109") or begins_word(piece)
+
+
+@contextmanager
+def refusing(problem: str) -> Iterator[None]:
+    """A failure of the library `tokenizers` as a UserError: it raises bare Exception, and its panics are not even
+    those."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer: {problem} ({first_line(error)})") from error
+
+
+def refuse_gaps(vocabulary: dict[str, int], size: int) -> None:
+    """UserError for a tokenizer without tokens, or with an id that no table could have a row for."""
+    if not vocabulary:
+        raise UserError("tokenizer: it has no tokens")
+    if size > MOST_SPARE * len(vocabulary):
+        last = max(vocabulary, key=vocabulary.get)
+        raise UserError(f"tokenizer: the token {shown(last)} has the id {size - 1:,}, but there are only {len(vocabulary):,} "
+                        "tokens")
 
 
 class ByteTokenizer(Tokenizer):
@@ -322,28 +378,47 @@ class CharacterTokenizer(Tokenizer):
         return begins_word(self.characters[token])
 
 
-def build(kind: str, files: dict[str, bytes], special: SpecialTokens) -> Tokenizer:
+def build(kind: str, files: dict[str, bytes], special: SpecialTokens, beside: dict[str, bytes] | None = None) -> Tokenizer:
     """The tokenizer of a saved description."""
     kinds = (SentencePieceTokenizer, JsonTokenizer, CharacterTokenizer)
-    refuse_other_files(files)
-    if kind == ByteTokenizer.kind:
-        return ByteTokenizer(files)
+    refuse_other_files(files, FILES)
+    refuse_other_files(beside or {}, BESIDE)
     for tokenizer in kinds:
         if kind == tokenizer.kind:
-            return tokenizer(files, special)
+            return with_files_beside(tokenizer(files, special), beside or {})
+    if kind == ByteTokenizer.kind:
+        return ByteTokenizer(files)
     names = [tokenizer.kind for tokenizer in (*kinds, ByteTokenizer)]
     raise UserError(f"tokenizer: unknown kind '{kind}', expected one of {', '.join(names)}{nearest(str(kind), names)}")
 
 
-def refuse_other_files(names: Iterable[str]) -> None:
+def with_files_beside(tokenizer: Tokenizer, files: dict[str, bytes]) -> Tokenizer:
+    tokenizer.beside = files
+    return tokenizer
+
+
+def refuse_other_files(names: Iterable[str], known: Sequence[str]) -> None:
     """ValueError for names of files that no tokenizer has: they could lead to any file, to be read or written."""
     for name in names:
-        if name not in FILES:
+        if name not in known:
             raise ValueError(f"a file named '{name}'")
 
 
+def in_text(files: dict[str, bytes]) -> dict[str, str]:
+    """Files as JSON can hold them: JSON as it is, others in base 64."""
+    return {name: content.decode() if name.endswith(".json") else base64.b64encode(content).decode()
+            for name, content in files.items()}
+
+
+def in_bytes(files: dict[str, str]) -> dict[str, bytes]:
+    """The files of `in_text`."""
+    return {name: content.encode() if name.endswith(".json") else base64.b64decode(content, validate=True)
+            for name, content in files.items()}
+
+
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A saved folder, a SentencePiece .model, a Hugging Face tokenizer.json, or a folder that holds one of these.
+    """A saved folder, a SentencePiece .model, a Hugging Face tokenizer.json, or a folder of Hugging Face files, older
+    ones included.
 
     UserError when there is none, or when a saved folder's files are not those that were saved.
     """
@@ -352,6 +427,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         names = names_in(path)
         if names or is_special(path):
             return load_folder(path, names)
+        if path.name in (WORDS, VOCABULARY, MERGES) and exists(path):  # of several files that make a tokenizer, one
+            return load_folder(path.parent, names_in(path.parent))
         if path.suffix == ".json":
             return JsonTokenizer({JSON_FILE: read_bytes(path)}, declared=declared_tokens(path.parent))
         if exists(path):
@@ -374,13 +451,35 @@ def load_folder(folder: Location, names: list[str]) -> Tokenizer:
         if own is None:
             raise UserError("a run directory without a tokenizer of its own; expected one in tokenizer/ or corpus/tokenizer/")
         return load_saved(own)
-    if JSON_FILE in names:
-        return JsonTokenizer({JSON_FILE: read_bytes(folder / JSON_FILE)}, declared=declared_tokens(folder))
+    wanted = [name for name in names if name in (*BESIDE, JSON_FILE, MODEL_CONFIG) or name.endswith(".model")]
+    files = {name: read_bytes(folder / name) for name in wanted}
+    content = files.get(JSON_FILE) or older_tokenizer(files)
+    if content is not None:
+        tokenizer = JsonTokenizer({JSON_FILE: content}, declared=declared_tokens(folder))
+        refuse_contradictions(files, tokenizer.vocabulary)
+        return with_files_beside(tokenizer, {name: files[name] for name in BESIDE if name in files})
     models = [name for name in names if name.endswith(".model")]
     if len(models) == 1:
-        return SentencePieceTokenizer({MODEL_FILE: read_bytes(folder / models[0])}, declared=declared_tokens(folder))
-    raise UserError(f"expected one of {DESCRIPTION}, {JSON_FILE} or one SentencePiece .model in this folder, "
-                    f"found {len(models)} .model files")
+        return SentencePieceTokenizer({MODEL_FILE: files[models[0]]}, declared=declared_tokens(folder))
+    found = ", ".join([*files.keys() - {MODEL_CONFIG}, *(name for name in names if name.endswith(NOT_READ))])
+    raise UserError(f"expected one of {DESCRIPTION}, {JSON_FILE}, {WORDS}, {VOCABULARY} with {MERGES}, or one SentencePiece "
+                    f".model in this folder, found {found or 'none of them'} (transformers' save_pretrained writes {JSON_FILE})")
+
+
+def vocabulary_size(wanted: int | None, tokenizer: Tokenizer, given: bool) -> int:
+    """model.vocab_size for a tokenizer: its own; for one that was `given`, `wanted` may have spare rows behind its
+    tokens, as Qwen2 has, which no text comes to.
+
+    Raises UserError where the two do not belong together.
+    """
+    size = tokenizer.vocab_size
+    if wanted is None or wanted == size:
+        return size
+    if wanted < size or not given:
+        raise UserError(f"model.vocab_size={wanted}: the tokenizer has {size} tokens; set that, or null (the table is padded to "
+                        "a multiple of 128 by itself)")
+    print_once(f"model.vocab_size={wanted:,}: the tokenizer has {size:,} tokens; {wanted - size:,} rows of the table are spare")
+    return wanted
 
 
 def with_end_token(tokenizer: Tokenizer, name: str) -> Tokenizer:
@@ -391,16 +490,18 @@ def with_end_token(tokenizer: Tokenizer, name: str) -> Tokenizer:
         raise UserError(f"data.end_token: '{name}' is not a token of this tokenizer{nearest(name, special)}")
     end = vocabulary[name]
     special = replace(tokenizer.special, eos=end, sep=end if tokenizer.special.sep is None else tokenizer.special.sep)
-    return build(tokenizer.kind, tokenizer.files, special)
+    return build(tokenizer.kind, tokenizer.files, special, tokenizer.beside)
 
 
 def load_saved(folder: Location) -> Tokenizer:
     """A folder that `Tokenizer.save` wrote."""
     try:
         description = json.loads(read_text(folder / DESCRIPTION))
-        refuse_other_files(description["files"])
+        refuse_other_files(description["files"], FILES)
+        refuse_other_files(description.get("beside", []), BESIDE)
         files = {name: read_bytes(folder / name) for name in description["files"]}
-        tokenizer = build(description["kind"], files, SpecialTokens(**description["special"]))
+        beside = {name: read_bytes(folder / BESIDE_FOLDER / name) for name in description.get("beside", [])}
+        tokenizer = build(description["kind"], files, SpecialTokens(**description["special"]), beside)
         digest = description["digest"]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{DESCRIPTION} is damaged ({shown(error)})") from error
@@ -422,5 +523,5 @@ def byte_begins_word(byte: int) -> bool:
     return byte < 128 and begins_word(chr(byte))
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     return (str(error) or repr(error)).splitlines()[0][:200]

@@ -74,6 +74,24 @@ class Model:
         states = network.states(batch, dropout_keys)
         return {objective.name: objective.terms(network, states, batch) for objective in self.objectives}
 
+    def evaluated(self, params: Params, batch: Batch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        """What an evaluation adds up, by objective, and what it keeps of each row (`Objective.verdicts`)."""
+        network = self.bind(params)
+        states = network.states(batch)
+        terms, verdicts = {}, {}
+        for objective in self.objectives:
+            if objective.is_evaluated:
+                terms[objective.name] = objective.terms(network, states, batch)
+                verdicts |= objective.verdicts(network, states, batch)
+        return terms, verdicts
+
+    def answers(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """What is said of each row of a batch (`Objective.answers`)."""
+        network = self.bind(params)
+        states = network.states(batch)
+        return {name: answer for objective in self.objectives
+                for name, answer in objective.answers(network, states, batch).items()}
+
     def counts(self, batch: Batch) -> dict[str, jax.Array]:
         """What each objective's loss is to be divided by."""
         return {objective.name: objective.count(batch) for objective in self.objectives}

@@ -8,10 +8,11 @@ rows that they read.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxlm.data.masking import num_predictions
@@ -30,6 +31,13 @@ Batch = dict[str, jax.Array]
 Figures = dict[str, float | None]
 
 
+class Facts(NamedTuple):
+    """What an evaluation knows beside the sums."""
+
+    bytes_per_token: float | None  # UTF-8 bytes of text for each predicted token; None: not known
+    verdicts: dict[str, np.ndarray]  # of all rows with a label, in their order, [N] each (`Objective.verdicts`)
+
+
 @dataclass(frozen=True)
 class Objective:
     """What one objective has to say; those of a run are summed in their order, each divided by its own count."""
@@ -45,6 +53,10 @@ class Objective:
         """Sums over the rows of a batch, as a named tuple with `loss`, which is minimized, and `count`."""
         raise NotImplementedError
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        """All that the head says of a batch, float32 [B, T, V] or [B, C]: what an export is compared by."""
+        raise NotImplementedError
+
     def count(self, batch: Batch) -> jax.Array:
         """How many predictions a batch holds; what the sum of losses is to be divided by."""
         raise NotImplementedError
@@ -57,9 +69,17 @@ class Objective:
         """Of an evaluation, in nats for each prediction."""
         return terms.cross_entropy / max(terms.count, 1)
 
-    def figures(self, terms: Any, bytes_per_token: float | None) -> Figures:
-        """Columns of an evaluation row beside `val_loss`. `bytes_per_token`: UTF-8 bytes of text for each predicted
-        token; None: not known."""
+    def answers(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+        """What is said of each row, [B, ...], whether it has a label or not; {}: of rows nothing is said."""
+        return {}
+
+    def verdicts(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+        """A few numbers for each row, [B] each, that tell how far off the answer is: `mask` (false: a row without a
+        label), `error` (0: right), and what the task needs to say it in words. {}: nothing."""
+        return {}
+
+    def figures(self, terms: Any, facts: Facts) -> Figures:
+        """Columns of an evaluation row beside `val_loss`."""
         return {}
 
     def predictions(self, data: DataSettings) -> int:
@@ -94,10 +114,13 @@ class NextToken(Objective):
         logits = jnp.einsum("btd,vd->btv", x, self._table(network).astype(x.dtype), preferred_element_type=jnp.float32)
         return capped(logits, network.settings)
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
+
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         nats = self.loss(terms)
         return {"val_perplexity": math.exp(min(nats, MOST_NATS)), "val_accuracy": terms.correct / max(terms.count, 1),
-                "val_bits_per_byte": bytes_per_token and nats / math.log(2) / bytes_per_token}
+                "val_bits_per_byte": facts.bytes_per_token and nats / math.log(2) / facts.bytes_per_token}
 
     def predictions(self, data: DataSettings) -> int:
         return data.sequence_length
@@ -175,11 +198,14 @@ class MaskedToken(Objective):
         logits = jnp.einsum("btd,vd->btv", head(x), table.astype(x.dtype), preferred_element_type=jnp.float32) + bias
         return capped(logits, network.settings)
 
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
+
     def filled(self, network: Any, states: States, batch: Batch) -> jax.Array:
         """The likeliest token at each of masked_positions: int32 [B, P]."""
         return self.logits(network, states.at(batch["masked_positions"])).argmax(-1)[:, : batch["masked_positions"].shape[1]]
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         nats = self.loss(terms)
         return {"val_mlm_loss": nats, "val_mlm_accuracy": terms.correct / max(terms.count, 1),
                 "val_mlm_perplexity": math.exp(min(nats, MOST_NATS))}
@@ -228,7 +254,10 @@ class NextSentence(Objective):
         [logits] = fan_out(jnp.tanh(pooled), head.classifier, states=FIRST_TOKEN)
         return logits[:, 0].astype(jnp.float32)
 
-    def figures(self, terms: Sums, bytes_per_token: float | None) -> Figures:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, states.x)
+
+    def figures(self, terms: Sums, facts: Facts) -> Figures:
         return {"val_nsp_loss": self.loss(terms), "val_nsp_accuracy": terms.correct / max(terms.count, 1)}
 
     def predictions(self, data: DataSettings) -> int:
@@ -253,6 +282,12 @@ def output_table(settings: ModelSettings, rngs: nnx.Rngs) -> Embedding:
     """The table of an output head that does not share the embedding's."""
     return Embedding(padded_vocab_size(settings.vocab_size), settings.hidden_size, "vocab", stddev=settings.initializer_range,
                      rngs=rngs)
+
+
+def of_every_token(states: States, batch: Batch) -> jax.Array:
+    """States [B, T', D], T' >= T, in the order of the tokens."""
+    tokens = batch["tokens"]
+    return states.at(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
 
 
 def head_facts(network: Any) -> Head:

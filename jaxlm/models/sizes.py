@@ -1,5 +1,6 @@
 """What a model's settings say of its sizes and its FLOPs. No JAX."""
 
+from jaxlm.presets import TRUNKS
 from jaxlm.settings import ModelSettings
 
 GATED = ("swiglu", "geglu")  # activations of MLPs that have a gate beside their way up
@@ -18,16 +19,34 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // VOCAB_PADDING) * VOCAB_PADDING
 
 
+def is_recurrent(model: ModelSettings) -> bool:
+    """Whether the trunk reads token by token, and has no attention."""
+    return model.family in TRUNKS
+
+
+def recurrent_width(model: ModelSettings) -> int:
+    """Units of one direction of a recurrent layer: the whole width, or half of it where both directions are read."""
+    return model.hidden_size // (1 if model.causal else 2)
+
+
 def intermediate_size(model: ModelSettings) -> int:
+    """Width inside the MLP. A recurrent layer's four gates, 4 (D + H) D products for each token, count as those of
+    an MLP with as many: its width is 4 D one way, 3 D both ways."""
+    if is_recurrent(model):
+        return 2 * (model.hidden_size + recurrent_width(model))
     return model.intermediate_size or 4 * model.hidden_size
 
 
+def query_heads(model: ModelSettings) -> int:
+    return 0 if is_recurrent(model) else model.num_heads
+
+
 def head_dim(model: ModelSettings) -> int:
-    return model.head_dim or model.hidden_size // model.num_heads
+    return model.hidden_size if is_recurrent(model) else model.head_dim or model.hidden_size // model.num_heads
 
 
 def kv_heads(model: ModelSettings) -> int:
-    return model.num_kv_heads or model.num_heads
+    return 0 if is_recurrent(model) else model.num_kv_heads or model.num_heads
 
 
 def norm_bias(model: ModelSettings) -> bool:
@@ -90,8 +109,8 @@ def block_flops(model: ModelSettings, sequence_length: int) -> float:
 def attention_flops(model: ModelSettings, sequence_length: int) -> tuple[float, float]:
     """Of one block and sequence: those of the projections, and those of scores and sums over every pair of
     positions."""
-    width = model.num_heads * head_dim(model)
-    projections = model.hidden_size * head_dim(model) * (2 * model.num_heads + 2 * kv_heads(model))
+    width = query_heads(model) * head_dim(model)
+    projections = model.hidden_size * head_dim(model) * (2 * query_heads(model) + 2 * kv_heads(model))
     return 2 * sequence_length * projections, 2 * sequence_length * 2 * sequence_length * width
 
 

@@ -17,6 +17,7 @@ class States(NamedTuple):
     x: jax.Array  # [B, T, D], in the compute type
     order: np.ndarray | None  # int32 [T]: which token of the sequence each slot of x belongs to; None: slot i to token i
     router: RouterSums | None  # of mixtures of experts
+    dropout_keys: jax.Array | None = None  # of the rows, [B], for heads; None: no dropout
 
     def as_laid(self, array: jax.Array) -> jax.Array:
         """An array [B, T] of the batch, in the order of x."""

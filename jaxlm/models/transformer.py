@@ -101,7 +101,7 @@ class Transformer(nnx.Module):
         positions = arrays.get("positions", jnp.broadcast_to(places, batch["tokens"].shape))
         context = Context(positions, places, arrays.get("segment_ids"), token_keys(dropout_keys, places[0]))
         x, router = self.hidden(arrays["tokens"], context, arrays.get("token_types"))
-        return States(x, order, router)
+        return States(x, order, router, dropout_keys)
 
     def hidden(self, tokens: jax.Array, context: Context, token_types: jax.Array | None = None) -> tuple:
         """int32 tokens [B, T] to states [B, T, D], and the sums of the routers of experts, where there are some."""

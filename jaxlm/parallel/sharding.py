@@ -68,9 +68,9 @@ def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bo
                          axis_names=set(mesh.axis_names) - set(mesh.manual_axes))
 
 
-def for_each_copy(function: Callable, *by_rows: int) -> Callable:
+def for_each_copy(function: Callable, *by_rows: int, beside: bool = False) -> Callable:
     """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies
-    at the end.
+    at the end. `beside`: the results are such sums, and arrays by rows, which stay as they are.
 
     For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which
     arguments are trees of arrays whose first dimension is the batch; the others are the same everywhere.
@@ -81,9 +81,13 @@ def for_each_copy(function: Callable, *by_rows: int) -> Callable:
         if mesh().shape.get("data", 1) == 1:
             return function(*arguments)
         specs = tuple(PartitionSpec("data") if i in by_rows else PartitionSpec() for i in range(len(arguments)))
-        summed = jax.shard_map(lambda *arguments: jax.lax.psum(function(*arguments), "data"), in_specs=specs,
-                               out_specs=PartitionSpec(), axis_names={"data"}, check_vma=False)
-        return summed(*arguments)
+        results = (PartitionSpec(), PartitionSpec("data")) if beside else PartitionSpec()
+        return jax.shard_map(of_one_copy, in_specs=specs, out_specs=results, axis_names={"data"}, check_vma=False)(*arguments)
+
+    def of_one_copy(*arguments: Any) -> Any:
+        sums, rows = function(*arguments) if beside else (function(*arguments), None)
+        sums = jax.lax.psum(sums, "data")
+        return (sums, rows) if beside else sums
 
     return run
 

@@ -11,7 +11,6 @@ from jaxlm.console.progress import waiting
 from jaxlm.models.sizes import visible_blocks
 from jaxlm.planning import hlo
 from jaxlm.planning.buffers import largest_live
-from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.collectives import collectives
 from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.flops import Arithmetic, executed_flops, kernels_of
@@ -80,8 +79,8 @@ def read_program(program: Program, settings: Settings, target: Target) -> Plan:
     found, traffic = collectives(module, mesh), memory_traffic(module)
     executed = executed_flops(module, target.platform, {name: Arithmetic(*one) for name, one in program.kernels.items()})
     largest = largest_live(module, names_of(settings, mesh.shape))
-    chip, compute = CHIPS.get(target.device_kind), executed.seconds(target.device_kind)
-    speed = roofline(compute, traffic, found, chip, network_of_mesh(mesh, chip, island)) if compute and chip else None
+    chip, compute = target.chip, executed.seconds(target.device_kind)
+    speed = roofline(compute, traffic, found, chip, network_of_mesh(mesh, chip, island)) if compute and chip.bandwidth else None
     return Plan(settings, target, dict(mesh.shape), count_parameters(settings), program.state, program.memory,
                 found, model_flops(settings) / mesh.size, executed.total, traffic, speed, largest,
                 program.seconds)

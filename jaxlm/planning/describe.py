@@ -10,8 +10,8 @@ from jaxlm.console.units import counted, format_count, format_duration, format_s
 from jaxlm.errors import UserError
 from jaxlm.planning.estimated_plan import BOUNDS, SMALLEST
 from jaxlm.planning.plan import Plan, what_helps
-from jaxlm.reporting.hardware import FLOAT32_PASSES
 from jaxlm.reporting.plots import save
+from jaxlm.runtime.chips import FLOAT32_PASSES
 
 GIB = 2**30
 PICTURES = (".png", ".svg", ".pdf")

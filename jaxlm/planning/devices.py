@@ -14,9 +14,9 @@ from jax.experimental import topologies
 
 from jaxlm.errors import RunError, UserError
 from jaxlm.parallel.mesh import island
-from jaxlm.planning.chips import CHIPS, rings
-from jaxlm.planning.targets import GPU, GPUS, TPUS, Target
+from jaxlm.planning.targets import Target
 from jaxlm.planning.versions import how_to_install, told_in_a_line, warn_of_mismatch
+from jaxlm.runtime.chips import Chip, rings
 from jaxlm.runtime.compiler import set_flags
 
 # What libtpu asks its host, and complains of where there is no TPU.
@@ -40,9 +40,9 @@ def devices_of(target: Target) -> Devices:
       RunError: the compiler does not start.
     """
     jax.config.update("jax_platforms", "cpu")  # what compiles; the target's devices are never started
-    if target.kind in TPUS:
+    if target.platform == "tpu":
         return Devices(_tpus(target), island)
-    if target.kind in GPUS:
+    if target.platform == "gpu":
         return Devices(_gpus(target), lambda device: device.process_index)
     jax.config.update("jax_num_cpu_devices", target.num_devices)
     return Devices(jax.devices(), island)
@@ -58,7 +58,7 @@ def _tpus(target: Target) -> list[jax.Device]:
     for name, value in NO_HOST.items():
         os.environ.setdefault(name, value)
     cores = {"chip_config_name": "megacore"} if target.kind == "v4" else {}  # a v4 chip's two are one device, as in a run
-    closed = rings(CHIPS[target.device_kind], target.shape)  # or libtpu sends everything as along a line
+    closed = rings(target.chip, target.shape)  # or libtpu sends everything as along a line
     try:
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{target.kind}:{'x'.join(map(str, target.shape))}", num_slices=target.islands,
@@ -78,15 +78,16 @@ def _gpus(target: Target) -> list[jax.Device]:
     set_flags("gpu")
     try:
         topology = topologies.get_topology_desc(
-            platform="cuda", topology_name=target.kind, target_config=_described(GPUS[target.kind]),
+            platform="cuda", topology_name=target.kind, target_config=_described(target.chip),
             topology=f"1x{target.islands}x{target.island_size}")
     except (RuntimeError, ValueError) as error:
         raise RunError(f"target '{target.name}': {told_in_a_line(error, 'gpu')}") from None
     return list(topology.devices)
 
 
-def _described(gpu: GPU) -> str:
+def _described(chip: Chip) -> str:
     """The GpuTargetConfigProto, as text."""
+    gpu = chip.card
     return f"""
         gpu_device_info {{
           threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -96,13 +97,13 @@ def _described(gpu: GPU) -> str:
           core_count: {gpu.cores} fpus_per_core: {gpu.fpus_per_core} clock_rate_ghz: {gpu.clock_ghz}
           block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
           thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-          memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2_cache} device_memory_size: {gpu.memory}
+          memory_bandwidth: {gpu.bandwidth} l2_cache_size: {gpu.l2_cache} device_memory_size: {chip.memory}
           cuda_compute_capability {{
             major: {gpu.compute_capability}
             feature_extension: {"ACCELERATED_FEATURES" if gpu.compute_capability >= 9 else "NONE"}
           }}
-          device_vendor: "NVIDIA Corporation" name: "{gpu.kind}" device_address_bits: 64 ecc_enabled: true
+          device_vendor: "NVIDIA Corporation" name: "{chip.kind}" device_address_bits: 64 ecc_enabled: true
           driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0" dnn_version: "9.10.0"
         }}
-        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{gpu.kind}"
+        platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 10 }} device_description_str: "{chip.kind}"
         """

@@ -17,18 +17,20 @@ from jaxlm.models.sizes import (
     attention_flops,
     intermediate_size,
     is_gated,
+    is_recurrent,
     kv_heads,
     loss_chunk,
     padded_vocab_size,
+    query_heads,
+    recurrent_width,
     visible_blocks,
 )
 from jaxlm.parallel.rules import across, mesh_shape
-from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.plan import Buffer, Collective, Plan, model_flops
 from jaxlm.planning.roofline import network_of_sizes, roofline
-from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import FLOAT32_PASSES, products_peak
+from jaxlm.planning.targets import GPUS, Target
 from jaxlm.reporting.memory import Memory
+from jaxlm.runtime.chips import FLOAT32_PASSES, products_peak
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
 from jaxlm.training.footprint import (
     FLOAT32,
@@ -81,7 +83,7 @@ GPU = Habits(2.5, 6.4, 6.2, 4.3, 2.0, 2.8, 1.9, 3.0, 20.7, 0.7, 2.0, 0.0, 0)
 HABITS = {"tpu": Habits(4.6, 10.0, 3.1, 8.0, 3.1, 2.9, 2.9, 2.9, 14.4, 3.3, 2.2, 2.0, 3.8e7), "gpu": GPU, "cpu": GPU}
 # Share of an exchange that no product hides, by kind of device and of exchange; all of it where none stands here.
 GPU_EXPOSED = dict.fromkeys(("all-gather", "reduce-scatter", "all-reduce"), 0.07)
-EXPOSED = {kind: GPU_EXPOSED for kind in CHIPS if kind.startswith("NVIDIA")} | {
+EXPOSED = {chip.kind: GPU_EXPOSED for chip in GPUS.values()} | {
     "TPU v5 lite": {"all-gather": 0.2}, "TPU7x": {"all-gather": 0.12, "reduce-scatter": 0.08}}
 
 
@@ -113,9 +115,9 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
     memory, largest = memory_of(settings, sizes, share, head, habits, state)
     wanted, executed = (flops / target.num_devices for flops in (model_flops(settings), executed_flops(settings, sizes, target)))
     traffic = memory_traffic(settings, sizes, share, head, habits, state)
-    chip, peak = CHIPS.get(target.device_kind), products_peak(target.device_kind, settings.train.precision)
+    chip, peak = target.chip, products_peak(target.device_kind, settings.train.precision)
     speed = None
-    if chip and peak:
+    if chip.bandwidth and peak:
         speed = roofline(executed / peak, traffic, found, chip, network_of_sizes(target, sizes, outer, chip))
     if target.platform == "tpu" and settings.train.precision == "float32":
         executed *= FLOAT32_PASSES
@@ -193,8 +195,9 @@ def executed_flops(settings: Settings, sizes: Sizes, target: Target) -> float:
     if kernel == "splash":
         seen = visible_blocks(model, length)
     recomputed = recompute(settings)
-    again = (recomputed["query_key_value"] * projections * (model.num_heads + 2 * kv_heads(model))
-             + recomputed["attention_output"] * projections * model.num_heads) / (2 * model.num_heads + 2 * kv_heads(model))
+    heads, all_heads = query_heads(model), 2 * query_heads(model) + 2 * kv_heads(model)
+    again = (recomputed["query_key_value"] * projections * (heads + 2 * kv_heads(model))
+             + recomputed["attention_output"] * projections * heads) / max(1, all_heads)
     again += recomputed["attention"] * attention * seen * forward
     if model.num_experts is not None:
         again += recomputed["mlp_hidden"] * (mlp + router)  # to the end: the weights' gradients ask for what the experts give
@@ -234,6 +237,9 @@ def memory_traffic(settings: Settings, sizes: Sizes, share: Share, head: Head, h
     routed = (gates + 1) * share.mlp if model.num_experts else 0.0
     passes = 3 + sum(again[name] for name in ("query_key_value", "attention_output", "mlp_hidden")) / 3
     kernels = share.kernels * (3 + 3 * gradient_element_size(settings) / element)
+    if is_recurrent(model):  # half or a third of the kernels, for every token anew, forward and backward; and its gradient
+        again_read = recurrent_width(model) / (model.hidden_size + recurrent_width(model)) * share.kernels
+        kernels += settings.data.sequence_length * max(0.0, again_read - habits.on_chip) * (2 + 2 * FLOAT32 / element)
     kept = (1 if any(again.values()) else 3) * habits.kept_passes * kept_of_a_layer(settings, share)
     layers = share.runs * share.layers * (
         habits.elementwise * passes * forward + habits.score_passes * max(0.0, share.scores - habits.on_chip)
@@ -290,6 +296,11 @@ def _of_activations(settings: Settings, sizes: Sizes, share: Share) -> Iterator[
     model, again = settings.model, recompute(settings)
     layers = share.layers * share.runs
     part = _left(sizes["tensor"]) * share.width
+    if is_recurrent(model):  # the states before are fetched for every token, and what comes out goes to the tokens' devices
+        yield "all-gather", "tensor", part, 4 * layers
+        yield "reduce-scatter", "tensor", part, 3 * layers
+        yield "all-to-all", "tensor", part / sizes["tensor"], 2 * layers
+        return
     yield "all-gather", "tensor", part, 6 * layers  # into each part, and for its gradients twice
     yield "reduce-scatter", "tensor", part, (4 + again["attention_output"]) * layers
     if model.attention == "auto":

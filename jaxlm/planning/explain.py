@@ -9,7 +9,7 @@ from rich.table import Table
 
 from jaxlm.checks import check_layout, require_vocabulary
 from jaxlm.console.units import format_size
-from jaxlm.models.sizes import head_dim, intermediate_size, kv_heads
+from jaxlm.models.sizes import head_dim, intermediate_size, is_recurrent, kv_heads
 from jaxlm.parallel.rules import cutting, mesh_shape, parts
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.targets import Target
@@ -49,8 +49,10 @@ def _activations(settings: Settings, sizes: Mapping[str, int]) -> Table:
     model, data = settings.model, settings.data
     rows = data.global_batch_size // settings.train.gradient_accumulation * sizes["stage"]
     tokens, width = (rows, data.sequence_length), 2 if settings.train.precision == "bfloat16" else 4
-    return _arrays({
-        "residual (between the parts)": ((*tokens, model.hidden_size), ("batch", "residual_sequence", "residual")),
+    residual = {"residual (between the parts)": ((*tokens, model.hidden_size), ("batch", "residual_sequence", "residual"))}
+    if is_recurrent(model):
+        return _arrays(residual | {"gates": ((*tokens, 4, model.hidden_size), ("batch", "sequence", None, "mlp"))}, width, sizes)
+    return _arrays(residual | {
         "query": ((*tokens, model.num_heads, head_dim(model)), ("batch", "sequence", "heads", None)),
         "key, value": ((*tokens, kv_heads(model), head_dim(model)), ("batch", "sequence", "kv_heads", None)),
         "mlp_hidden": ((*tokens, intermediate_size(model)), ("batch", "sequence", "mlp")),
@@ -68,11 +70,16 @@ def _product_rows(settings: Settings, shape: Mapping[str, int]) -> Iterator[tupl
     if shape["fsdp"] > 1:
         yield ("every kernel", "fsdp", "all-gather / all-gather, reduce-scatter",
                "a kernel is kept in pieces: fetched for its product and again for its gradients, whose sum goes to the owners")
-    if shape["tensor"] > 1:
+    if shape["tensor"] > 1 and is_recurrent(settings.model):
+        yield ("gates", "tensor", "all-gather, and one for each token / reduce-scatter, and one for each token",
+               "units are cut: each of them reads all tokens, and of the token before all units")
+        yield "states", "tensor", "all-to-all / all-to-all", "units are exchanged for tokens, which are cut between the layers"
+    elif shape["tensor"] > 1:
         yield ("query, key, value; up, gate", "tensor", "all-gather / reduce-scatter",
                "tokens are cut between the parts and whole inside: a device's columns need all of them")
         yield ("attention output; down", "tensor", "reduce-scatter / all-gather",
                "each device has the products of its columns: they are added, and every device keeps its tokens")
+    if shape["tensor"] > 1:
         yield ("embedding; head", "tensor", "reduce-scatter; sums of the softmax / all-gather",
                "rows of the table are cut: a token's row is on one device, its logits on all")
     for axis, kernels in {"data": "every kernel", "context": "every kernel", "expert": "all but the experts"}.items():

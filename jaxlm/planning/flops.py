@@ -18,7 +18,7 @@ from jax.extend import core
 
 from jaxlm.planning.dataflow import FUSIONS
 from jaxlm.planning.hlo import STARTERS, TYPE_BYTES, Module, Operation, arrays
-from jaxlm.reporting.hardware import FLOAT32_PASSES, peak_flops
+from jaxlm.runtime.chips import FLOAT32_PASSES, peak_flops
 
 TARGET = re.compile(r'custom_call_target="([^"]*)"')
 PRECISION = re.compile(r'operand_precision(?:=\{|":\[)"?(\w+)"?,"?(\w+)')

@@ -17,8 +17,9 @@ from jaxlm.planning.versions import told_in_a_line
 from jaxlm.runtime import executables
 from jaxlm.runtime.compiler import programs_folder
 from jaxlm.settings import Settings
+from jaxlm.tasks.find import find_task
 from jaxlm.training.length import with_any_steps, with_steps
-from jaxlm.training.setup import abstract_batch, lay_mesh, make_training_batches, open_corpora, resolve, start
+from jaxlm.training.setup import abstract_batch, lay_mesh, make_training_batches, open_corpora, settled, start
 from jaxlm.training.step import Trainer
 
 NEEDED = re.compile(r"(temporaries )?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")  # libtpu's words
@@ -78,9 +79,11 @@ def compile_ahead(settings: Settings, target: Target | None) -> Path:
     if folder is None:
         raise UserError(f"devices.compiled={settings.devices.compiled}: --compile-only needs a folder on this machine")
     settings, mesh = (settings, lay(settings, target)[0]) if target else lay_mesh(settings)
-    if settings.model.vocab_size is None or (settings.train.steps is None and settings.train.hours is None):
+    unknown = settings.train.steps is None and settings.train.hours is None
+    if settings.model.vocab_size is None or find_task(settings).needs_corpus or unknown:
         corpora = open_corpora(settings)
-        settings = with_steps(resolve(settings, corpora[0][0].tokenizer), make_training_batches(settings, corpora))
+        settings = settled(settings, corpora)
+        settings = with_steps(settings, make_training_batches(settings, corpora)) if unknown else settings
     lowered = lower(trace_step(settings, mesh)[0], mesh)
     return executables.save(compiled(lowered, mesh), lowered, mesh, folder)
 

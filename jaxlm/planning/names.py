@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from jaxlm.models.sizes import head_dim, intermediate_size, kv_heads, padded_vocab_size
+from jaxlm.models.sizes import head_dim, intermediate_size, kv_heads, padded_vocab_size, query_heads
 from jaxlm.settings import Settings
 
 STATISTICS = "sums of the softmax"
@@ -98,6 +98,6 @@ def names_of(settings: Settings, sizes: Mapping[str, int]) -> Names:
     rows = settings.data.global_batch_size // (train.gradient_accumulation * sizes["data"] * sizes["fsdp"] * sizes["expert"])
     return Names(
         max(1, rows), settings.data.sequence_length // sizes["context"], model.hidden_size, intermediate_size(model) // tensor,
-        model.num_heads // tensor, max(1, kv_heads(model) // tensor), head_dim(model),
+        max(1, query_heads(model) // tensor), max(1, kv_heads(model) // tensor), head_dim(model),
         padded_vocab_size(model.vocab_size) // tensor, model.num_layers // (sizes["stage"] * train.stage_repeats), sizes["fsdp"],
         "bf16" if train.precision == "bfloat16" else "f32")

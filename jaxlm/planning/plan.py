@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from jaxlm.models.sizes import attention_flops
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import MEMORY, products_peak
 from jaxlm.reporting.memory import Memory
+from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
 from jaxlm.training.footprint import training_flops
 
@@ -77,7 +77,7 @@ class Plan(NamedTuple):
     @property
     def capacity(self) -> float | None:
         """Bytes that a device has; None: not known (CPU)."""
-        return MEMORY.get(self.target.device_kind)
+        return self.target.chip.memory
 
     @property
     def fits(self) -> bool | None:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxlm.planning.chips import Chip, rings
 from jaxlm.planning.plan import Collective, Roofline
-from jaxlm.planning.targets import TPUS, Target
+from jaxlm.planning.targets import Target
+from jaxlm.runtime.chips import Chip, rings
 
 
 class Speeds(NamedTuple):
@@ -73,8 +73,8 @@ def network_of_sizes(target: Target, sizes: Mapping[str, int], outer: Mapping[st
     def network(axes: Sequence[str]) -> Speeds:
         inside = math.prod(sizes[axis] // outer[axis] for axis in axes)
         fast = chip.link
-        if target.kind in TPUS:
-            fast *= _links_of_size(-(-inside // TPUS[target.kind].devices), target.shape, chip)
+        if chip.torus:
+            fast *= _links_of_size(-(-inside // target.devices_per_chip), target.shape, chip)
         return _speeds(fast, math.prod(outer[axis] for axis in axes), inside, chip)
 
     return network

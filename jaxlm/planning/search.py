@@ -17,14 +17,20 @@ from jaxlm import config
 from jaxlm.checks import require_vocabulary
 from jaxlm.console.units import counted, format_seconds, format_size
 from jaxlm.errors import RunError, UserError
-from jaxlm.models.sizes import attention_kernel, fits_fused_kernels, head_dim
-from jaxlm.planning.chips import CHIPS
+from jaxlm.models.sizes import (
+    attention_kernel,
+    fits_fused_kernels,
+    head_dim,
+    is_recurrent,
+    query_heads,
+    recurrent_width,
+)
 from jaxlm.planning.describe import new_table
 from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.plan import Plan, what_helps
 from jaxlm.planning.run_file import with_keys
 from jaxlm.planning.targets import Target
-from jaxlm.reporting.hardware import products_peak
+from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import AXES, MeshSettings, Settings, flatten, to_dict
 from jaxlm.storage.files import as_path, exists, read_text, write_text
 
@@ -50,7 +56,7 @@ def search(settings: Settings, target: Target, report: Callable[[str], None]) ->
     mesh divides the run, or nothing fits.
     """
     require_vocabulary(settings)
-    if target.device_kind not in CHIPS or products_peak(target.device_kind, settings.train.precision) is None:
+    if target.chip.bandwidth is None or products_peak(target.device_kind, settings.train.precision) is None:
         raise UserError(f"target '{target.name}': its speed is not published, so nothing can be ranked; use a TPU or a GPU")
     estimates = list(estimated(settings, target))
     fitting = [plan for plan in estimates if plan.memory.total <= MARGIN * plan.capacity]
@@ -125,10 +131,11 @@ def meshes(settings: Settings, target: Target) -> Iterator[MeshSettings]:
     """Every mesh worth a thought: tensor inside an island, sequences not cut too short, experts only where there are
     some."""
     model, total = settings.model, target.num_devices
-    for tensor in _divisors(min(total, target.island_size), model.num_heads):
-        for context in _divisors(total // tensor, settings.data.sequence_length // SHORTEST or 1):
+    for tensor in _divisors(min(total, target.island_size), query_heads(model) or recurrent_width(model)):
+        longest = 1 if is_recurrent(model) else settings.data.sequence_length // SHORTEST
+        for context in _divisors(total // tensor, longest or 1):
             for expert in _divisors(total // tensor // context, model.num_experts or 1):
-                for stage in _divisors(total // tensor // context // expert, model.num_layers // 2):
+                for stage in _divisors(total // tensor // context // expert, 1 if is_recurrent(model) else model.num_layers // 2):
                     left = total // tensor // context // expert // stage
                     for fsdp in _divisors(left, model.hidden_size):
                         sizes = dict(data=left // fsdp, stage=stage, fsdp=fsdp, expert=expert, context=context, tensor=tensor)

@@ -10,48 +10,10 @@ import re
 from typing import NamedTuple
 
 from jaxlm.errors import UserError, nearest
+from jaxlm.runtime.chips import CHIPS, Chip
 
-
-class TPU(NamedTuple):
-    """One generation."""
-
-    kind: str  # JAX's device_kind
-    dimensions: int  # of the torus
-    counted_as: int  # what the number in the cloud's names counts of a chip: v4's, v5p's and tpu7x's are TensorCores
-    devices: int = 1  # JAX's, of one chip
-    cloud_names: tuple[str, ...] = ()  # beside its own
-
-
-TPUS = {
-    "v4": TPU("TPU v4", 3, 2),
-    "v5e": TPU("TPU v5 lite", 2, 1, cloud_names=("v5litepod",)),
-    "v5p": TPU("TPU v5", 3, 2),
-    "v6e": TPU("TPU v6 lite", 2, 1),
-    "tpu7x": TPU("TPU7x", 3, 2, devices=2),
-}
-
-
-class GPU(NamedTuple):
-    """What XLA has to know of a GPU to compile for it (openxla/xla, xla/backends/gpu/target_config/specs)."""
-
-    kind: str  # JAX's device_kind
-    compute_capability: int
-    cores: int
-    fpus_per_core: int
-    clock_ghz: float
-    memory: int  # bytes
-    bandwidth: int  # bytes/s
-    l2_cache: int  # bytes
-    shared_memory_per_core: int  # bytes
-    shared_memory_per_block: int  # bytes, at most
-
-
-GPUS = {
-    "a100": GPU("NVIDIA A100-SXM4-80GB", 8, 108, 64, 1.41, 85100068864, 2039040000000, 41943040, 167936, 166912),
-    "h100": GPU("NVIDIA H100 80GB HBM3", 9, 132, 128, 1.98, 84942979072, 3352320000000, 52428800, 233472, 232448),
-    "h200": GPU("NVIDIA H200", 9, 132, 128, 1.98, 151397597184, 4800000000000, 52428800, 233472, 232448),
-    "b200": GPU("NVIDIA B200", 10, 148, 128, 1.965, 191514411008, 7672320000000, 132644864, 233472, 232448),
-}
+TPUS = {chip.slices.name: chip for chip in CHIPS.values() if chip.slices}
+GPUS = {chip.card.name: chip for chip in CHIPS.values() if chip.card}
 KINDS = ("cpu", *TPUS, *GPUS)
 FORM = re.compile(r"(?:(?P<islands>\d+)x)?(?P<kind>[a-z]\w*):(?P<shape>\d+(?:x\d+)*)")
 CLOUD = re.compile(r"(?:(?P<islands>\d+)x)?(?P<kind>[a-z]\w*)-(?P<count>\d+)")
@@ -68,9 +30,14 @@ class Target(NamedTuple):
     islands: int = 1
 
     @property
+    def chip(self) -> Chip:
+        """What is published of one of its devices; of a CPU nothing."""
+        return TPUS.get(self.kind) or GPUS.get(self.kind) or Chip("cpu")
+
+    @property
     def device_kind(self) -> str:
         """JAX's name of such a device."""
-        return "cpu" if self.kind == "cpu" else (TPUS.get(self.kind) or GPUS[self.kind]).kind
+        return self.chip.kind
 
     @property
     def platform(self) -> str:
@@ -78,9 +45,14 @@ class Target(NamedTuple):
         return "tpu" if self.kind in TPUS else "gpu" if self.kind in GPUS else "cpu"
 
     @property
+    def devices_per_chip(self) -> int:
+        """JAX's devices of what `shape` counts."""
+        return self.chip.slices.devices if self.chip.slices else 1
+
+    @property
     def island_size(self) -> int:
         """Devices in an island."""
-        return math.prod(self.shape) * (TPUS[self.kind].devices if self.kind in TPUS else 1)
+        return math.prod(self.shape) * self.devices_per_chip
 
     @property
     def num_devices(self) -> int:
@@ -106,7 +78,7 @@ def find_target(name: str) -> Target:
     if not all(shape) or not islands:
         raise UserError(f"target '{name}': sizes are positive numbers")
     if kind in TPUS:
-        dimensions = TPUS[kind].dimensions
+        dimensions = TPUS[kind].torus
         if len(shape) != dimensions:
             example = suggestion(kind, math.prod(shape))
             raise UserError(f"target '{name}': a {kind} slice has {dimensions} dimensions, for example {kind}:{example}")
@@ -134,17 +106,18 @@ def _refuse_unknown(name: str, kind: str, kinds: tuple[str, ...]) -> None:
 
 
 def _from_the_cloud(name: str, found: re.Match) -> Target:
-    aliases = {alias: kind for kind, tpu in TPUS.items() for alias in (kind, *tpu.cloud_names)}
+    aliases = {alias: kind for kind, chip in TPUS.items() for alias in (kind, *chip.slices.cloud_names)}
     if found["kind"] in ("cpu", *GPUS):
         raise UserError(f"target '{name}': names with a dash are TPUs'; did you mean '{found['kind']}:{found['count']}'?")
     _refuse_unknown(name, found["kind"], tuple(aliases))
     kind, count, islands = aliases[found["kind"]], int(found["count"]), int(found["islands"] or 1)
-    chips, rest = divmod(count, TPUS[kind].counted_as)
+    counted_as = TPUS[kind].slices.counted_as
+    chips, rest = divmod(count, counted_as)
     shape = None if rest or not islands else topology(kind, chips)
     if shape is None:
-        unit = "TensorCores, 2 of each chip" if TPUS[kind].counted_as == 2 else "chips"
+        unit = "TensorCores, 2 of each chip" if counted_as == 2 else "chips"
         sizes = (size for size in (2**n for n in range(20)) if topology(kind, size))
-        closest = min(sizes, key=lambda size: abs(math.log(size / max(1, chips)))) * TPUS[kind].counted_as
+        closest = min(sizes, key=lambda size: abs(math.log(size / max(1, chips)))) * counted_as
         raise UserError(f"target '{name}': no {kind} slice has {count} ({unit}); use {found['kind']}-{closest}")
     return Target(name, kind, shape, islands)
 
@@ -154,7 +127,7 @@ def topology(kind: str, chips: int) -> tuple[int, ...] | None:
 
     docs.cloud.google.com/tpu/docs lists them: sides of 1, 2 or multiples of 4.
     """
-    dimensions = TPUS[kind].dimensions
+    dimensions = TPUS[kind].torus
     sides = [side for side in range(1, LARGEST[dimensions] + 1) if _is_side(side, dimensions) and chips % side == 0]
     shapes = [shape for shape in itertools.combinations_with_replacement(sides, dimensions) if math.prod(shape) == chips]
     if not shapes:

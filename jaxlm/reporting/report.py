@@ -1,11 +1,15 @@
 """RUN_DIR/report.md, one page about a run, and a table that compares runs."""
 
+import math
 import statistics
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.console.units import counted, format_count, format_duration, format_milliseconds
+from jaxlm.presets import TRUNKS
+from jaxlm.reporting.evaluated import evaluation_told
 from jaxlm.reporting.goodput import goodput
+from jaxlm.reporting.markdown import encodable, fenced, table
 from jaxlm.reporting.metrics import is_number
 from jaxlm.reporting.runs import Run, read_run, yaml_scalar
 from jaxlm.storage.files import Location, exists, read_text, write_text
@@ -30,7 +34,7 @@ def write_report(run_dir: str | Path) -> Location:
     sections = [f"# {run.name}", state]
     if exists(run.path / "loss.png"):
         sections.append("![Training and validation loss](loss.png)")
-    sections += ["## Results", table(results(run)), "## What ran", table(what_ran(run))]
+    sections += ["## Results", table(results(run)), *evaluation_told(run.path), "## What ran", table(what_ran(run))]
     if run.config.get("stages"):
         sections += ["## Stages", table(stages_told(run))]
     if changes := changes_told(run):
@@ -69,11 +73,15 @@ def results(run: Run) -> dict[str, str]:
         last, best = run.evaluations[-1], min(run.evaluations, key=lambda row: row["val_loss"])
         figures["validation loss"] = f"{last['val_loss']:.4f} (step {last['step']})"
         figures["lowest validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
+        if not any("perplexity" in name for name in last) and any(name.endswith("bits_per_byte") for name in last):
+            figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"  # of a run that an older version trained
         apart = ("step", "stage", "time", "tokens", "epoch", "val_loss", "loss")
         others = {key: value for key, value in last.items() if key not in apart and value is not None}
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}
         if last.get("val_bits_per_byte", 0) is None:
             figures["val bits per byte"] = f"{UNKNOWN}: the tokenizer lost some of the text"
+        if run.best:
+            figures["best checkpoint"] = run.best
     elif run.figure("val_loss") is not None:
         figures["validation loss"] = f"{run.figure('val_loss'):.4f}"
     if losses:
@@ -85,14 +93,24 @@ def results(run: Run) -> dict[str, str]:
     skipped = run.figure("skipped_rows")
     if is_number(skipped) and skipped:
         figures["rows skipped for damage"] = f"{skipped:,}"
-    return figures or {"loss": "nothing logged yet"}
+    return (figures or {"loss": "nothing logged yet"}) | baseline(run)
+
+
+def baseline(run: Run) -> dict[str, str]:
+    """What `jaxlm evaluate --baseline` found on the run's validation text, a row for each yardstick."""
+    kept = run.figure("baseline")
+    rows = {name: figures for name, figures in kept.items() if isinstance(figures, dict)} if isinstance(kept, dict) else {}
+    return {name: ", ".join(f"{key.replace('_', ' ')} {number(value)}" for key, value in figures.items() if value is not None)
+            for name, figures in rows.items()}
 
 
 def what_ran(run: Run) -> dict[str, str]:
     config = run.config
     parameters, tokens = run.figure("parameters"), run.figure("tokens")
     shape = (f"{config.get('model.family', '?')}, {config.get('model.num_layers', '?')} layers, "
-             f"width {config.get('model.hidden_size', '?')}, {config.get('model.num_heads', '?')} heads")
+             f"width {config.get('model.hidden_size', '?')}")
+    if config.get("model.family") not in TRUNKS:  # which have no heads
+        shape += f", {config.get('model.num_heads', '?')} heads"
     if config.get("model.num_experts"):
         shape += f", {config['model.num_experts']} experts of which a token takes {config.get('model.experts_per_token', '?')}"
     batch = f"{run.setting('data.global_batch_size')} sequences of {run.setting('data.sequence_length')} tokens"
@@ -179,19 +197,6 @@ def again(run: Run) -> str:
             f"without `run_dir` it goes on where this one stopped. `jaxlm report {run.path} OTHER_RUN` compares.")
 
 
-def table(figures: dict[str, str]) -> str:
-    rows = [f"| {name} | {' '.join(value.split()).replace('|', '&#124;')} |" for name, value in figures.items()]
-    return "\n".join(["| | |", "| --- | --- |", *rows])
-
-
-def fenced(text: str) -> str:
-    """A code block whose fence the text cannot close."""
-    fence = "```"
-    while fence in text:
-        fence += "`"
-    return f"{fence}text\n{text.rstrip()}\n{fence}"
-
-
 def plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{key} {size}" for key, size in value.items() if is_number(size) and size > 1) or "one device"
@@ -200,11 +205,6 @@ def plain(value: Any) -> str:
 
 def number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def encodable(text: str) -> str:
-    """JSON and YAML can name half a character (\\ud800), which no file and no terminal takes."""
-    return text.encode(errors="replace").decode()
 
 
 def compare(run_dirs: list[str | Path]) -> "Table":
@@ -230,8 +230,8 @@ def compare(run_dirs: list[str | Path]) -> "Table":
             grid.add_row(*map(cell, [key, *values]))
     grid.add_section()
     for key, write in COMPARED.items():
-        figures = [run.steps if key == "steps" else run.figure(key) for run in runs]
-        if key != "val_bits_per_byte" or any(figure is not None for figure in figures):  # only gpt has it
+        figures = [run.steps if key == "steps" else run.best if key == "best" else run.figure(key) for run in runs]
+        if key not in OF_SOME_TASKS or any(figure is not None for figure in figures):
             grid.add_row(key, *("-" if figure is None else write(figure) for figure in figures))
     return grid
 
@@ -254,9 +254,11 @@ def fitted(grid: "Table", width: int) -> "RenderableType":
     return "\n".join(lines)
 
 
+OF_SOME_TASKS = ("best", "val_bits_per_byte")
 COMPARED = {
     "steps": "{:,}".format,
     "val_loss": "{:.4f}".format,
+    "best": str,
     "val_bits_per_byte": "{:.4f}".format,
     "tokens_per_second": "{:,.0f}".format,
     "mfu": "{:.1%}".format,

@@ -63,6 +63,12 @@ class Run:
     def values(self, key: str) -> list[float]:
         return [row[key] for row in self.rows if is_number(row.get(key))]
 
+    @property
+    def best(self) -> str | None:
+        """The best of the kept checkpoints by the task's figure, for people; None: it is not known, or is the lowest
+        loss."""
+        return best_told((self.summary or {}).get("best"))
+
     def figure(self, key: str) -> Any:
         """A figure of summary.json; before that file exists, the same figure from the rows so far; else None."""
         if key == "val_bits_per_byte":  # what runs with different tokenizers can be compared by
@@ -115,6 +121,13 @@ def read_summary(path: Location) -> dict[str, Any] | None:
         if key in NUMBERS and not is_number(value) and (value is not None or key == "steps"):
             raise UserError(f"{path}: {key} is {shown(value)}, expected a number; {remedy}")
     return {"steps": 0} | summary
+
+
+def best_told(best: Any) -> str | None:
+    """`best` of summary.json, for people: accuracy 0.7959 at step 390."""
+    if not isinstance(best, dict) or not is_number(best.get("value")) or best.get("figure") in (None, "val_loss"):
+        return None
+    return f"{str(best['figure']).removeprefix('val_').replace('_', ' ')} {best['value']:.4f} at step {best.get('step')}"
 
 
 def yaml_scalar(value: Any) -> str:

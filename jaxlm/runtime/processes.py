@@ -167,6 +167,12 @@ def refuse_differences(settings: dict[str, Any]) -> None:
                             "processes of a run take the same run file, keys and versions")
 
 
+def meet() -> None:
+    """Waits until every process of this run is here, however long one of them works alone before."""
+    if has_joined():
+        multihost.get_jax_distributed_client().wait_at_barrier(f"jaxlm/meeting/{next(_meetings)}", MEETING)
+
+
 def has_joined() -> bool:
     """Whether this is one of several processes that wait for each other."""
     return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.data.sequences import start_token
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
@@ -19,14 +18,12 @@ from jaxlm.models.model import Model, Params
 from jaxlm.models.objectives import NextToken
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.runtime.processes import is_main
-from jaxlm.settings import GenerateSettings, MeshSettings, Settings, to_dict
+from jaxlm.settings import GenerateSettings, MeshSettings, Settings
 from jaxlm.tasks.find import find_task
-from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
-from jaxlm.training.length import with_any_steps
-from jaxlm.training.origin import say_which
-from jaxlm.training.setup import dropless, encode_prompts, lay_mesh, resolve, start
+from jaxlm.training.setup import encode_prompts, lay_mesh
 from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
+from jaxlm.training.trained import opened
 
 
 class Sample(NamedTuple):
@@ -49,20 +46,12 @@ def generate_from_run(settings: Settings) -> list[Sample]:
     if not task.continues_text:
         raise UserError(f"{task}: only models of task.name=causal_lm continue text")
     settings, mesh = lay_mesh(of_checkpoint(settings))
-    mesh = _for_decoding(mesh)
-    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
-        step = checkpoints.choose(settings.checkpoint.step)
-        saved = checkpoints.metadata(step)
-        tokenizer = Tokenizer.from_dict(saved["tokenizer"])
-        settings = with_any_steps(resolve(settings, tokenizer))
-        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        trainer = start(dropless(settings), mesh)
-        continue_prompts = make_generator(trainer, tokenizer)  # refuses prompts that do not fit
-        say_which(checkpoints.directory, step)
-        return continue_prompts(checkpoints.restore_params(step, trainer.params))
+    with opened(settings, mesh_for_decoding(mesh)) as trained:
+        continue_prompts = make_generator(trained.trainer, trained.tokenizer)  # refuses prompts that do not fit
+        return continue_prompts(trained.params())
 
 
-def _for_decoding(mesh: Mesh) -> Mesh:
+def mesh_for_decoding(mesh: Mesh) -> Mesh:
     """Sequences grow token by token through all layers: devices that cut sequences or layers take prompts of their
     own."""
     shape = mesh.shape

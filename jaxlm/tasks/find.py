@@ -5,8 +5,9 @@ from jaxlm.tasks.bert import Bert
 from jaxlm.tasks.causal_lm import CausalLM
 from jaxlm.tasks.masked_lm import MaskedLM
 from jaxlm.tasks.task import Task
+from jaxlm.tasks.text_classification import TextClassification
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM, MaskedLM, Bert)}
+TASKS: dict[str, type[Task]] = {task.name: task for task in (CausalLM, MaskedLM, Bert, TextClassification)}
 
 
 def find_task(settings: Settings) -> Task:

@@ -3,14 +3,14 @@
 This half needs no JAX; `objectives` imports what does.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from jaxlm.data.batches import Batches, training_batches, validation_batches
 from jaxlm.data.corpus import Corpus, Documents
-from jaxlm.data.rows import Sequences, Spec
+from jaxlm.data.rows import Rows, Sequences, Spec
 from jaxlm.data.tokenizers import Tokenizer
-from jaxlm.errors import UserError
+from jaxlm.errors import UserError, nearest
 from jaxlm.settings import Settings
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ class Task:
     least_length = 2  # tokens that a row needs
     is_causal: bool | None = None  # what model.causal has to be; None: any
     continues_text = False  # whether what it learns can go on from a prompt
+    answers_records = False  # whether `predict` has something to say of a record
+    needs_corpus = False  # whether only a corpus says what a head is to tell apart
+    figures: Mapping[str, str] = {"loss": "min"}  # that task.best may name, and whether more is better; first: the usual
 
     def __init__(self, settings: Settings):
         self.settings, self.data, self.model = settings, settings.data, settings.model
@@ -43,6 +46,30 @@ class Task:
         """What is learned, in the order in which losses are summed."""
         raise NotImplementedError
 
+    # ---- to be said by those that read records -----------------------------------------------------------------------
+
+    def filled(self, corpora: Sequence[Corpus]) -> Settings:
+        """The settings with what the corpora decide. Raises UserError: they do not go together."""
+        return self.settings
+
+    def notes(self, corpora: Sequence[Corpus]) -> list[str]:
+        """Lines to be told before the first step."""
+        return []
+
+    def answer(self, answers: Rows) -> dict[str, Any]:
+        """What `predict` writes of a record, of whose row a model says this (`Objective.answers`)."""
+        raise NotImplementedError
+
+    def judged(self, terms: Any, verdicts: Rows, row: Callable[[int], Rows], tokenizer: Tokenizer) -> dict[str, Any]:
+        """What RUN_DIR/evaluation.json holds (`jaxlm.reporting.evaluated`); {}: there is none.
+
+        Args:
+          terms: of each objective, over the whole validation set.
+          verdicts: of all its rows (`Objective.verdicts`).
+          row: gives the arrays of one of them.
+        """
+        return {}
+
     # ---- the same for all --------------------------------------------------------------------------------------------
 
     def problems(self) -> Iterator[str]:
@@ -53,6 +80,16 @@ class Task:
             yield f"{self} and model.family={model.family}, which {kind} causal: expected task.name={fitting}, or another family"
         if self.data.sequence_length < self.least_length:
             yield f"data.sequence_length={self.data.sequence_length} is too short; at least {self.least_length}"
+
+    @property
+    def best(self) -> tuple[str, str]:
+        """By which column of an evaluation one checkpoint is better than another, and whether `min` or `max` is best.
+        Raises UserError for a figure that the task does not have."""
+        name = (self.settings.task.best or next(iter(self.figures))).removeprefix("val_")
+        if name not in self.figures:
+            raise UserError(f"task.best={self.settings.task.best}: no figure of {self}; expected one of "
+                            f"{', '.join(self.figures)}{nearest(name, self.figures)}")
+        return f"val_{name}", self.figures[name]
 
     def check_tokenizer(self, tokenizer: Tokenizer, where: str) -> None:
         """Raises UserError unless the tokenizer has the tokens that are needed."""

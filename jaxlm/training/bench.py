@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxlm.data.rows import Field
 from jaxlm.errors import UserError
-from jaxlm.reporting.hardware import products_peak
 from jaxlm.reporting.memory import memory_of
+from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import training_flops
@@ -59,10 +59,14 @@ def random_batch(settings: Settings, mesh: jax.sharding.Mesh) -> Batch:
     def values(field: Field, shape: tuple[int, ...]) -> np.ndarray:
         if field.values in ("mask", "segment"):
             return np.ones(shape)
+        if field.values == "position" and not field.shape:  # the last
+            return np.full(shape, length - 1)
         if field.values == "position" and field.shape != (length,):  # some of them, in any order
             return np.argsort(random.random((shape[0], length)), axis=1)[:, : shape[1]]
         if field.values == "position":
             return np.broadcast_to(np.arange(length), shape)
+        if field.values == "number":
+            return random.normal(size=shape)
         return random.integers(0, field.bound or vocabulary, shape)
 
     shapes, spec = batch_shapes(settings), find_task(settings).spec()

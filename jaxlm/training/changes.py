@@ -22,6 +22,7 @@ LOOKS = 1000  # at a schedule, at most
 # What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
 MODEL_KEYS = {f"model.{field.name}": "the parameters were trained in that architecture"
               for field in dataclasses.fields(ModelSettings) if field.name not in FREE_IN_MODEL}
+MODEL_KEYS |= dict.fromkeys(("task.name", "task.problem", "task.labels"), "the head was trained for that")
 START_KEY = {"data.start_token": "the model knows documents that begin so"}
 FIXED_KEYS = MODEL_KEYS | START_KEY | {
     "optimizer.name": "the optimizer's state is of that update rule",

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxlm.data.batches import Batches
-from jaxlm.reporting.hardware import products_peak
+from jaxlm.runtime.chips import products_peak
 from jaxlm.training.footprint import training_flops
 from jaxlm.training.setup import SkippedRows
 from jaxlm.training.stages import Stage

@@ -15,7 +15,7 @@ from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.settings import DataSettings, Settings
 from jaxlm.storage.files import Location, as_path, exists
-from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches, open_corpora, resolve
+from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches, open_corpora, settled
 
 
 def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
@@ -47,7 +47,9 @@ def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
 def _prepared_alike(settings: Settings, data: DataSettings, own: dict[str, Any], digest: str) -> DataSettings:
     """How data.raw is prepared for the evaluation of a run: with its tokenizer, all of it held out, in a folder of
     its own."""
-    tokenizer = _own_corpus(settings, own) / TOKENIZER
+    # a run that was imported has no corpus yet, and its tokenizer where data.tokenizer says
+    places = [_own_corpus(settings, own) / TOKENIZER, *([as_path(own["tokenizer"])] if exists(own["tokenizer"]) else [])]
+    tokenizer = next((place for place in places if exists(place)), places[0])
     if not exists(tokenizer) or load_tokenizer(tokenizer).digest != digest:
         raise UserError(f"data.raw: the tokenizer of {settings.run_dir} is not in {tokenizer} any more; prepare the text with "
                         "data.tokenizer=FOLDER, where it is, and name what was made with data.corpus")
@@ -68,7 +70,7 @@ def _check(settings: Settings, saved: dict[str, Any], corpora: Corpora) -> None:
         raise UserError(f"data.corpus={settings.data.corpus}: prepared with another tokenizer (model.vocab_size="
                         f"{tokenizer.vocab_size}) than the model in {settings.run_dir} was trained with; "
                         f"{_how_to_prepare(settings, saved['settings']['data'], 'NEW')}")
-    make_validation_batches(resolve(settings, tokenizer), corpora)
+    make_validation_batches(settled(settings, corpora), corpora)
 
 
 def _how_to_prepare(settings: Settings, own: dict[str, Any], corpus: str) -> str:

@@ -19,10 +19,12 @@ from jaxlm.models.sizes import (
     head_dim,
     intermediate_size,
     is_gated,
+    is_recurrent,
     kv_heads,
+    query_heads,
 )
 from jaxlm.parallel.rules import parts
-from jaxlm.reporting.hardware import MEMORY
+from jaxlm.runtime.chips import find_chip
 from jaxlm.settings import ACTIVATIONS, Settings, remat_choices
 from jaxlm.tasks.find import find_task
 
@@ -71,7 +73,7 @@ def logits_memory(settings: Settings, sizes: Sizes, platform: str, device_kind: 
     held = sum(state.values()) + activations_kept(settings, sizes, share)
     if settings.train.gradient_accumulation > 1:  # their sum, beside those of a micro-batch
         held += state["gradients"]
-    return FOR_LOGITS * max(0.0, MEMORY.get(device_kind, 0.0) - held)
+    return FOR_LOGITS * max(0.0, (find_chip(device_kind).memory or 0.0) - held)
 
 
 def kernel_of(settings: Settings, platform: str) -> str:
@@ -93,14 +95,15 @@ def share_of(settings: Settings, sizes: Sizes, platform: str) -> Share:
     routed = tokens * model.experts_per_token * (model.capacity_factor or 1) if model.num_experts else tokens
     kernel = kernel_of(settings, platform)
     scores = {"xla": length**2, "ring": (length / sizes["context"])**2}.get(kernel, 0)
-    scores *= FLOAT32 * rows * model.num_heads / tensor
-    mask = element * rows * length**2 if kernel == "cudnn" and data.packing == "documents" else 0.0
+    scores *= FLOAT32 * rows * query_heads(model) / tensor
+    masked = kernel == "cudnn" and data.packing == "documents" and not is_recurrent(model)
+    mask = element * rows * length**2 if masked else 0.0
     kernels = sum(whole_size(shape, sizes) / model.num_layers * sizes["stage"] for shape in parameters_of(settings).values()
                   if shape.is_stacked and shape.is_matrix)
     ticks = train.gradient_accumulation * train.stage_repeats + sizes["stage"] - 1
     return Share(
         tokens, states=element * tokens * model.hidden_size / tensor, width=element * tokens * model.hidden_size,
-        query=element * tokens * model.num_heads * head_dim(model) / tensor,
+        query=element * tokens * query_heads(model) * head_dim(model) / tensor,
         key_value=2 * element * tokens * kv_heads(model) * head_dim(model) / tensor,
         padding=math.ceil(head_dim(model) / LANES) * LANES / head_dim(model) if kernel == "splash" else 1.0,
         mlp=element * routed * intermediate_size(model) / tensor, scores=scores, mask=mask, kernels=element * kernels,

@@ -16,6 +16,7 @@ from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import TrainingProgress, optional
 from jaxlm.errors import Preempted, RunError
 from jaxlm.models.model import Params
+from jaxlm.reporting.evaluated import write_evaluation
 from jaxlm.reporting.goodput import Account
 from jaxlm.reporting.metrics import MetricsWriter
 from jaxlm.runtime import executables
@@ -26,7 +27,7 @@ from jaxlm.safety.watch import Watch
 from jaxlm.storage.files import as_path, plain, write_text
 from jaxlm.tasks.find import find_task
 from jaxlm.training.clock import Clock
-from jaxlm.training.evaluation import evaluate_run
+from jaxlm.training.evaluation import Evaluated, evaluate_run
 from jaxlm.training.length import Hours
 from jaxlm.training.setup import (
     SkippedRows,
@@ -161,6 +162,12 @@ class Loop:
                 self.output.progress.print(self.hours.look(step))
             self.output.progress.total_steps = self.last
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The best of the checkpoints that are kept; None: none was measured. Process 0 alone knows."""
+        figure, found = find_task(self.settings).best[0], self.checkpoints.best
+        return found and {"figure": figure, "step": found[0], "value": found[1]}
+
     def _deadline(self, step: int, first: int) -> float | None:
         """Seconds; the first two steps may wait for processes that are still compiling."""
         limits = [self.guards.step_seconds, *([self.guards.compile_seconds] if step <= first + 2 else [])]
@@ -227,9 +234,9 @@ class Loop:
         once."""
         if self.compare and self._due(step, self.guards.compare_every_steps):
             self._compare_copies(step, state.params)
-        val_loss = None
+        evaluation = None
         if self._evaluates_at(step) and not self.preemption.agreed:
-            val_loss = self._evaluate(step, state.params)
+            evaluation = self._evaluate(step, state.params)
         if self._samples_at(step) and not self.preemption.agreed:
             with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
                 ends = step == self.last and self.stage.is_last
@@ -241,22 +248,32 @@ class Loop:
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
                 about |= self.skipped_rows.column(step) | plain(self.last_loss) | {"tokens": self.clock.tokens.total(step)}
                 about |= {"slots": self.clock.total_slots(step)} | ({"hours": self.hours.saved()} if self.hours else {})
-                self.checkpoints.save(as_saved(state), step, about, val_loss, first=self.output.flush)
+                self.checkpoints.save(as_saved(state), step, about, evaluation, first=self.output.flush)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
             self.account.write()
 
-    def _evaluate(self, step: int, params: Params) -> float | None:
-        """Writes a row and returns its validation loss; None when it was told to stop meanwhile."""
+    def _evaluate(self, step: int, params: Params) -> dict[str, float | None] | None:
+        """Writes a row and returns its figures; None when it was told to stop meanwhile."""
         with self.account.spending("evaluation"):
-            row = evaluate_run(
+            found = evaluate_run(
                 self.trainer, params, self.validation, self.corpora, whole=step == self.last,
                 through=lambda source: self.watch.each(
                     self.preemption.until_agreed(source), f"evaluation after step {step}: batch", self.guards.step_seconds))
         if self.preemption.agreed:
             return None
-        self.val_row = row
-        self.output.row(step, self.clock.way(step) | row)
-        return row["val_loss"]
+        self.val_row = found.metrics
+        self.output.row(step, self.clock.way(step) | found.metrics)
+        if step == self.last and self.output.metrics:
+            with optional("evaluation.json is not written"):
+                self._tell(step, found)
+        return found.metrics
+
+    def _tell(self, step: int, found: Evaluated) -> None:
+        """What the evaluation of a labelled set found, beside its figures."""
+        tokenizer = self.corpora[0][0].tokenizer
+        judged = find_task(self.settings).judged(found.terms, found.verdicts, self.validation.sample, tokenizer)
+        if judged:
+            write_evaluation(self.settings.run_dir, {"step": step, "figures": found.metrics} | judged)
 
     def _end_if_told(self, step: int) -> None:
         if self.preemption.agreed:

@@ -5,8 +5,9 @@ import difflib
 from pathlib import Path
 
 from jaxlm.checkpoints.manifest import CHECKPOINTS, finished_steps
-from jaxlm.console.progress import print_line
+from jaxlm.console.progress import optional, print_line
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.reporting.runs import best_told, read_summary
 from jaxlm.runtime.processes import is_main
 from jaxlm.settings import Settings
 from jaxlm.storage.files import Location, as_path, names_in
@@ -52,5 +53,10 @@ def _namesake(run_dir: Path) -> Path | None:
 
 def say_which(checkpoints: Location, step: int) -> None:
     """One line on stderr, of the first process: which checkpoint is evaluated, or generates."""
-    if is_main():
-        print_line(f"weights: step {step} ({checkpoints / str(step)})")
+    if not is_main():
+        return
+    best = None
+    with optional("the best checkpoint is not named"):
+        best = (read_summary(checkpoints.parent / "summary.json") or {}).get("best")
+    better = f"; the best: {best_told(best)} (checkpoint.step={best['step']})" if best_told(best) and best["step"] != step else ""
+    print_line(f"weights: step {step} ({checkpoints / str(step)}){better}")

@@ -1,5 +1,6 @@
 """`jaxlm train`: from settings to a trained, evaluated, resumable run directory."""
 
+import dataclasses
 import functools
 import importlib.metadata
 import math
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxlm.checkpoints.checkpoints import Checkpoints
-from jaxlm.checkpoints.manifest import newest_step
+from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checkpoints.manifest import finished_steps, newest_step
+from jaxlm.checks import check_held_out
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.corpus import TOKENIZER
@@ -33,6 +35,7 @@ from jaxlm.stages import STAGES
 from jaxlm.storage.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
+from jaxlm.training.baseline import beside, check_baseline
 from jaxlm.training.changes import (
     FIXED_KEYS,
     MODEL_KEYS,
@@ -55,7 +58,7 @@ from jaxlm.training.setup import (
     lay_mesh,
     make_validation_batches,
     micro_batch_size,
-    resolve,
+    settled,
     start,
 )
 from jaxlm.training.stages import (
@@ -91,6 +94,10 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
     account = Account(_process_start())
     check_folder(settings.run_dir, "run_dir")
     check_allowed(settings.checkpoint.allow)
+    check_held_out(settings)
+    if finished_steps(settings.run_dir) == [0]:
+        raise UserError(f"run_dir={settings.run_dir}: imported weights, for which no optimizer has a state; begin another run "
+                        f"with init={settings.run_dir}")
     if settings.checkpoint.step is not None:
         raise UserError(f"checkpoint.step={settings.checkpoint.step}: `train` goes on from the newest good checkpoint; the key "
                         "is for `evaluate` and `generate`")
@@ -105,12 +112,14 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
         watch.one_of(jax.process_index(), jax.process_count())
         with watch.phase("opening the corpus"):
             stages = open_stages(settings, laid)
-        resolved = resolve(settings, stages[0].corpora[0][0].tokenizer)  # otherwise as it was given: that becomes config.yaml
+        first = stages[0].settings  # otherwise config.yaml has the settings as they were given
+        resolved = dataclasses.replace(settings, task=first.task, model=dataclasses.replace(
+            settings.model, vocab_size=first.model.vocab_size))
         stage = stage_after(stages, newest_step(settings.run_dir))
         trainer = start(stage.settings, stage.mesh, stage.schedule())
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
         with (_alone_in(as_path(settings.run_dir)), _in_one_line(settings.run_dir), closing(account),
-              Checkpoints(settings.run_dir, settings.checkpoint, saving) as checkpoints):
+              Checkpoints(settings.run_dir, settings.checkpoint, saving, Best(*find_task(first).best)) as checkpoints):
             with watch.phase("reading the checkpoint", guards.restore_seconds):
                 step = checkpoints.choose(None) if checkpoints.steps else None
             run = Run(resolved, stages, checkpoints, watch, account, make_sampler, open_weights)
@@ -186,11 +195,12 @@ def _run_stage(run: Run, stage: Stage, trainer: Trainer, step: int | None) -> di
             writer.close()
     account.write()
     account.flush()
-    summary = _summary(run, trainer, loop)
+    summary = _baseline_so_far(run_dir) | _summary(run, trainer, loop)
     if main and stage.is_last:
         write_json(run_dir / "summary.json", summary)
         with optional("the run is finished, but loss.png is not drawn"):
-            plot_loss(run_dir)
+            figure = find_task(trainer.settings).best[0]
+            plot_loss(run_dir, figure if figure != "val_loss" else None)
         if summary["diverged"]:
             write_report(run_dir)
     if stage.is_last:
@@ -300,6 +310,7 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
         + (f", in {accumulation} micro-batches" if accumulation > 1 else "")
         + f", {micro_batch_size(settings) // ways} on each device at a time",
     ]
+    lines += find_task(settings).notes([corpus for corpus, _ in corpora])
     for corpus, _ in corpora:
         lines += [f"{corpus.directory}: {corpus.lost}"] if find_task(settings).continues_text and corpus.loses_text else []
         lines += corpus.warnings()
@@ -319,7 +330,8 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
 def _metadata(trainer: Trainer, stage: Stage) -> dict[str, Any]:
     tokenizer = stage.corpora[0][0].tokenizer
     return {"settings": to_dict(trainer.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-            "corpora": _digests(stage), "mesh": dict(trainer.mesh.shape), "versions": versions()} | stage.metadata()
+            "corpora": _digests(stage), "streams": list(stage.corpora[0][0].streams),
+            "mesh": dict(trainer.mesh.shape), "versions": versions()} | stage.metadata()
 
 
 def _digests(stage: Stage) -> list[list]:
@@ -344,6 +356,11 @@ def _finished_summary(run_dir: Location, steps: int) -> dict[str, Any] | None:
     return summary if summary and summary.get("steps") == steps else None
 
 
+def _baseline_so_far(run_dir: Location) -> dict[str, Any]:
+    """What `jaxlm evaluate --baseline` has added to the summary of an earlier end: the run's text is the same."""
+    return {key: value for key, value in (read_summary(run_dir / "summary.json") or {}).items() if key == "baseline"}
+
+
 def _summary(run: Run, trainer: Trainer, loop: Loop) -> dict[str, Any]:
     settings, clock, stage = trainer.settings, loop.clock, loop.stage.column().get("stage")
     rows = [row for row in read_metrics(settings.run_dir) if row.get("stage") == stage]
@@ -357,6 +374,7 @@ def _summary(run: Run, trainer: Trainer, loop: Loop) -> dict[str, Any]:
     return plain({
         "steps": steps, "length": length_of(run.settings), "tokens": tokens, "slots": slots,
         "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
+        **{name: value for name, value in loop.val_row.items() if name.startswith("val_")}, "best": loop.best,
         "diverged": None in losses.values(),
         "skipped_rows": loop.skipped_rows.count(steps),
         "tokens_per_second": seconds and tokens and slots_per_second * (tokens / slots), "slots_per_second": slots_per_second,
@@ -368,14 +386,17 @@ def _summary(run: Run, trainer: Trainer, loop: Loop) -> dict[str, Any]:
     })
 
 
-def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
-    """A checkpoint of run_dir over the whole validation set: `step` and the metrics. Raises UserError."""
+def evaluate_checkpoint(settings: Settings, with_baseline: bool = False) -> dict[str, Any]:
+    """A checkpoint of run_dir over the whole validation set: `step` and the metrics; and as `baseline` what n-grams
+    make of it (`jaxlm.baselines`), if asked for. Raises UserError."""
+    if with_baseline:
+        check_baseline(settings)
     settings, mesh = lay_mesh(of_checkpoint(settings))
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
         corpora = open_evaluated(settings, saved)
-        trainer = start(with_any_steps(resolve(settings, corpora[0][0].tokenizer)), mesh)
+        trainer = start(with_any_steps(settled(settings, corpora)), mesh)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
@@ -386,4 +407,5 @@ def evaluate_checkpoint(settings: Settings) -> dict[str, float]:
         if processes.is_main():
             print_line(describe(corpora))
         params = checkpoints.restore_params(step, trainer.params)
-        return {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True)
+        row = {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True).metrics
+        return row | {"baseline": beside(trainer.settings, saved, corpora, validation)} if with_baseline else row

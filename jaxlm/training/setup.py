@@ -19,10 +19,10 @@ from jaxlm.data.batches import Batches, iterate
 from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.manifest import MANIFEST
-from jaxlm.data.prepare import prepare
+from jaxlm.data.prepare import prepare, refuse_other_kind
 from jaxlm.data.sequences import start_token
 from jaxlm.data.stages import given_tokenizer
-from jaxlm.data.tokenizers import Tokenizer
+from jaxlm.data.tokenizers import Tokenizer, vocabulary_size
 from jaxlm.errors import UserError, printable
 from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
@@ -30,7 +30,7 @@ from jaxlm.parallel.pipeline import num_stages
 from jaxlm.parallel.rules import cutting, shrunk
 from jaxlm.parallel.sharding import abstract
 from jaxlm.runtime import processes, runtime_log
-from jaxlm.settings import Settings, flatten, to_dict
+from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, Settings, flatten, to_dict
 from jaxlm.storage.files import as_path, exists
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import logits_memory
@@ -100,13 +100,16 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
     if isinstance(settings.data.corpus, dict):
         whole = settings.data.damaged == "stop"
         corpora = [(Corpus(folder, whole), weight) for folder, weight in settings.data.corpus.items()]
+        for corpus, _ in corpora:
+            refuse_other_kind(corpus, settings.task)
         accept(corpora)
         return corpora
     folder = as_path(settings.data.corpus or as_path(settings.run_dir) / "corpus")
     is_new = not exists(folder / MANIFEST)
     if is_new:
         check_given_tokenizer(settings)
-    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]))
+    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]),
+                     task=settings.task)
     if processes.place()[0] == 0:
         for line in (corpus.notes if notes else []) if is_new else changes(corpus, settings.data):
             print_line(printable(f"note: {line}"))
@@ -124,12 +127,12 @@ def check_given_tokenizer(settings: Settings) -> None:
 def check_corpora(settings: Settings, corpora: Corpora) -> None:
     """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises
     UserError."""
-    tokenizer = corpora[0][0].tokenizer
-    settings = resolve(settings, tokenizer)
+    settings = settled(settings, corpora)
     with_steps(settings, make_training_batches(settings, corpora))
     make_validation_batches(settings, corpora)
-    if find_task(settings).continues_text:
-        encode_prompts(settings, tokenizer)
+    task = find_task(settings)
+    if task.best and task.continues_text:
+        encode_prompts(settings, corpora[0][0].tokenizer)
 
 
 def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
@@ -154,12 +157,16 @@ def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:
     return encoded
 
 
+def settled(settings: Settings, corpora: Corpora) -> Settings:
+    """With what the corpora decide: vocabulary and labels. Raises UserError."""
+    return find_task(resolve(settings, corpora[0][0].tokenizer)).filled([corpus for corpus, _ in corpora])
+
+
 def resolve(settings: Settings, tokenizer: Tokenizer) -> Settings:
     """Fills in what the tokenizer decides. Raises UserError when the model's vocabulary is not the tokenizer's."""
-    if settings.model.vocab_size not in (None, tokenizer.vocab_size):
-        raise UserError(f"model.vocab_size={settings.model.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens; "
-                        "set that, or null (the table is padded to a multiple of 128 by itself)")
-    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=tokenizer.vocab_size))
+    given = settings.data.tokenizer not in TRAINED_TOKENIZERS + BUILT_IN_TOKENIZERS
+    size = vocabulary_size(settings.model.vocab_size, tokenizer, given)
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, vocab_size=size))
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from jaxlm.settings import ScheduleSettings, Settings, to_dict
 from jaxlm.stages import STAGES, check_schedule, goes_its_own_way, in_stage, stages_of
 from jaxlm.storage.files import Location, as_path, exists
 from jaxlm.training.length import schedule_of, with_steps
-from jaxlm.training.setup import Corpora, check_corpora, lay, make_training_batches, open_corpora, resolve
+from jaxlm.training.setup import Corpora, check_corpora, lay, make_training_batches, open_corpora, settled
 
 
 class Stage(NamedTuple):
@@ -87,7 +87,7 @@ def open_stages(settings: Settings, laid: Sequence[tuple[Settings, Mesh]]) -> li
             alone = not settings.stages or goes_its_own_way(settings.stages[number - 1])
             checked = own if alone else replace(own, schedule=ScheduleSettings())  # the run's is longer than the stage
             corpora = _corpora(checked, opened, stages[0].corpora if stages else None)
-            resolved = resolve(checked, corpora[0][0].tokenizer)
+            resolved = settled(checked, corpora)
             batches = make_training_batches(replace(resolved, seed=data_seed(own.seed, number)), corpora)
             resolved = replace(with_steps(resolved, batches), schedule=own.schedule)
         before = stages[-1] if stages else None

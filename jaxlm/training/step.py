@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.models.model import Model, Params
 from jaxlm.models.objectives import Objectives
@@ -44,7 +44,7 @@ class Trainer(NamedTuple):
     layout: Layout  # of the whole state, a TrainState
     init: Callable[[int], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # jitted; donates the state
-    evaluate: Callable[[Params, Batch], Terms]  # jitted; experts drop nothing
+    evaluate: Callable[[Params, Batch], tuple[Terms, dict[str, jax.Array]]]  # `Model.evaluated`, jitted; experts drop nothing
 
     @property
     def mesh(self) -> Mesh:
@@ -90,7 +90,8 @@ def make_trainer(model: Model, settings: Settings, mesh: Mesh, schedule: optax.S
         settings, model, layout,
         init=jax.jit(init, out_shardings=layout.shardings),
         step=jax.jit(model.traced(step), donate_argnums=0, out_shardings=(layout.shardings, None)),
-        evaluate=jax.jit(model.traced(for_each_copy(functools.partial(_evaluation_terms, dropless), 1))))
+        evaluate=jax.jit(model.traced(for_each_copy(dropless.evaluated, 1, beside=True)),
+                         out_shardings=(None, NamedSharding(mesh, PartitionSpec()))))  # every process reads all verdicts
 
 
 def as_saved(state: TrainState) -> dict[str, Any]:
@@ -160,12 +161,6 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         return TrainState(state.step + 1, state.key, params, after, recent), metrics
 
     return train_step
-
-
-def _evaluation_terms(model: Model, params: Params, batch: Batch) -> Terms:
-    """What an evaluation adds up."""
-    terms = model.terms(params, batch)
-    return {objective.name: terms[objective.name] for objective in model.objectives if objective.is_evaluated}
 
 
 def _as_type(params: Params, axes: Any, dtype: jnp.dtype) -> Params:

@@ -37,6 +37,7 @@ class Weights(Protocol):
     model: ModelSettings
     tokenizer: Tokenizer | None
     shapes: dict[Place, tuple[int, ...]]  # of all parameters
+    notes: list[str]  # what was not simply read, a line each; known when something has been
 
     def read(self, wanted: dict[Place, jax.ShapeDtypeStruct]) -> tuple[dict[Place, jax.Array], np.ndarray]:
         """Some of them, laid out as they are wanted; and int [L], the order of the layers in stacked ones."""
@@ -54,6 +55,7 @@ class RunWeights:
         self.model = saved_section(ModelSettings, saved["settings"]["model"])
         self.tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         self.shapes = self._checkpoints.shapes(self._step)
+        self.notes: list[str] = []
 
     def read(self, wanted: dict[Place, jax.ShapeDtypeStruct]) -> tuple[dict[Place, jax.Array], np.ndarray]:
         return self._checkpoints.read(self._step, wanted), self._checkpoints.saved_order(self._step)
@@ -105,7 +107,8 @@ def begin_with(weights: Weights, trainer: Trainer, tokenizer: Tokenizer, fresh: 
 
     result = jax.jit(adapted, out_shardings=shardings, donate_argnums=0)(_by_place(fresh), arrays)
     first = f"weights from {weights.where} ({counted(len(arrays), 'array')})"
-    return jax.tree.unflatten(jax.tree.structure(fresh), [result[place] for place in shapes]), [first, *lines]
+    lines = [first, *(f"init: {note}" for note in weights.notes), *lines]
+    return jax.tree.unflatten(jax.tree.structure(fresh), [result[place] for place in shapes]), lines
 
 
 def _adapt(fresh: jax.Array, array: jax.Array, taken: Taken, axes: Axes, slots: np.ndarray) -> jax.Array:

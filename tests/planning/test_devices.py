@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from jaxlm.planning import devices
-from jaxlm.planning.chips import CHIPS, rings
 from jaxlm.planning.targets import find_target
+from jaxlm.runtime.chips import rings
 
 # docs.cloud.google.com/tpu/docs and MaxText's table of topologies (0.2.5): (kind and sides, which of them close)
 CLOSED = {
@@ -32,7 +32,7 @@ def test_the_topology_says_which_sides_close(name, monkeypatch):
     target = find_target(name)
     devices.devices_of(target)
     assert asked["wrap"] == tuple(letter == "y" for letter in CLOSED[name])  # libtpu takes three, whatever the dimensions
-    assert rings(CHIPS[target.device_kind], target.shape) == asked["wrap"][: len(target.shape)]  # the roofline's links
+    assert rings(target.chip, target.shape) == asked["wrap"][: len(target.shape)]  # the roofline's links
 
 
 PROGRAM = """

@@ -12,7 +12,6 @@ import pytest
 
 from jaxlm import cli, config
 from jaxlm.planning.buffers import largest_live
-from jaxlm.planning.chips import CHIPS
 from jaxlm.planning.estimated_plan import estimated_plan
 from jaxlm.planning.flops import executed_flops
 from jaxlm.planning.hlo import parse
@@ -22,6 +21,7 @@ from jaxlm.planning.plan import Collective, masked_flops, model_flops
 from jaxlm.planning.roofline import network_of_mesh, network_of_sizes, roofline
 from jaxlm.planning.targets import find_target
 from jaxlm.planning.traffic import memory_traffic
+from jaxlm.runtime.chips import CHIPS
 from jaxlm.settings import DataSettings, ModelSettings, Settings, TrainSettings
 
 SETTINGS = Settings(

@@ -1,5 +1,3 @@
-import math
-
 import pytest
 import yaml
 from rich.console import Console
@@ -48,7 +46,6 @@ def test_the_report_of_a_finished_run(tmp_path):
         "![Training and validation loss](loss.png)",
         "| validation loss | 2.8000 (step 40) |",
         "| lowest validation loss | 2.7000 (step 30) |",
-        f"| perplexity | {math.exp(2.8):.4g} |",
         "| bits per byte | 1.235 |",
         "| training loss | 3.0000 (first logged: 3.7500) |",
         "| model | gpt, 2 layers, width 64, 4 heads |",

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from jaxlm import config
-from jaxlm.checkpoints.checkpoints import Checkpoints
+from jaxlm.checkpoints.checkpoints import Best, Checkpoints
+from jaxlm.checkpoints.manifest import commit, read_manifest
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.parallel.layout import reorder_layers
@@ -38,13 +39,43 @@ def test_the_newest_the_regular_and_the_best_are_kept(tmp_path, keep, kept):
     for some in ([2, 4, 6, 8], [10, 12, 14, 16]):  # the second time as a run that goes on
         with Checkpoints(tmp_path, keep) as checkpoints:
             for step in some:
-                checkpoints.save(as_saved(small_state(step)), step, {"tokenizer": {"é": [1, None]}}, VAL_LOSSES[step])
+                checkpoints.save(as_saved(small_state(step)), step, {"tokenizer": {"é": [1, None]}},
+                                 {"val_loss": VAL_LOSSES[step], "val_accuracy": 0.5})
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps == kept
         assert checkpoints.choose(None) == 16
         assert [checkpoints.metadata(step) for step in kept] == [{"tokenizer": {"é": [1, None]}}] * len(kept)
         with pytest.raises(UserError, match=r"checkpoint.step=2: not in .*there are .*16"):
             checkpoints.choose(2)
+
+
+@pytest.mark.parametrize(("best", "kept", "found"), [
+    (Best("val_accuracy", "max"), [4, 6], (4, 0.75)),  # of two as accurate the one with the lower loss
+    (Best("val_mean_squared_error", "min"), [2, 6], (2, 0.25)),
+    (Best(), [4, 6], (4, 0.5)),
+    (Best("val_f1", "max"), [6], None)])
+def test_the_best_are_so_by_the_task_s_figure(tmp_path, best, kept, found):
+    rows = {2: {"val_loss": 1.0, "val_accuracy": 0.75, "val_mean_squared_error": 0.25},
+            4: {"val_loss": 0.5, "val_accuracy": 0.75, "val_mean_squared_error": None}, 6: {"val_loss": 0.9, "val_accuracy": 0.5}}
+    for some in ([2], [4, 6]):
+        with Checkpoints(tmp_path, CheckpointSettings(keep_last=1, keep_best=1), best=best) as checkpoints:
+            for step in some:
+                checkpoints.save(as_saved(small_state(step)), step, {}, rows[step])
+    assert (checkpoints.steps, checkpoints.best) == (kept, found)
+
+
+def test_a_checkpoint_of_before_there_were_figures_counts_by_its_loss(tmp_path):
+    with Checkpoints(tmp_path, CheckpointSettings()) as checkpoints:
+        checkpoints.save(as_saved(small_state(2)), 2, {}, {"val_loss": 1.0})
+    folder = tmp_path / "checkpoints" / "2"
+    about = read_manifest(folder)
+    older = {name: value for name, value in about.items() if name not in ("figures", "files", "digest")}
+    commit(folder, older, about["files"], num_processes=1)
+    with Checkpoints(tmp_path, CheckpointSettings(keep_last=1)) as checkpoints:
+        assert checkpoints.best == (2, 1.0)
+        for step in (4, 6):
+            checkpoints.save(as_saved(small_state(step)), step, {}, {"val_loss": 2.0})
+    assert checkpoints.steps == [2, 6]
 
 
 def test_what_was_made_to_stay_stays_whatever_a_later_start_keeps(tmp_path):

@@ -25,7 +25,7 @@ def test_a_capacity_leaves_the_validation_loss_alone(mesh, models, make_batch, m
             trainer = make_trainer(model, settings, meshes[mesh])
             parts = [jax.device_put({name: array[at : at + rows] for name, array in data.items()}, batch_sharding(meshes[mesh]))
                      for at in range(0, len(data["tokens"]), rows)]
-            found = [jax.device_get(trainer.evaluate(params, part))["next_token"] for part in parts]
+            found = [jax.device_get(trainer.evaluate(params, part)[0])["next_token"] for part in parts]
             dropped = float(jax.jit(lambda params, batch: model.terms(params, batch)["router"].dropped)(params, parts[0]))
         return sum(float(one.cross_entropy) for one in found) / sum(float(one.count) for one in found), dropped
 

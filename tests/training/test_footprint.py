@@ -10,7 +10,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.estimated_plan import head_of, share_of
 from jaxlm.planning.lowering import trace_step
 from jaxlm.planning.targets import find_target
-from jaxlm.reporting import hardware
+from jaxlm.runtime.chips import CHIPS, Chip
 from jaxlm.settings import AXES, MeshSettings, ModelSettings, Settings
 from jaxlm.training.footprint import FOR_LOGITS, logits_memory
 
@@ -50,7 +50,7 @@ def test_run_and_plan_take_the_same_chunk(settings, array_shapes, monkeypatch, m
     """4 sequences a device: 64 positions of each fit into 64 MiB, 312 into a sixth of 1.5 GB, all 512 of them into
     more."""
     if memory is not None:
-        monkeypatch.setitem(hardware.MEMORY, "cpu", memory)
+        monkeypatch.setitem(CHIPS, "cpu", Chip("cpu", memory=memory))
     traced, _ = trace_step(settings, make_mesh(settings.mesh, jax.devices()))
     logits = {shape for shape in array_shapes(jax.extend.core.jaxpr_as_fun(traced.jaxpr), *traced.jaxpr.in_avals)
               if len(shape) == 3 and shape[-1] == 50_048}

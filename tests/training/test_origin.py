@@ -123,8 +123,8 @@ def test_a_run_goes_on_from_its_own_checkpoint_before_init(finished, folder, jax
 
 
 @pytest.mark.parametrize(("init", "words"), [
-    ("{folder}/nowhere", "not a run directory (expected config.yaml in it)"),
-    ("{finished}/checkpoints", "did you mean '{finished}'?"), ("{folder}/one.txt", "not a run directory"),
+    ("{folder}/nowhere", "neither a run directory (config.yaml) nor a Hugging Face folder (config.json)"),
+    ("{finished}/checkpoints", "did you mean '{finished}'?"), ("{folder}/one.txt", "neither a run directory"),
 ])
 def test_what_is_no_origin_is_refused(init, words, finished, folder, jaxlm, run_file, capfd):
     names = {"folder": folder, "finished": finished}

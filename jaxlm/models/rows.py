@@ -1,0 +1,74 @@
+"""What objectives over whole rows share: the state of a row, and the head on it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxlm.models.layers import ACTIVATIONS, Linear, fan_out
+from jaxlm.models.objectives import FIRST_TOKEN, Batch, Figures, Objective
+from jaxlm.models.states import States
+from jaxlm.models.transformer import residual_norm
+from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.settings import DataSettings, ModelSettings
+
+POOLERS = ACTIVATIONS | {"tanh": jnp.tanh}
+DROPOUT_SITE = 2**31 + 1  # the trunk folds smaller numbers into its keys
+
+
+class RowHead(nnx.Module):
+    """The family's pooler, dropout, and a linear layer."""
+
+    def __init__(self, settings: ModelSettings, outputs: int, rngs: nnx.Rngs):
+        width, stddev, self.settings = settings.hidden_size, settings.initializer_range, settings
+        self.pooler = None if settings.pooler is None else Linear(
+            {"embed": width}, {"residual": width}, bias=settings.bias, stddev=stddev, rngs=rngs)
+        self.norm = residual_norm(settings) if settings.pooler == "gelu" else None  # as in ModernBERT
+        # Hugging Face's causal models have no bias here: one could not be exported.
+        self.classifier = Linear({"residual": width}, {None: outputs}, bias=not settings.causal, stddev=stddev, rngs=rngs)
+
+    def __call__(self, state: jax.Array, keys: jax.Array | None) -> jax.Array:
+        """States [B, 1, D] and keys [B] of the rows (None: no dropout) to float32 [B, outputs]."""
+        if self.pooler is not None:
+            [state] = fan_out(state, self.pooler, states=FIRST_TOKEN)
+            state = POOLERS[self.settings.pooler](state)
+        if self.norm is not None:
+            state = self.norm(state)
+        keys = fold_in(token_keys(keys, jnp.zeros(1, jnp.int32)), DROPOUT_SITE)
+        state = dropout(state.astype(jnp.float32), self.settings.dropout, keys, site=0)
+        return fan_out(state, self.classifier, states=FIRST_TOKEN)[0][:, 0]
+
+
+@dataclass(frozen=True)
+class RowObjective(Objective):
+    """An objective with `outputs` numbers for each row. Rows whose label_mask (bool [B]) is false count nothing."""
+
+    outputs: int
+
+    def head(self, settings: ModelSettings, rngs: nnx.Rngs) -> RowHead:
+        return RowHead(settings, self.outputs, rngs)
+
+    def logits(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        """float32 [B, outputs], from the state of the first token ([CLS]); of a causal model from that of the last,
+        the only one that has seen all of the row (last_position int32 [B])."""
+        state = states.at(batch["last_position"][:, None])[:, :1] if network.settings.causal else states.x[:, :1]
+        return network.heads[self.name](state, states.dropout_keys)
+
+    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+        return self.logits(network, states, batch)
+
+    def count(self, batch: Batch) -> jax.Array:
+        return batch["label_mask"].sum()
+
+    def loss(self, terms: Any) -> float:
+        return terms.loss / max(terms.count, 1)
+
+    def predictions(self, data: DataSettings) -> int:
+        return 0  # of a whole sequence; its products are not worth counting
+
+
+def validation(figures: dict[str, float]) -> Figures:
+    """As columns of an evaluation row."""
+    return {f"val_{name}": figure for name, figure in figures.items()}
