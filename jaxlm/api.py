@@ -78,11 +78,12 @@ def plan(what: Settings | str | Path, target: str, *overrides: str, fast: bool =
     """
     from jaxlm.planning.compiled_plan import compiled_plan
     from jaxlm.planning.estimated_plan import estimated_plan
+    from jaxlm.planning.planned_stage import to_plan
     from jaxlm.planning.targets import find_target
-    from jaxlm.planning.vocabulary import with_vocabulary
 
-    own, assumed = with_vocabulary(_settings(what, overrides))
-    made = (estimated_plan if fast else compiled_plan)(own, find_target(target))
+    there = find_target(target)
+    own, assumed = to_plan(_settings(what, overrides), there)
+    made = (estimated_plan if fast else compiled_plan)(own, there)
     return made._replace(assumed=assumed)
 
 

@@ -113,7 +113,7 @@ def test_help_says_types_for_people():
     kinds = {name: kind for name, kind, *_ in config.key_table()}
     assert kinds["data.global_batch_size"] == "integer > 0"
     assert kinds["model.dropout"] == "number >= 0, < 1"
-    assert kinds["model.family"] == "gpt | llama | mistral | qwen2 | qwen3 | bert | roberta | distilbert | modernbert"
+    assert kinds["model.family"] == "gpt | llama | mistral | qwen2 | qwen3 | lstm | bert | roberta | distilbert | modernbert"
     assert kinds["model.next_sentence"] == "true | false"
     assert kinds["data.corpus"] == "text | mapping of text to number > 0 | null"
     assert kinds["generate.prompts"] == "list of text"
