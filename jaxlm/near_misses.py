@@ -19,6 +19,7 @@ _KEYS = {
             "pretrained pretrained_model model_name_or_path model_path ckpt ckpt_path checkpoint_path restore_from "
             "initialize_from weights base_model",
     "seed": "random_seed manual_seed rng_seed data_seed init_seed",
+    "stages": "phases phase curriculum training_stages curriculum_learning stage",
     "model.family": "model_type model_name architecture arch",
     "model.num_layers": "n_layer n_layers num_hidden_layers num_layer layers depth num_blocks base_num_decoder_layers",
     "model.num_heads": "n_head n_heads num_attention_heads attention_heads heads num_query_heads base_num_query_heads",
