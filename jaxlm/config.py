@@ -103,6 +103,7 @@ def _flatten_stages(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
     mapping."""
     stages = values.get(STAGES)
     if not stages:
+        values.pop(STAGES, None)  # null: none
         return
     if not isinstance(stages, list):
         yield STAGES, (f"{STAGES}={shown(stages)}: expected a list of mappings, one for each stage, as in "

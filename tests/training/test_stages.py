@@ -217,7 +217,7 @@ def test_stages_are_read_and_written_back(staged, tmp_path):
     *((f"[{{train.steps: 2}}, {{train.steps: 2, {key}: {value}}}]", f"stages.2: {key}: ") for key, value in (
         ("run_dir", "x"), ("seed", 1), ("model.num_layers", 3), ("model.max_length", 64), ("model.family", "bert"),
         ("data.tokenizer", "bytes"), ("task.name", "causal_lm"), ("checkpoint.every_steps", 3), ("devices.count", 2),
-        ("init", "x"), ("data.raw", "x.txt"), ("data.cleaning.scripts", "[latin]"))),
+        ("init", "x"), ("stages", "[]"), ("data.raw", "x.txt"), ("data.cleaning.scripts", "[latin]"))),
     ("[{train.steps: 2, data.sequence_length: 999}]", "stages.1: data.sequence_length=999 is longer than"),
     ("[{train.steps: 2, schedule.warmup_steps: 3}]", "stages.1: schedule.warmup_steps=3 leaves nothing of train.steps=2"),
 ])
@@ -249,3 +249,21 @@ def test_a_mistake_in_a_stage_has_its_line(tmp_path):
     path.write_text("stages:\n  - {train.steps: 3}\n  - train:\n      steps: 4\n      remta: full\n")
     with pytest.raises(UserError, match=r"run.yaml:5: stages.2: unknown key 'train.remta'"):
         config.load(path)
+
+
+@pytest.mark.slow
+def test_two_processes_stop_in_the_second_stage_together(staged, folder, start_jaxlm):
+    """Each stage listens for a stop anew."""
+    run_dir = folder / "staged_two"
+    process = start_jaxlm("train", staged, f"run_dir={run_dir}", "stages.2.train.steps=100000", "eval.every_steps=100000",
+                          "checkpoint.every_steps=100000", "devices.count=1", "--processes", 2)
+    end = time.monotonic() + 120
+    while max((row["step"] for row in read_metrics(run_dir)), default=0) < 20:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+    process.terminate()
+    said = process.communicate()[0]
+    assert process.returncode == 143 and "preempted after step" in said, said
+    with Checkpoints(run_dir) as checkpoints:
+        step = checkpoints.choose(None)
+        assert step >= 20 and checkpoints.metadata(step)["stage"]["number"] == 2
