@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from jaxlm import config
 from jaxlm.checkpoints.format1 import old_place, todays_place
@@ -15,6 +16,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.errors import UserError
 from jaxlm.models.model import Model
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.settings import TaskSettings
 from jaxlm.tasks.find import find_task
 from jaxlm.training.step import make_trainer
 from jaxlm.training.transfer import RunWeights, begin_with
@@ -91,6 +93,29 @@ def test_heads_are_taken_where_they_are_and_the_rest_is_said(finished, meshes):
     np.testing.assert_array_equal(params["heads"]["next_token"]["embedding"], fresh["heads"]["next_token"]["embedding"])
     assert lines[1:] == ["init: model.rope_theta was 10000.0 there, and is 5.0 here",
                          "init: model.tied_embeddings was true there, and is false here", "init: heads.next_token: fresh"]
+
+
+def test_a_classifier_takes_the_pooler_of_the_next_sentence(meshes):
+    """BERT's pooler is pretrained with sentence pairs; the classifier on it is fresh, other heads are left out."""
+    settings = config.load(GOLDEN)
+    task = TaskSettings(name="text_classification", problem="single_label", labels=["a", "b", "c"])
+    settings = replace(settings, task=task, model=replace(settings.model, next_sentence=False))
+    trainer = make_trainer(Model(settings.model, settings.train, find_task(settings).objectives()), settings, meshes["2x2x2"])
+    weights = RunWeights(GOLDEN)
+    with jax.set_mesh(meshes["2x2x2"]):
+        fresh = trainer.init(0).params
+        kept = np.asarray(fresh["heads"]["classification"]["classifier"]["kernel"])
+        params, lines = begin_with(weights, trainer, weights.tokenizer, fresh)
+        own = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=jax.sharding.NamedSharding(meshes["2x2x2"], PartitionSpec()))
+        want = weights.read({("heads", "next_sentence", "pooler", "kernel"): own})[0].popitem()[1]
+    head = params["heads"]["classification"]
+    np.testing.assert_array_equal(head["pooler"]["kernel"], want)
+    np.testing.assert_array_equal(head["classifier"]["kernel"], kept)
+    said = "\n".join(lines)
+    for words in ("heads.classification.pooler.kernel from heads.next_sentence.pooler.kernel",
+                  "heads.classification.classifier: fresh", "heads.masked_token.transform of step 4",
+                  "heads.next_sentence.classifier of step 4"):
+        assert words in said
 
 
 @pytest.mark.parametrize(("changes", "words"), [
