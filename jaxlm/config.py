@@ -126,7 +126,7 @@ def _stages_against(values: dict[str, Any], given: Sequence[str]) -> Iterator[tu
     for name in [f"train.{length}" for length in LENGTHS] if stages else []:
         if said.get(name) is not None:
             yield name, f"{name}={said[name]}: each of the {STAGES} says for itself how long it is"
-    for name in given:
+    for name in (name for name in given if name != STAGES):
         for number, stage in enumerate(stages, 1):
             if name in stage and said[name] is not None:
                 yield name, (f"{name}={said[name]}: stage {number} has it {clipped(str(stage[name]))}; set it there, "

@@ -26,7 +26,8 @@ STAGES = "stages"
 OF_A_BATCH = ("sequence_length", "global_batch_size", "packing", "masking", "prefetch", "damaged")  # of `data`: no new corpus
 OF_THE_TOKENIZER = ("tokenizer", "end_token", "lowercase", "tokenizer_sample", "start_token")
 IN_MODEL = (*FREE_IN_MODEL, "rope_theta", "local_rope_theta", "rope_scaling", "attention_window")
-WHOLE_RUN = ("stages", "run_dir", "init", "init_positions", "seed", "devices", "checkpoint", "logging", "guards", "generate", "bench")
+WHOLE_RUN = ("stages", "run_dir", "out", "init", "init_positions", "seed", "devices", "checkpoint", "logging", "guards",
+             "generate", "bench")
 
 
 def problem_with(key: str, rope: bool) -> str | None:
