@@ -100,6 +100,20 @@ def choose_tokens(maskable: np.ndarray, wanted: np.ndarray, keys: np.ndarray) ->
     return chosen & maskable
 
 
+# Whole-word masking (Devlin et al. 2019, released code) draws words until enough tokens are hidden, for a row at a
+# time; here for all rows at once, since it runs for every batch on the host. Words are put into a random order by
+# sorting one hash each; then one pass over ranks: at rank r every row looks at its r-th word, and takes it if it
+# still fits. Rows differ in how much room they have left, not in what is done, so each rank is a few array
+# operations.
+#
+#     tokens     my  dog  ##gy  is  h  ##air  ##y       wanted = 3 tokens
+#     word_of     0    1     1   2  3      3    3
+#     sizes       1    2     1   3                      random order: 3, 0, 1, 2
+#     rank 0: word 3 takes all 3, so h ##air ##y are chosen; in the order 0, 3, 1, 2: my, not word 3, dog ##gy
+#
+# A word that does not fit is passed over, not cut: half a word beside its other half is no task. So fewer than
+# `wanted` may be hidden, and rows with one long word only would have nothing; these alone get a part of it. Scores of
+# words are below 2**63, and what is no word has just that: it comes last.
 def choose_words(maskable: np.ndarray, starts: np.ndarray, wanted: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """bool [B, T]: whole words in random order, each if it still fits into `wanted` (int64 [B]) tokens.
 

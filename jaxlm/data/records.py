@@ -33,13 +33,13 @@ def reads_records(task: TaskSettings) -> bool:
     return task.name in RECORD_TASKS
 
 
-def read_records(raw: str | list[str], data: DataSettings, task: TaskSettings, streams: Sequence[str],
+def read_records(raw: str | list[str], data: DataSettings, task: TaskSettings, streams: Sequence[str] | None,
                  key: str = "data.raw") -> Iterator[Record]:
     """Every record of some files, in order, empty texts too; labels are read where there are any, and not checked.
 
     Args:
       raw: files, as in data.raw.
-      streams: which texts a record must have: `text`, or `text` and `pair`.
+      streams: which texts a record must have: `text`, or `text` and `pair`; None: a pair where there is one.
       key: of the run file, for messages.
 
     UserError: a file cannot be read, a column is missing, or a text is longer than data.cleaning.max_bytes.
@@ -50,7 +50,7 @@ def read_records(raw: str | list[str], data: DataSettings, task: TaskSettings, s
         if file.version is None:
             raise UserError(f"{key}: {file.name} is a pipe, and records are read twice; write it into a file first")
     files = [file for file in look_at(files, reading) if file]
-    for file in lay_out(files, reading, task, labelled=False, streams=tuple(streams))[0]:
+    for file in lay_out(files, reading, task, labelled=False, streams=streams and tuple(streams))[0]:
         label = file.columns.label if len(file.columns.label) == 1 else ()  # several are among the columns
         file = replace(file, columns=replace(file.columns, label=label, label_names=(), others=True))
         part, decoding = Part(file), Decoding(file.encoding)

@@ -12,7 +12,7 @@ from jaxlm.errors import UserError, clipped, nearest, shown
 from jaxlm.interop.families import FAMILIES, Family
 from jaxlm.interop.safetensors import read_json
 from jaxlm.models.sizes import head_dim, intermediate_size, kv_heads
-from jaxlm.presets import PRESETS
+from jaxlm.presets import PRESETS, TRUNKS
 from jaxlm.settings import ModelSettings
 from jaxlm.storage.files import Location
 
@@ -280,6 +280,8 @@ def _notes(content: dict[str, Any], family: Family, values: dict[str, Any]) -> I
 def find_family(model: ModelSettings, heads: Sequence[str]) -> Family:
     """The family of transformers that can hold this model: its own, or another that has the same layers. Raises
     UserError, naming the key for which there is none."""
+    if model.family in TRUNKS:
+        raise UserError(f"model.family={model.family}: no family of transformers that is known here has such a trunk")
     own = [family for family in FAMILIES.values() if family.preset == model.family]
     problems = []
     for family in [*own, *(family for family in FAMILIES.values() if family not in own)]:

@@ -37,7 +37,7 @@ from jaxlm.training.trained import opened
 
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")
 TOLERANCE = 1e-4  # of the largest logit
-ROWS, LENGTH = 8, 32  # of the tokens that both are asked about
+ROWS, LENGTH = 8, 16  # of the tokens that both are asked about
 
 
 def export_run(settings: Settings) -> None:
@@ -90,9 +90,8 @@ def free_folder(out: str | None) -> Path:
     if is_remote(out):
         raise UserError(f"out={out}: expected a folder of this machine; copy it to the bucket when it is done")
     path = Path(out).absolute()
-    if exists(path):
-        what = "has files in it" if names_in(path) else "is there already"
-        raise UserError(f"out={out}: {what}; expected a name that is free")
+    if exists(path) and (not path.is_dir() or names_in(path)):
+        raise UserError(f"out={out}: {'has files in it' if path.is_dir() else 'is a file'}; expected a name that is free")
     above = next(folder for folder in path.parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"out={out}: no folder can be made in {above}")
@@ -131,7 +130,8 @@ def _write(trainer: Trainer, params: dict[str, Any], tokenizer: Tokenizer, folde
         write_json(folder / CONFIG, content)
         if model.causal:
             write_json(folder / "generation_config.json", {name: token for name, token in ids.items() if name in GENERATION})
-        begins_after = start_token(tokenizer.special, settings.data.packing) if model.causal else None
+        opens = model.causal and settings.data.packing == "documents" and settings.data.start_token  # as prompts are opened
+        begins_after = start_token(tokenizer.special, settings.data.packing) if opens else None
         check = write_tokenizer(tokenizer, folder, model_type=family.model_type, max_length=model.max_length, causal=model.causal,
                                 start=begins_after)
         write_text(folder / "README.md", model_card(settings, step, content["architectures"][0], family.model_type))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlm.checkpoints.checkpoints import Checkpoints
@@ -48,8 +49,10 @@ def import_folder(folder: str, settings: Settings) -> None:
         raise UserError(f"run_dir={run_dir}: a run is there already; choose another")
     trainer, params, tokenizer, told = load_folder(folder, settings)
     make_folder(run_dir)
+    streams = ["text", *(["pair"] if "pair" in settings.task.fields else [])]  # which of both, no folder says
     metadata = {"settings": to_dict(trainer.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-                "corpora": [], "mesh": dict(trainer.mesh.shape), "versions": versions(), "imported": name_of(folder)}
+                "corpora": [], "streams": streams, "mesh": dict(trainer.mesh.shape), "versions": versions(),
+                "imported": name_of(folder)}
     with jax.set_mesh(trainer.mesh), Checkpoints(run_dir, settings.checkpoint) as checkpoints:
         checkpoints.save({"params": params}, 0, metadata, None)
     if is_main():
@@ -67,7 +70,18 @@ def load_folder(folder: str, settings: Settings) -> Loaded:
     trainer = start(settings, mesh)
     with jax.set_mesh(mesh):
         params, notes = read_params(source, trainer)
+        notes += _not_numbers(params)
     return Loaded(trainer, params, tokenizer, [_description(source, trainer), *source.foreign.notes, *notes])
+
+
+@jax.jit
+def _all_finite(params: dict[str, Any]) -> dict[str, jax.Array]:
+    return jax.tree.map(lambda array: jnp.isfinite(array.sum()), params)  # a sum takes no memory
+
+
+def _not_numbers(params: dict[str, Any]) -> list[str]:
+    found = [path for path, is_finite in by_path(jax.device_get(_all_finite(params))).items() if not is_finite]
+    return [f"WARNING: {shown_names(found)}: NaN or infinite; nothing that is computed with them means anything"] if found else []
 
 
 def _description(source: Source, trainer: Trainer) -> str:
@@ -110,8 +124,7 @@ class FolderWeights:
                             {path: array.axes for path, array in arrays.items()})
         self._found = find_parameters(foreign, source.tensors, wanted, source.heads)
         self.shapes = {tuple(path.split(".")): parameter.shape for path, parameter in self._found.parameters.items()}
-        for line in self._found.notes if is_main() else ():
-            print_line(f"init: {line}")
+        self.notes = self._found.notes
 
     def read(self, wanted: dict[tuple[str, ...], jax.ShapeDtypeStruct]) -> tuple[dict[tuple[str, ...], jax.Array], np.ndarray]:
         order = np.arange(self.model.num_layers)

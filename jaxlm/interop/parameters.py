@@ -226,12 +226,17 @@ def _check_names(family: Family, tensors: Mapping[str, Tensor], expected: set[st
     return [f"{shown_names(heads)} left out: of a head that this model does not have"] if heads else []
 
 
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Reading, writing and copying let go of the interpreter's lock. Always the same: each thread keeps some memory."""
+    return ThreadPoolExecutor(THREADS, thread_name_prefix="tensors")
+
+
 def _fill(parameter: Parameter, shard: np.ndarray, index: Index, tensors: Mapping[str, Tensor], order: Sequence[int]) -> None:
     if parameter.weight is not None:
         if parameter.weight.first_layer:  # layers that have no such norm
             shard[...] = 1.0 if parameter.path.endswith("scale") else 0.0
-        with ThreadPoolExecutor(THREADS) as pool:  # reading and copying let go of the interpreter's lock
-            list(pool.map(lambda piece: tensors[piece[0]].read(*piece[1:]), parameter.pieces(shard, index, order)))
+        list(_threads().map(lambda piece: tensors[piece[0]].read(*piece[1:]), parameter.pieces(shard, index, order)))
 
 
 def _aligned(shape: Sequence[int]) -> np.ndarray:
@@ -274,7 +279,6 @@ def write_parameters(wanted: Mapping[str, Parameter], params: Mapping[str, jax.A
                 if array.any():
                     raise UserError(f"parameter {path}: transformers' class has none, and it is not 0 here")
                 continue
-            with ThreadPoolExecutor(THREADS) as pool:
-                list(pool.map(write, parameter.pieces(array, shard.index, order)))
+            list(_threads().map(write, parameter.pieces(array, shard.index, order)))
 
 

@@ -27,7 +27,7 @@ LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1,
          "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 READ = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}
-BLOCK = 2**22  # bytes read or written at a time
+BLOCK = 2**20  # bytes read or written at a time
 SQUARE = 64  # numbers on a side, of which two fit a processor's nearest cache
 SHORTEST = 2**12  # bytes of a part of a row that is worth a read of its own
 Range = tuple[int, int]  # first and behind the last

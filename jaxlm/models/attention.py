@@ -10,28 +10,25 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxlm.models.sizes import attention_kernel, splash_block
 from jaxlm.parallel.dropout import attention_dropout
 from jaxlm.parallel.ring import NEGATIVE, ring_attention, zigzag
+from jaxlm.parallel.shapes import Array, Bool, Float, Int32, TokenKeys
 from jaxlm.parallel.sharding import axis_size, constrain, mesh_axes, per_device, platform
 from jaxlm.parallel.visible import Visible
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visible, *, dropout_keys: jax.Array | None = None,
-              dropout_rate: float = 0.0, implementation: str = "auto") -> jax.Array:
-    """softmax(Q K^T / sqrt(H)) V.
+def attention(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"], visible: Visible, *,
+              dropout_keys: TokenKeys | None = None, dropout_rate: float = 0.0, implementation: str = "auto"
+              ) -> Float[Array, "B T N H"]:
+    """softmax(Q K^T / sqrt(H)) V, in query's type; scores and softmax are float32.
 
     Args:
-      query: [B, T, N, H].
-      key, value: [B, S, K, H]; N is a multiple of K, and query head n reads key head n // (N / K). S = T without a
-        cache.
+      key, value: N is a multiple of K, and query head n reads key head n // (N / K). S = T without a cache.
       visible: what each query may see of the keys.
-      dropout_keys: uint32 [B, T, 2], of the queries; None: no dropout.
+      dropout_keys: of the queries; None: no dropout.
       dropout_rate: of the probabilities.
       implementation: auto, xla, cudnn or splash. The fused kernels know neither dropout, nor windows, nor a cache; xla
         is taken then.
         Where the sequence is cut over devices `auto` is ring attention; with the others an all-to-all gives each device
         whole sequences of some of the heads, and back (Ulysses, Jacobs et al. 2023).
-
-    Returns:
-      [B, T, N, H] in query's type; scores and softmax are float32.
     """
     fused, cached = visible.is_plain and dropout_keys is None, visible.cache_index is not None
     if _is_ring(implementation) and not cached:
@@ -55,8 +52,8 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, visible: Visib
     return run(query, key, value, visible.segment_ids)
 
 
-def sequence_order(length: int, causal: bool, implementation: str) -> np.ndarray | None:
-    """int32 [length]: the order in which the tokens of a sequence are to be laid out; None: as they are."""
+def sequence_order(length: int, causal: bool, implementation: str) -> Int32[np.ndarray, " T"] | None:
+    """The order in which the tokens of a sequence are to be laid out; None: as they are."""
     return zigzag(length, axis_size("sequence")) if causal and _is_ring(implementation) else None
 
 
@@ -64,8 +61,8 @@ def _is_ring(implementation: str) -> bool:
     return implementation == "auto" and axis_size("sequence") > 1
 
 
-def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None, dropout_keys: jax.Array | None,
-         dropout_rate: float) -> jax.Array:
+def _xla(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+         mask: Bool[Array, "#B 1 T S"] | None, dropout_keys: TokenKeys | None, dropout_rate: float) -> Float[Array, "B T N H"]:
     batch, length, num_heads, head_dim = query.shape
     slots, kv_heads = key.shape[1:3]
     group = num_heads // kv_heads
@@ -83,13 +80,15 @@ def _xla(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | N
 
 # ---- one device's sequences and heads in a fused kernel --------------------------------------------------------------
 
-def _cudnn(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
+def _cudnn(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+           segment_ids: Int32[Array, "B T"] | None, causal: bool) -> Float[Array, "B T N H"]:
     mask = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
     out = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
     return checkpoint_name(out, "attention")
 
 
-def _splash(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None, causal: bool) -> jax.Array:
+def _splash(query: Float[Array, "B T N H"], key: Float[Array, "B S K H"], value: Float[Array, "B S K H"],
+            segment_ids: Int32[Array, "B T"] | None, causal: bool) -> Float[Array, "B T N H"]:
     """Splash attention, a Pallas kernel that ships with JAX."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks

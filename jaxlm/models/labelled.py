@@ -5,19 +5,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxlm.models.objectives import Batch, Facts, Figures
+from jaxlm.models.objectives import Facts, Figures, PerRow
 from jaxlm.models.rows import RowObjective, validation
 from jaxlm.models.states import States
+from jaxlm.parallel.shapes import Array, Batch, Float32
 from jaxlm.reporting.figures import confusion_figures, labels_figures, score_figures
 
 
 class Counted(NamedTuple):
-    """Sums over rows, float32."""
+    """Sums over rows."""
 
-    loss: jax.Array
-    count: jax.Array  # rows
-    all_right: jax.Array  # rows of which every label is right
-    counts: jax.Array  # [C, C]: true class, predicted class; of several labels [C, 4]: see `labels_figures`
+    loss: Float32[Array, ""]
+    count: Float32[Array, ""]  # rows
+    all_right: Float32[Array, ""]  # rows of which every label is right
+    counts: Float32[Array, "C C"] | Float32[Array, "C 4"]  # true, predicted class; or see `labels_figures`
 
 
 class OneLabel(RowObjective):
@@ -32,10 +33,10 @@ class OneLabel(RowObjective):
         counts = jnp.einsum("bt,bp->tp", true, predicted * mask[:, None])
         return Counted(loss.sum(), mask.sum(dtype=jnp.float32), jnp.trace(counts), counts)
 
-    def answers(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+    def answers(self, network: Any, states: States, batch: Batch) -> PerRow:
         return {"probabilities": jax.nn.softmax(self.logits(network, states, batch))}
 
-    def verdicts(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+    def verdicts(self, network: Any, states: States, batch: Batch) -> PerRow:
         probabilities, label = self.answers(network, states, batch)["probabilities"], batch["label"]
         of_label = jnp.take_along_axis(probabilities, label[:, None], axis=1)[:, 0]
         predicted = probabilities.argmax(-1)
@@ -60,10 +61,10 @@ class SeveralLabels(RowObjective):
         all_right = ((labels == predicted) & mask).all(-1)
         return Counted(loss.sum(), *(rows.sum(dtype=jnp.float32) for rows in (mask, all_right)), counts)
 
-    def answers(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+    def answers(self, network: Any, states: States, batch: Batch) -> PerRow:
         return {"probabilities": jax.nn.sigmoid(self.logits(network, states, batch))}
 
-    def verdicts(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+    def verdicts(self, network: Any, states: States, batch: Batch) -> PerRow:
         """Of the label that is farthest off."""
         probabilities, labels = self.answers(network, states, batch)["probabilities"], batch["labels"]
         off = jnp.where((probabilities > 0.5) == labels, 0, jnp.abs(probabilities - labels))
@@ -76,10 +77,10 @@ class SeveralLabels(RowObjective):
 
 
 class Squared(NamedTuple):
-    """Sums over rows, float32."""
+    """Sums over rows."""
 
-    loss: jax.Array  # (score - label)^2
-    count: jax.Array
+    loss: Float32[Array, ""]  # (score - label)^2
+    count: Float32[Array, ""]
 
 
 class Score(RowObjective):
@@ -91,10 +92,10 @@ class Score(RowObjective):
         off, mask = self.logits(network, states, batch)[:, 0] - batch["label"], batch["label_mask"]
         return Squared(jnp.where(mask, off**2, 0).sum(), mask.sum(dtype=jnp.float32))
 
-    def answers(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+    def answers(self, network: Any, states: States, batch: Batch) -> PerRow:
         return {"score": self.logits(network, states, batch)[:, 0]}
 
-    def verdicts(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
+    def verdicts(self, network: Any, states: States, batch: Batch) -> PerRow:
         score, label = self.answers(network, states, batch)["score"], batch["label"]
         return {"mask": batch["label_mask"], "label": label, "predicted": score, "error": jnp.abs(score - label)}
 

@@ -1,6 +1,6 @@
 """What models are made of: matrix products, norms, embeddings, dropout, attention, MLP, the stack of blocks.
 
-Shapes: B sequences, T tokens, D hidden size, N query heads, K key/value heads, H head width, F MLP width, V vocabulary.
+Shapes: `jaxlm.parallel.shapes`.
 Parameters are float32; the compute type is the type of the activations, and every product casts its weights to it.
 Each parameter names its axes (`axes=`; `jaxlm.parallel.sharding` says what that means on a mesh) and its role
 (`role=`): kernel, table, bias, scale or router, by which optimizers, gradients and plans treat it.
@@ -28,9 +28,10 @@ from jaxlm.models.sizes import (
 )
 from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
-from jaxlm.parallel.experts import RouterSums, Routing, mixture
+from jaxlm.parallel.experts import Mixture, RouterSums, mixture
 from jaxlm.parallel.pipeline import num_stages, run_pipeline
-from jaxlm.parallel.products import TOKENS, residual_axes
+from jaxlm.parallel.products import TOKENS, Names, residual_axes
+from jaxlm.parallel.shapes import Array, Bool, Cache, Float, Float32, Int32, TokenKeys
 from jaxlm.parallel.sharding import constrain, mesh_axes, per_device, platform
 from jaxlm.parallel.visible import Visible
 from jaxlm.settings import ModelSettings
@@ -39,42 +40,42 @@ from jaxlm.settings import ModelSettings
 class Context(NamedTuple):
     """What every block of a stack needs to know beside its input."""
 
-    positions: jax.Array  # int32 [B, T]: what position embeddings take; may start anew with each document
-    places: jax.Array | None = None  # int32 [1, T]: place of each slot in the sequence
-    segment_ids: jax.Array | None = None  # int32 [B, T]: tokens see only their own segment; 0 is padding
-    dropout_keys: jax.Array | None = None  # uint32 [B, T, 2], one key for each token; None: no dropout
-    cache_index: jax.Array | None = None  # int32 []: slot of the KV cache that the first token goes to
-    layer: jax.Array | None = None  # int32 []: number of the layer that reads this
+    positions: Int32[Array, "B T"]  # what position embeddings take; may start anew with each document
+    token_indices: Int32[Array, "1 T"] | None = None  # which token of the sequence stands in each slot
+    segment_ids: Int32[Array, "B T"] | None = None  # tokens see only their own segment; 0 is padding
+    dropout_keys: TokenKeys | None = None  # None: no dropout
+    cache_index: Int32[Array, ""] | None = None  # slot of the KV cache that the first token goes to
+    layer: Int32[Array, ""] | None = None  # number of the layer that reads this
 
 
 # ---- matrix products -------------------------------------------------------------------------------------------------
 
 class Linear(nnx.Module):
-    """y = x W + b over one or more trailing dimensions; applied by `fan_out` and `fan_in`."""
+    """y = x W + b over one or more trailing dimensions; applied by `column_parallel` and `row_parallel`."""
 
-    def __init__(self, inputs: dict[str, int], outputs: dict[str, int], *, bias: bool, stddev: float, rngs: nnx.Rngs,
-                 role: str = "kernel"):
+    def __init__(self, inputs: Mapping[str, int], outputs: Mapping[str | None, int], *, bias: bool, stddev: float,
+                 rngs: nnx.Rngs, role: str = "kernel"):
         """`inputs` and `outputs` map axis names to sizes, in order."""
         self.axes = (*inputs, *outputs)
         self.kernel = nnx.Param(
             stddev * jax.random.normal(rngs.params(), (*inputs.values(), *outputs.values())), axes=self.axes, role=role)
         self.bias = nnx.Param(jnp.zeros(tuple(outputs.values())), axes=tuple(outputs), role="bias") if bias else None
 
-    def add_bias(self, y: jax.Array) -> jax.Array:
+    def add_bias(self, y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
 
-def fan_out(x: jax.Array, *linears: Linear, states: tuple[str | None, ...] | None = None) -> list[jax.Array]:
-    """States [B, T, D] through several linear layers: [B, T, ...] each. `states`: x's axes, if not the residual
-    stream's."""
+def column_parallel(x: Float[Array, "B T D"], *linears: Linear, states: Names | None = None) -> list[Float[Array, "B T ..."]]:
+    """States through several linear layers, each device making its own columns or heads of what comes out. `states`:
+    x's axes, if not the residual stream's."""
     kernels, axes = tuple(linear.kernel[...] for linear in linears), tuple(linear.axes for linear in linears)
-    products_of = products.fan_out(x, kernels, axes, states or residual_axes(x.shape[1]))
-    return [linear.add_bias(y) for linear, y in zip(linears, products_of, strict=True)]
+    ys = products.column_parallel(x, kernels, axes, states or residual_axes(x.shape[1]))
+    return [linear.add_bias(y) for linear, y in zip(linears, ys, strict=True)]
 
 
-def fan_in(y: jax.Array, linear: Linear) -> jax.Array:
-    """[B, T, ...] through a linear layer to [B, T, D] in the residual stream."""
-    return linear.add_bias(products.fan_in(y, linear.kernel[...], linear.axes, residual_axes(y.shape[1])))
+def row_parallel(y: Float[Array, "B T ..."], linear: Linear) -> Float[Array, "B T D"]:
+    """Through a linear layer back into the residual stream: the sum of what devices make of their columns or heads."""
+    return linear.add_bias(products.row_parallel(y, linear.kernel[...], linear.axes, residual_axes(y.shape[1])))
 
 
 # ---- norms, embeddings, dropout --------------------------------------------------------------------------------------
@@ -89,7 +90,7 @@ class Norm(nnx.Module):
         self.epsilon = epsilon
 
     @jax.named_scope("norm")
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         y = x.astype(jnp.float32)
         if self.centered:
             y = y - y.mean(-1, keepdims=True)
@@ -105,17 +106,17 @@ class Embedding(nnx.Module):
             stddev * jax.random.normal(rngs.params(), (size, hidden_size)), axes=(axis, "embed"), role="table")
         self.axis = axis
 
-    def __call__(self, indices: jax.Array, dtype: jnp.dtype) -> jax.Array:
-        """int32 [B, T] to [B, T, D] in the residual stream; vectors travel in `dtype`, to be added up in float32."""
+    def __call__(self, indices: Int32[Array, "B T"], dtype: jnp.dtype) -> Float32[Array, "B T D"]:
+        """Into the residual stream; vectors travel in `dtype`, to be added up in float32."""
         return products.look_up(self.embedding[...], indices, self.axis, dtype).astype(jnp.float32)
 
 
-def take_positions(x: jax.Array, indices: jax.Array) -> jax.Array:
-    """x [B, T, D] at int32 indices [B, P] of each row: [B, P, D], whose P is cut as the "sequence" is."""
+def take_positions(x: Float[Array, "B T D"], indices: Int32[Array, "B P"]) -> Float[Array, "B P D"]:
+    """x at indices of each row; of what comes out P is cut as the "sequence" is."""
     states = residual_axes(x.shape[1])
     axes, cut = mesh_axes(states[1]), mesh_axes("sequence")
 
-    def on_device(x: jax.Array, indices: jax.Array) -> jax.Array:
+    def on_device(x: Float[Array, "B T_own D"], indices: Int32[Array, "B P"]) -> Float[Array, "B P_own D"]:
         if not axes:
             return jnp.take_along_axis(x, indices[..., None], axis=1)
         indices = indices - jax.lax.axis_index(axes) * x.shape[1]
@@ -128,17 +129,17 @@ def take_positions(x: jax.Array, indices: jax.Array) -> jax.Array:
     return per_device(on_device, (states, ("batch", None)), (*TOKENS, None), check_vma=True)(x, indices)
 
 
-def rotate(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
-    """Rotary position embedding (Su et al. 2021) in the rotate-half form of Llama. x [B, T, N, H], positions int32
-    [B, T], frequencies float32 [H/2]."""
+def rotate(x: Float[Array, "B T N H"], positions: Int32[Array, "B T"], frequencies: Float32[Array, " H//2"]
+           ) -> Float[Array, "B T N H"]:
+    """Rotary position embedding (Su et al. 2021) in the rotate-half form of Llama."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B, T, 1, H/2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def rope_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | None) -> jax.Array:
-    """float32 [width / 2]: radians that each pair of numbers turns by from one position to the next.
+def rope_frequencies(width: int, theta: float, scaling: Mapping[str, Any] | None) -> Float32[Array, " {width}//2"]:
+    """Radians that each pair of numbers turns by from one position to the next.
 
     scaling linear: positions divided by factor (Chen et al. 2023). llama3: only of pairs that turn slowly; those that
     turn less than low_freq_factor times in original_max_length wholly, those that turn more than high_freq_factor times
@@ -178,9 +179,10 @@ class Attention(nnx.Module):
         self.dropout_rate = attention_dropout_rate(settings)
 
     @jax.named_scope("attention")
-    def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, dict | None]:
-        """x [B, T, D] to [B, T, D], and the KV cache with this call's keys and values written into it."""
-        query, key, value = fan_out(x, self.query, self.key, self.value)  # [B, T, N or K, H]
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+                 ) -> tuple[Float[Array, "B T D"], Cache | None]:
+        """And the KV cache with this call's keys and values written into it."""
+        query, key, value = column_parallel(x, self.query, self.key, self.value)  # [B, T, N or K, H]
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         is_local = self._is_local(context)
@@ -195,18 +197,18 @@ class Attention(nnx.Module):
             cache = {"key": jax.lax.dynamic_update_slice(cache["key"], key.astype(cache["key"].dtype), at),
                      "value": jax.lax.dynamic_update_slice(cache["value"], value.astype(cache["value"].dtype), at)}
             key, value = cache["key"], cache["value"]
-        visible = Visible(self.settings.causal, self.settings.attention_window, context.places, context.segment_ids, is_local,
-                          None if cache is None else context.cache_index)
+        visible = Visible(self.settings.causal, self.settings.attention_window, context.token_indices, context.segment_ids,
+                          is_local, None if cache is None else context.cache_index)
         out = attention(query, key, value, visible, dropout_rate=self.dropout_rate, implementation=self.settings.attention,
                         dropout_keys=fold_in(context.dropout_keys, 0) if self.dropout_rate else None)
-        return checkpoint_name(fan_in(out, self.output), "attention_output"), cache
+        return checkpoint_name(row_parallel(out, self.output), "attention_output"), cache
 
-    def _is_local(self, context: Context) -> jax.Array | None:
-        """bool []: whether this layer is a local one; None where all layers are alike."""
+    def _is_local(self, context: Context) -> Bool[Array, ""] | None:
+        """Whether this layer is a local one; None where all layers are alike."""
         every = self.settings.global_every
         return None if every is None or self.settings.attention_window is None else context.layer % every != 0
 
-    def _frequencies(self, is_local: jax.Array | None) -> jax.Array:
+    def _frequencies(self, is_local: Bool[Array, ""] | None) -> Float32[Array, " half"]:
         settings = self.settings
         frequencies = functools.partial(rope_frequencies, head_dim(settings), scaling=settings.rope_scaling)
         if local_rope_theta(settings) == settings.rope_theta or settings.attention_window is None:
@@ -215,13 +217,13 @@ class Attention(nnx.Module):
         return local if is_local is None else jnp.where(is_local, local, frequencies(settings.rope_theta))
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """x times the normal distribution function (Hendrycks & Gimpel 2016), through erf: jax.nn.gelu's erfc takes
     twice as long."""
     return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
@@ -243,13 +245,12 @@ class MLP(nnx.Module):
         self.activation = activation
 
     @jax.named_scope("mlp")
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, T, D] to [B, T, D]."""
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         gates = () if self.gate is None else (self.gate,)
-        *gate, up = (checkpoint_name(y, "mlp_hidden") for y in fan_out(x, *gates, self.up))
+        *gate, up = (checkpoint_name(y, "mlp_hidden") for y in column_parallel(x, *gates, self.up))
         activate = ACTIVATIONS[self.activation]
         hidden = activate(gate[0]) * up if gate else activate(up)
-        return checkpoint_name(fan_in(hidden, self.down), "mlp_output")
+        return checkpoint_name(row_parallel(hidden, self.down), "mlp_output")
 
 
 class Experts(nnx.Module):
@@ -264,11 +265,10 @@ class Experts(nnx.Module):
         self.gate = linear(experts | embed, inner, stddev=stddev) if activation in GATED else None
         self.down = linear(experts | inner, embed, stddev=output_stddev(settings))
         self.activation = activation
-        self.routing = Routing(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
+        self.routing = Mixture(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
 
     @jax.named_scope("experts")
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, RouterSums]:
-        """[B, T, D] to [B, T, D]."""
+    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], RouterSums]:
         linears = {"up": self.up, "gate": self.gate, "down": self.down}
         kernels = {name: linear.kernel[...] for name, linear in linears.items() if linear is not None}
         out, sums = mixture(x, self.router.kernel[...], kernels, ACTIVATIONS[self.activation], self.routing)
@@ -300,57 +300,55 @@ class Execution(NamedTuple):
     logits_memory: float = 0.0  # bytes of each device that may be filled with float32 logits
 
 
-class Beside(NamedTuple):
-    """What the blocks of a stack give beside the states; leading dimension L."""
+class Auxiliary(NamedTuple):
+    """What a block gives beside the states; of a whole stack with a leading dimension L."""
 
-    cache: dict | None = None  # the updated KV cache
+    cache: Cache | None = None  # the updated KV cache
     router: RouterSums | None = None  # of mixtures of experts
 
 
-def run_stack(blocks: nnx.Module, x: jax.Array, context: Context, *, remat: Callable[..., Any] | None = None,
-              cache: dict | None = None) -> tuple[jax.Array, Beside]:
-    """Scans x [B, T, D] through the stacked blocks; compile time does not grow with the depth.
-
-    `cache` holds {"key", "value"}: [L, B, slots, K, H].
-    """
+def run_stack(blocks: nnx.Module, x: Float[Array, "B T D"], context: Context, *, remat: Callable[..., Any] | None = None,
+              cache: Cache | None = None) -> tuple[Float[Array, "B T D"], Auxiliary]:
+    """Scans x through the stacked blocks; compile time does not grow with the depth."""
     graph, params = nnx.split(blocks)
     numbers = jnp.arange(jax.tree.leaves(params)[0].shape[0])
     return _scan_layers(graph, params, numbers, x, context, remat, cache)
 
 
-def _scan_layers(graph: Any, params: Any, numbers: jax.Array, x: jax.Array, context: Context, remat: Callable[..., Any] | None,
-                 cache: dict | None) -> tuple[jax.Array, Beside]:
-    def body(x: jax.Array, layer: tuple) -> tuple[jax.Array, Beside]:
+def _scan_layers(graph: Any, params: Any, numbers: Int32[Array, " L"], x: Float[Array, "B T D"], context: Context,
+                 remat: Callable[..., Any] | None, cache: Cache | None) -> tuple[Float[Array, "B T D"], Auxiliary]:
+    def body(x: Float[Array, "B T D"], layer: tuple) -> tuple[Float[Array, "B T D"], Auxiliary]:
         number, layer_params, layer_cache = layer
         x = checkpoint_name(x, "residual")
         layer_context = context._replace(dropout_keys=fold_in(context.dropout_keys, number), layer=number)
-        x, beside = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
-        return constrain(x, *residual_axes(x.shape[1])), beside
+        x, aux = nnx.merge(graph, layer_params)(x, layer_context, layer_cache)
+        return constrain(x, *residual_axes(x.shape[1])), aux
 
     if remat is not None:  # only in a loop XLA does not take what is computed again for what was computed before
         body = jax.checkpoint(body, policy=remat, prevent_cse=False)
     return jax.lax.scan(body, x, (numbers, params, cache), unroll=len(numbers) if remat is None and _loops_are_slow() else 1)
 
 
-def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution) -> tuple[jax.Array, RouterSums | None]:
-    """`model.embed(*inputs, context)` through `model.blocks`, in a pipeline where the mesh has stages: states [B, T,
-    D]."""
+def embed_and_run(model: Any, inputs: tuple, context: Context, execution: Execution
+                  ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+    """`model.embed(*inputs, context)` through `model.blocks`, in a pipeline where the mesh has stages."""
     if num_stages() == 1:
-        x, beside = run_stack(model.blocks, model.embed(*inputs, context), context, remat=execution.remat)
-        return x, beside.router
+        x, aux = run_stack(model.blocks, model.embed(*inputs, context), context, remat=execution.remat)
+        return x, aux.router
     graph, layers, embedding, rest = nnx.split(model, _path_has("blocks"), _path_has("embedding"), ...)
-    block_graph, places = nnx.split(model.blocks)[0], context.places
+    block_graph, token_indices = nnx.split(model.blocks)[0], context.token_indices  # those of every row: not cut into pieces
 
-    def first(embedding: Any, piece: tuple) -> jax.Array:
+    def first(embedding: Any, piece: tuple) -> Float[Array, "B T D"]:
         inputs, context = piece
-        return nnx.merge(graph, layers, embedding, rest).embed(*inputs, context._replace(places=places))
+        return nnx.merge(graph, layers, embedding, rest).embed(*inputs, context._replace(token_indices=token_indices))
 
-    def stage(group: Any, numbers: jax.Array, x: jax.Array, piece: tuple) -> tuple[jax.Array, RouterSums | None]:
-        context = piece[1]._replace(places=places)
-        x, beside = _scan_layers(block_graph, group, numbers, x, context, execution.remat, None)
-        return x, beside.router
+    def stage(group: Any, numbers: Int32[Array, " L"], x: Float[Array, "b T D"], piece: tuple
+              ) -> tuple[Float[Array, "b T D"], RouterSums | None]:
+        context = piece[1]._replace(token_indices=token_indices)
+        x, aux = _scan_layers(block_graph, group, numbers, x, context, execution.remat, None)
+        return x, aux.router
 
-    return run_pipeline(first, stage, embedding, layers["blocks"], (inputs, context._replace(places=None)),
+    return run_pipeline(first, stage, embedding, layers["blocks"], (inputs, context._replace(token_indices=None)),
                         micro_batches=execution.micro_batches, repeats=execution.repeats)
 
 

@@ -9,7 +9,7 @@ from left to right. One that is not reads both ways in every layer, each directi
 halves stand side by side (Graves & Schmidhuber 2005), as with bidirectional=True and hidden_size = D / 2 in torch.
 Tokens are read document by document: where a segment begins, the state is zeros again.
 
-Shapes: B sequences, T tokens, D hidden size, R directions, H = D / R units of one direction.
+Shapes: `jaxlm.parallel.shapes`; H = D / R units of one direction, h of them on one device.
 """
 
 import functools
@@ -21,11 +21,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.models.layers import Beside, Context, Embedding, Execution, Linear, fan_out, run_stack, stack
+from jaxlm.models.layers import Auxiliary, Context, Embedding, Execution, Linear, column_parallel, run_stack, stack
 from jaxlm.models.sizes import padded_vocab_size, recurrent_width
 from jaxlm.models.states import States
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
-from jaxlm.parallel.products import TOKENS, gather, residual_axes
+from jaxlm.parallel.products import TOKENS, MeshAxes, gather, residual_axes
+from jaxlm.parallel.shapes import Array, Batch, Cache, Float, Float32, Int32, RowKeys, Shaped
 from jaxlm.parallel.sharding import constrain, mesh_axes, per_device
 from jaxlm.settings import ModelSettings
 
@@ -37,8 +38,8 @@ STATE = ("batch", None, UNITS)
 class Recurrent(NamedTuple):
     """What a layer knows of the tokens before."""
 
-    hidden: jax.Array  # [B, R, H], in the compute type
-    cell: jax.Array  # float32 [B, R, H]
+    hidden: Float[Array, "B R H"]  # in the compute type
+    cell: Float32[Array, "B R H"]
 
 
 class Layer(nnx.Module):
@@ -55,9 +56,10 @@ class Layer(nnx.Module):
         self.dropout_rate = settings.dropout
 
     @jax.named_scope("lstm")
-    def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, Beside]:
-        """x [B, T, D] to [B, T, D]. `cache`: the state after the tokens before, as `LSTM.empty_cache` has it."""
-        [gates] = fan_out(x, self.input)  # [B, T, 4 R, H], of all tokens at once: only h R waits for the token before
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+                 ) -> tuple[Float[Array, "B T D"], Auxiliary]:
+        """`cache`: the state after the tokens before, as `LSTM.empty_cache` has it."""
+        [gates] = column_parallel(x, self.input)  # [B, T, 4 R, H], of all tokens at once: only h R waits for the token before
         gates = checkpoint_name(gates, "mlp_hidden")
         rows, length, _, units = gates.shape
         zeros = jnp.zeros((rows, self.directions, units), x.dtype)
@@ -68,14 +70,13 @@ class Layer(nnx.Module):
         segments = jnp.zeros((rows, length), jnp.int32) if context.segment_ids is None else context.segment_ids
         y, after = run(gates, self.recurrent.kernel[...], segments, before)
         y = constrain(y, *residual_axes(length), None).reshape(rows, length, -1)
-        return dropout(y, self.dropout_rate, context.dropout_keys, site=1), Beside(None if cache is None else after._asdict())
+        return dropout(y, self.dropout_rate, context.dropout_keys, site=1), Auxiliary(None if cache is None else after._asdict())
 
 
-def _read(gates: jax.Array, kernel: jax.Array, segments: jax.Array, before: Recurrent, *, kernel_cut: tuple[str, ...],
-          units_cut: tuple[str, ...]) -> tuple[jax.Array, Recurrent]:
-    """One device's rows and units: what x gives to the gates [B, T, 4 R, h], kernel [H / fsdp, 4 R, h] and segments
-    [B, T] to the states of all tokens [B, T, R, h], and the last ones. `kernel_cut`, `units_cut`: mesh axes of the
-    kernel's rows, and of its columns and the units."""
+def _read(gates: Float[Array, "B T gates h"], kernel: Float[Array, "H_own gates h"], segments: Int32[Array, "B T"],
+          before: Recurrent, *, kernel_cut: MeshAxes, units_cut: MeshAxes) -> tuple[Float[Array, "B T R h"], Recurrent]:
+    """One device's rows and units: what x gives to the gates, to the states of all tokens, and the last ones.
+    `kernel_cut`, `units_cut`: mesh axes of the kernel's rows, and of its columns and the units."""
     rows, length, _, units = gates.shape
     directions = before.hidden.shape[1]
     kernel = gather(kernel.astype(gates.dtype), kernel_cut, axis=0).reshape(-1, directions, GATES, units)
@@ -84,7 +85,7 @@ def _read(gates: jax.Array, kernel: jax.Array, segments: jax.Array, before: Recu
     ends = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (0, 1)))
     resets = _in_order(jnp.stack([begins, ends], axis=2)[:, :, :directions])
 
-    def one_token(state: Recurrent, token: tuple[jax.Array, jax.Array]) -> tuple[Recurrent, jax.Array]:
+    def one_token(state: Recurrent, token: tuple[Array, Array]) -> tuple[Recurrent, Float[Array, "B R h"]]:
         given, reset = token
         hidden, cell = (jnp.where(reset[..., None], 0, array) for array in state)
         hidden = gather(hidden, units_cut, axis=-1)  # every unit reads all of them
@@ -98,8 +99,8 @@ def _read(gates: jax.Array, kernel: jax.Array, segments: jax.Array, before: Recu
     return _in_order(jnp.moveaxis(states, 0, 1)), after
 
 
-def _in_order(array: jax.Array) -> jax.Array:
-    """[B, T, R, ...]: the second direction the other way round, so that both are read from the left; and back again."""
+def _in_order(array: Shaped[Array, "B T R *rest"]) -> Shaped[Array, "B T R *rest"]:
+    """The second direction the other way round, so that both are read from the left; and back again."""
     return jnp.concatenate([array[:, :, :1], array[:, ::-1, 1:]], axis=2)
 
 
@@ -113,26 +114,27 @@ class LSTM(nnx.Module):
         self.settings, self.dtype, self.execution = settings, dtype, execution
 
     @jax.named_scope("embedding")
-    def embed(self, tokens: jax.Array, context: Context) -> jax.Array:
-        """int32 tokens [B, T] to [B, T, D]. What gates read begins with a variance of 1, and so do the logits of the
+    def embed(self, tokens: Int32[Array, "B T"], context: Context) -> Float[Array, "B T D"]:
+        """What gates read begins with a variance of 1, and so do the logits of the
         same table: the factor is for the input alone (Vaswani et al. 2017, section 3.4)."""
         x = math.sqrt(self.settings.hidden_size) * self.token_embedding(tokens, self.dtype)
         x = constrain(x.astype(self.dtype), *residual_axes(x.shape[1]))
         return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
 
-    def states(self, batch: dict[str, jax.Array], dropout_keys: jax.Array | None = None) -> States:
-        """States of a batch {tokens [B, T], optionally segment_ids}. `dropout_keys`: of the rows, [B]; None: none."""
-        places = jnp.arange(batch["tokens"].shape[1])
-        context = Context(places[None], places[None], batch.get("segment_ids"), token_keys(dropout_keys, places))
+    def states(self, batch: Batch, dropout_keys: RowKeys | None = None) -> States:
+        """States of a batch {tokens int32 [B, T], optionally segment_ids}. `dropout_keys`: None: no dropout."""
+        indices = jnp.arange(batch["tokens"].shape[1])
+        context = Context(indices[None], indices[None], batch.get("segment_ids"), token_keys(dropout_keys, indices))
         x, _ = run_stack(self.blocks, self.embed(batch["tokens"], context), context, remat=self.execution.remat)
         return States(x, None, None)
 
-    def hidden_with_cache(self, tokens: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
+    def hidden_with_cache(self, tokens: Int32[Array, "B T"], context: Context, cache: Cache
+                          ) -> tuple[Float[Array, "B T D"], Cache]:
         """States of tokens that follow those before; and the state after them."""
-        x, beside = run_stack(self.blocks, self.embed(tokens, context), context, cache=cache)
-        return x, beside.cache
+        x, aux = run_stack(self.blocks, self.embed(tokens, context), context, cache=cache)
+        return x, aux.cache
 
-    def empty_cache(self, rows: int, slots: int) -> dict[str, jax.Array]:
+    def empty_cache(self, rows: int, slots: int) -> Cache:
         """The state before the first token, [L, B, 1, D], whatever the number of tokens to come."""
         shape = (self.settings.num_layers, rows, 1, self.settings.hidden_size)
         hidden, cell = (constrain(jnp.zeros(shape, dtype), "layers", *STATE) for dtype in (self.dtype, jnp.float32))

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxlm.models.layers import Execution, remat_policy
-from jaxlm.models.objectives import Objectives, pretraining_objectives
+from jaxlm.models.objectives import Objectives, PerRow, pretraining_objectives
+from jaxlm.parallel.shapes import Array, Batch, Int, Key, RowKeys, Shaped
 from jaxlm.parallel.sharding import Axes
 from jaxlm.presets import TRUNKS
 from jaxlm.settings import ModelSettings, TrainSettings, remat_choices
 
 Params = dict[str, Any]
-Batch = dict[str, jax.Array]
 
 
 class Model:
@@ -50,7 +50,7 @@ class Model:
             lambda variable: Axes(("layers",) * (len(variable.shape) - len(variable.axes)) + variable.axes, variable.role),
             state, is_leaf=lambda node: isinstance(node, nnx.Variable)))
 
-    def _network(self, key: jax.Array) -> nnx.Module:
+    def _network(self, key: Key[Array, ""]) -> nnx.Module:
         """The trunk of the family, with the heads as its `heads`."""
         rngs = nnx.Rngs(params=key)
         trunk = importlib.import_module(f"jaxlm.models.{TRUNKS.get(self.settings.family, 'transformer')}").Trunk
@@ -60,7 +60,7 @@ class Model:
         network.heads = nnx.Dict(heads) if heads else None
         return network
 
-    def init(self, key: jax.Array) -> Params:
+    def init(self, key: Key[Array, ""]) -> Params:
         """Initial parameters; the same for every mesh."""
         return nnx.to_pure_dict(nnx.state(self._network(key)))
 
@@ -68,13 +68,13 @@ class Model:
         """The module with these parameters in it. Inside a jitted function this costs nothing at run time."""
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, jax.tree.leaves(params)))
 
-    def terms(self, params: Params, batch: Batch, dropout_keys: jax.Array | None = None) -> dict[str, Any]:
-        """Each objective's sums over a batch (`Objective.terms`), by name. `dropout_keys`: of the rows, [B]."""
+    def terms(self, params: Params, batch: Batch, dropout_keys: RowKeys | None = None) -> dict[str, Any]:
+        """Each objective's sums over a batch (`Objective.terms`), by name. `dropout_keys`: None: no dropout."""
         network = self.bind(params)
         states = network.states(batch, dropout_keys)
         return {objective.name: objective.terms(network, states, batch) for objective in self.objectives}
 
-    def evaluated(self, params: Params, batch: Batch) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+    def evaluated(self, params: Params, batch: Batch) -> tuple[dict[str, Any], PerRow]:
         """What an evaluation adds up, by objective, and what it keeps of each row (`Objective.verdicts`)."""
         network = self.bind(params)
         states = network.states(batch)
@@ -85,14 +85,14 @@ class Model:
                 verdicts |= objective.verdicts(network, states, batch)
         return terms, verdicts
 
-    def answers(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    def answers(self, params: Params, batch: Batch) -> PerRow:
         """What is said of each row of a batch (`Objective.answers`)."""
         network = self.bind(params)
         states = network.states(batch)
         return {name: answer for objective in self.objectives
                 for name, answer in objective.answers(network, states, batch).items()}
 
-    def counts(self, batch: Batch) -> dict[str, jax.Array]:
+    def counts(self, batch: Batch) -> dict[str, Int[Array, ""]]:
         """What each objective's loss is to be divided by."""
         return {objective.name: objective.count(batch) for objective in self.objectives}
 
@@ -113,7 +113,7 @@ class Model:
     def pad_vocabulary(self, params: Params) -> Params:
         """Parameters with a row for each token, as other programs keep them, given zeros up to the rows that this
         one keeps."""
-        def pad(leaf: jax.Array, shape: jax.ShapeDtypeStruct, axes: Axes) -> jax.Array:
+        def pad(leaf: Shaped[Array, "..."], shape: jax.ShapeDtypeStruct, axes: Axes) -> Shaped[Array, "..."]:
             missing = [(0, want - size if axis == "vocab" else 0)
                        for size, want, axis in zip(leaf.shape, shape.shape, axes.names, strict=True)]
             return jnp.pad(leaf, missing)

@@ -16,26 +16,27 @@ import numpy as np
 from flax import nnx
 
 from jaxlm.data.masking import num_predictions
-from jaxlm.models.layers import ACTIVATIONS, Embedding, Linear, fan_out
+from jaxlm.models.layers import ACTIVATIONS, Embedding, Linear, column_parallel
 from jaxlm.models.loss import Head, RouterLoss, Sums, cross_entropy
 from jaxlm.models.sizes import norm_bias, padded_vocab_size
 from jaxlm.models.states import States, cuttable
 from jaxlm.models.transformer import residual_norm
 from jaxlm.parallel.products import TOKENS
+from jaxlm.parallel.shapes import Array, Batch, Float, Float32, Int, Int32, Shaped
 from jaxlm.settings import DataSettings, ModelSettings
 
 FIRST_TOKEN = ("batch", None, "residual")
 MOST_NATS = 700  # of which the exponential is still a number
 
-Batch = dict[str, jax.Array]
 Figures = dict[str, float | None]
+PerRow = dict[str, Shaped[Array, "B ..."]]
 
 
 class Facts(NamedTuple):
     """What an evaluation knows beside the sums."""
 
     bytes_per_token: float | None  # UTF-8 bytes of text for each predicted token; None: not known
-    verdicts: dict[str, np.ndarray]  # of all rows with a label, in their order, [N] each (`Objective.verdicts`)
+    verdicts: dict[str, Shaped[np.ndarray, " B"]]  # of all rows with a label, in their order (`Objective.verdicts`)
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,15 @@ class Objective:
         """Sums over the rows of a batch, as a named tuple with `loss`, which is minimized, and `count`."""
         raise NotImplementedError
 
-    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
-        """All that the head says of a batch, float32 [B, T, V] or [B, C]: what an export is compared by."""
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B ..."]:
+        """All that the head says of a batch, of every token or every row: what an export is compared by."""
         raise NotImplementedError
 
-    def count(self, batch: Batch) -> jax.Array:
+    def count(self, batch: Batch) -> Int[Array, ""]:
         """How many predictions a batch holds; what the sum of losses is to be divided by."""
         raise NotImplementedError
 
-    def training_figures(self, terms: Any) -> dict[str, jax.Array]:
+    def training_figures(self, terms: Any) -> dict[str, Float32[Array, ""]]:
         """Columns of a training row beside the loss."""
         return {}
 
@@ -69,12 +70,12 @@ class Objective:
         """Of an evaluation, in nats for each prediction."""
         return terms.cross_entropy / max(terms.count, 1)
 
-    def answers(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
-        """What is said of each row, [B, ...], whether it has a label or not; {}: of rows nothing is said."""
+    def answers(self, network: Any, states: States, batch: Batch) -> PerRow:
+        """What is said of each row, whether it has a label or not; {}: of rows nothing is said."""
         return {}
 
-    def verdicts(self, network: Any, states: States, batch: Batch) -> dict[str, jax.Array]:
-        """A few numbers for each row, [B] each, that tell how far off the answer is: `mask` (false: a row without a
+    def verdicts(self, network: Any, states: States, batch: Batch) -> PerRow:
+        """A few numbers for each row that tell how far off the answer is: `mask` (false: a row without a
         label), `error` (0: right), and what the task needs to say it in words. {}: nothing."""
         return {}
 
@@ -103,18 +104,18 @@ class NextToken(Objective):
     def terms(self, network: Any, states: States, batch: Batch) -> Sums:
         """Of a batch {targets int32 [B, T], loss_mask bool [B, T]}."""
         table = self._table(network)
-        targets, mask = (states.as_laid(batch[name]) for name in ("targets", "loss_mask"))
+        targets, mask = (states.in_order(batch[name]) for name in ("targets", "loss_mask"))
         return cross_entropy(states.x, table, jnp.zeros(table.shape[0]), targets, mask, head_facts(network))
 
-    def count(self, batch: Batch) -> jax.Array:
+    def count(self, batch: Batch) -> Int[Array, ""]:
         return batch["loss_mask"].sum()
 
-    def logits(self, network: Any, x: jax.Array) -> jax.Array:
-        """States [B, T, D] to float32 logits [B, T, vocab_size]. For generation; training never calls it."""
+    def logits(self, network: Any, x: Float[Array, "B T D"]) -> Float32[Array, "B T vocab_size"]:
+        """For generation; training never calls it."""
         logits = jnp.einsum("btd,vd->btv", x, self._table(network).astype(x.dtype), preferred_element_type=jnp.float32)
         return capped(logits, network.settings)
 
-    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B T vocab_size"]:
         return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
 
     def figures(self, terms: Sums, facts: Facts) -> Figures:
@@ -128,7 +129,7 @@ class NextToken(Objective):
     def flops(self, model: ModelSettings, predictions: int) -> float:
         return 2 * predictions * model.hidden_size * model.vocab_size
 
-    def _table(self, network: Any) -> jax.Array:
+    def _table(self, network: Any) -> Float[Array, "V D"]:
         return (network.token_embedding if network.settings.tied_embeddings else network.heads[self.name]).embedding[...]
 
 
@@ -144,10 +145,10 @@ class Routing(Objective):
         rows = jnp.asarray(len(batch["tokens"]), jnp.float32)
         return RouterLoss(loss / settings.num_layers, rows, router.load, router.dropped.sum())
 
-    def count(self, batch: Batch) -> jax.Array:
+    def count(self, batch: Batch) -> Int[Array, ""]:
         return jnp.asarray(len(batch["tokens"]))
 
-    def training_figures(self, terms: RouterLoss) -> dict[str, jax.Array]:
+    def training_figures(self, terms: RouterLoss) -> dict[str, Float32[Array, ""]]:
         """Of the fullest and the emptiest expert of any layer, 1 being an even share."""
         share = terms.load * terms.load.shape[1] / terms.load.sum(1, keepdims=True)
         return {"expert_load_max": share.max(), "expert_load_min": share.min(),
@@ -168,9 +169,8 @@ class MaskedTokenHead(nnx.Module):
         self.table = None if settings.tied_embeddings else output_table(settings, rngs)
         self.activation = head_activation(settings)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, P, D] to [B, P, D]."""
-        [transformed] = fan_out(x, self.transform, states=(*TOKENS, "residual"))
+    def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P D"]:
+        [transformed] = column_parallel(x, self.transform, states=(*TOKENS, "residual"))
         return self.norm(ACTIVATIONS[self.activation](transformed))
 
 
@@ -189,20 +189,20 @@ class MaskedToken(Objective):
         targets, mask = (cuttable(batch[f"masked_{name}"]) for name in ("targets", "mask"))
         return cross_entropy(masked, table, bias, targets, mask, head_facts(network))
 
-    def count(self, batch: Batch) -> jax.Array:
+    def count(self, batch: Batch) -> Int[Array, ""]:
         return batch["masked_mask"].sum()
 
-    def logits(self, network: Any, x: jax.Array) -> jax.Array:
-        """States [B, P, D] to float32 logits [B, P, vocab_size]. Training never calls it."""
+    def logits(self, network: Any, x: Float[Array, "B P D"]) -> Float32[Array, "B P vocab_size"]:
+        """Training never calls it."""
         head, table, bias = self._parts(network)
         logits = jnp.einsum("btd,vd->btv", head(x), table.astype(x.dtype), preferred_element_type=jnp.float32) + bias
         return capped(logits, network.settings)
 
-    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B T vocab_size"]:
         return self.logits(network, of_every_token(states, batch))[:, : batch["tokens"].shape[1]]
 
-    def filled(self, network: Any, states: States, batch: Batch) -> jax.Array:
-        """The likeliest token at each of masked_positions: int32 [B, P]."""
+    def filled(self, network: Any, states: States, batch: Batch) -> Int32[Array, "B P"]:
+        """The likeliest token at each of masked_positions."""
         return self.logits(network, states.at(batch["masked_positions"])).argmax(-1)[:, : batch["masked_positions"].shape[1]]
 
     def figures(self, terms: Sums, facts: Facts) -> Figures:
@@ -216,7 +216,7 @@ class MaskedToken(Objective):
     def flops(self, model: ModelSettings, predictions: int) -> float:
         return 2 * predictions * model.hidden_size * (model.vocab_size + model.hidden_size)
 
-    def _parts(self, network: Any) -> tuple[MaskedTokenHead, jax.Array, jax.Array]:
+    def _parts(self, network: Any) -> tuple[MaskedTokenHead, Float[Array, "V D"], Float[Array, " V"]]:
         head = network.heads[self.name]
         return head, (network.token_embedding if head.table is None else head.table).embedding[...], head.bias[...]
 
@@ -244,17 +244,17 @@ class NextSentence(Objective):
         loss, correct = jnp.where(mask, loss, 0).sum(), (mask & (logits.argmax(-1) == labels)).sum()
         return Sums(loss, loss, correct.astype(jnp.float32), mask.sum().astype(jnp.float32))
 
-    def count(self, batch: Batch) -> jax.Array:
+    def count(self, batch: Batch) -> Int[Array, ""]:
         return batch["next_sentence_mask"].sum()
 
-    def logits(self, network: Any, x: jax.Array) -> jax.Array:
-        """States [B, T, D] to float32 [B, 2]; label 0 means that the second text follows the first."""
+    def logits(self, network: Any, x: Float[Array, "B T D"]) -> Float32[Array, "B 2"]:
+        """Label 0 means that the second text follows the first."""
         head = network.heads[self.name]
-        [pooled] = fan_out(x[:, :1], head.pooler, states=FIRST_TOKEN)
-        [logits] = fan_out(jnp.tanh(pooled), head.classifier, states=FIRST_TOKEN)
+        [pooled] = column_parallel(x[:, :1], head.pooler, states=FIRST_TOKEN)
+        [logits] = column_parallel(jnp.tanh(pooled), head.classifier, states=FIRST_TOKEN)
         return logits[:, 0].astype(jnp.float32)
 
-    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B 2"]:
         return self.logits(network, states.x)
 
     def figures(self, terms: Sums, facts: Facts) -> Figures:
@@ -284,8 +284,8 @@ def output_table(settings: ModelSettings, rngs: nnx.Rngs) -> Embedding:
                      rngs=rngs)
 
 
-def of_every_token(states: States, batch: Batch) -> jax.Array:
-    """States [B, T', D], T' >= T, in the order of the tokens."""
+def of_every_token(states: States, batch: Batch) -> Float[Array, "B T_padded D"]:
+    """States in the order of the tokens, as many as can be cut (`cuttable`)."""
     tokens = batch["tokens"]
     return states.at(jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape))
 
@@ -300,8 +300,8 @@ def head_activation(settings: ModelSettings) -> str:
     return {"swiglu": "gelu", "geglu": "gelu"}.get(settings.activation, settings.activation)
 
 
-def capped(logits: jax.Array, settings: ModelSettings) -> jax.Array:
-    """Logits [..., V padded] with the soft cap, without the padding."""
+def capped(logits: Float[Array, "*rows V"], settings: ModelSettings) -> Float[Array, "*rows vocab_size"]:
+    """Logits with the soft cap, without the padding."""
     if settings.logit_soft_cap:
         logits = settings.logit_soft_cap * jnp.tanh(logits / settings.logit_soft_cap)
     return logits[..., : settings.vocab_size]

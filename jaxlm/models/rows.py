@@ -3,15 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxlm.models.layers import ACTIVATIONS, Linear, fan_out
-from jaxlm.models.objectives import FIRST_TOKEN, Batch, Figures, Objective
+from jaxlm.models.layers import ACTIVATIONS, Linear, column_parallel
+from jaxlm.models.objectives import FIRST_TOKEN, Figures, Objective
 from jaxlm.models.states import States
 from jaxlm.models.transformer import residual_norm
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.parallel.shapes import Array, Batch, Float, Float32, Int, RowKeys
 from jaxlm.settings import DataSettings, ModelSettings
 
 POOLERS = ACTIVATIONS | {"tanh": jnp.tanh}
@@ -29,16 +29,16 @@ class RowHead(nnx.Module):
         # Hugging Face's causal models have no bias here: one could not be exported.
         self.classifier = Linear({"residual": width}, {None: outputs}, bias=not settings.causal, stddev=stddev, rngs=rngs)
 
-    def __call__(self, state: jax.Array, keys: jax.Array | None) -> jax.Array:
-        """States [B, 1, D] and keys [B] of the rows (None: no dropout) to float32 [B, outputs]."""
+    def __call__(self, state: Float[Array, "B 1 D"], keys: RowKeys | None) -> Float32[Array, "B C"]:
+        """`keys`: None: no dropout."""
         if self.pooler is not None:
-            [state] = fan_out(state, self.pooler, states=FIRST_TOKEN)
+            [state] = column_parallel(state, self.pooler, states=FIRST_TOKEN)
             state = POOLERS[self.settings.pooler](state)
         if self.norm is not None:
             state = self.norm(state)
         keys = fold_in(token_keys(keys, jnp.zeros(1, jnp.int32)), DROPOUT_SITE)
         state = dropout(state.astype(jnp.float32), self.settings.dropout, keys, site=0)
-        return fan_out(state, self.classifier, states=FIRST_TOKEN)[0][:, 0]
+        return column_parallel(state, self.classifier, states=FIRST_TOKEN)[0][:, 0]
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,16 @@ class RowObjective(Objective):
     def head(self, settings: ModelSettings, rngs: nnx.Rngs) -> RowHead:
         return RowHead(settings, self.outputs, rngs)
 
-    def logits(self, network: Any, states: States, batch: Batch) -> jax.Array:
-        """float32 [B, outputs], from the state of the first token ([CLS]); of a causal model from that of the last,
+    def logits(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B C"]:
+        """From the state of the first token ([CLS]); of a causal model from that of the last,
         the only one that has seen all of the row (last_position int32 [B])."""
         state = states.at(batch["last_position"][:, None])[:, :1] if network.settings.causal else states.x[:, :1]
         return network.heads[self.name](state, states.dropout_keys)
 
-    def every_logit(self, network: Any, states: States, batch: Batch) -> jax.Array:
+    def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B C"]:
         return self.logits(network, states, batch)
 
-    def count(self, batch: Batch) -> jax.Array:
+    def count(self, batch: Batch) -> Int[Array, ""]:
         return batch["label_mask"].sum()
 
     def loss(self, terms: Any) -> float:

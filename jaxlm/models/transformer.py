@@ -12,7 +12,7 @@ from jaxlm.models.attention import sequence_order
 from jaxlm.models.layers import (
     MLP,
     Attention,
-    Beside,
+    Auxiliary,
     Context,
     Embedding,
     Execution,
@@ -25,11 +25,11 @@ from jaxlm.models.layers import (
 from jaxlm.models.sizes import head_dim, kv_heads, norm_bias, padded_vocab_size
 from jaxlm.models.states import States
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
+from jaxlm.parallel.experts import RouterSums
 from jaxlm.parallel.products import residual_axes
+from jaxlm.parallel.shapes import Array, Batch, Cache, Float, Int32, RowKeys
 from jaxlm.parallel.sharding import constrain
 from jaxlm.settings import ModelSettings
-
-Batch = dict[str, jax.Array]
 
 
 class Block(nnx.Module):
@@ -42,8 +42,8 @@ class Block(nnx.Module):
         self.mlp = (MLP if settings.num_experts is None else Experts)(settings, rngs)
         self.pre, self.first_norm, self.dropout_rate = settings.norm_position == "pre", settings.first_norm, settings.dropout
 
-    def __call__(self, x: jax.Array, context: Context, cache: dict | None = None) -> tuple[jax.Array, Beside]:
-        """x [B, T, D] to [B, T, D]."""
+    def __call__(self, x: Float[Array, "B T D"], context: Context, cache: Cache | None = None
+                 ) -> tuple[Float[Array, "B T D"], Auxiliary]:
         normed = self.attention_norm(x) if self.pre else x
         if not self.first_norm:
             normed = jnp.where(context.layer == 0, x, normed)
@@ -54,7 +54,7 @@ class Block(nnx.Module):
         if isinstance(self.mlp, Experts):
             y, router = y
         x = x + dropout(y, self.dropout_rate, context.dropout_keys, site=2)
-        return (x if self.pre else self.mlp_norm(x)), Beside(cache, router)
+        return (x if self.pre else self.mlp_norm(x)), Auxiliary(cache, router)
 
 
 class Transformer(nnx.Module):
@@ -73,9 +73,9 @@ class Transformer(nnx.Module):
         self.settings, self.dtype, self.execution = settings, dtype, execution
 
     @jax.named_scope("embedding")
-    def embed(self, tokens: jax.Array, token_types: jax.Array | None, context: Context) -> jax.Array:
-        """int32 tokens [B, T] to what the first block reads, [B, T, D]. Missing token types are type 0, which is added,
-        not skipped."""
+    def embed(self, tokens: Int32[Array, "B T"], token_types: Int32[Array, "B T"] | None, context: Context
+              ) -> Float[Array, "B T D"]:
+        """What the first block reads. Missing token types are type 0, which is added, not skipped."""
         x = self.token_embedding(tokens, self.dtype)
         if self.position_embedding is not None:
             x = x + self.position_embedding(context.positions, self.dtype)
@@ -86,35 +86,37 @@ class Transformer(nnx.Module):
         x = constrain(x.astype(self.dtype), *residual_axes(x.shape[1]))
         return dropout(x, self.settings.dropout, fold_in(context.dropout_keys, 2**31), site=0)
 
-    def states(self, batch: Batch, dropout_keys: jax.Array | None = None) -> States:
-        """States of a batch {tokens [B, T], optionally segment_ids, positions, token_types}.
+    def states(self, batch: Batch, dropout_keys: RowKeys | None = None) -> States:
+        """States of a batch {tokens int32 [B, T], optionally segment_ids, positions, token_types, likewise}.
 
-        `dropout_keys`: of the rows, [B]; None: no dropout. Where a causal sequence is cut over devices the states come
+        `dropout_keys`: None: no dropout. Where a causal sequence is cut over devices the states come
         in the order that gives each as much work: `States` knows it.
         """
         length = batch["tokens"].shape[1]
         order = sequence_order(length, self.settings.causal, self.settings.attention)
-        places = jnp.arange(length) if order is None else order
+        token_indices = jnp.arange(length) if order is None else order
         arrays = {name: array if order is None else array[:, order] for name, array in batch.items()
                   if name in ("tokens", "segment_ids", "positions", "token_types")}
-        places = jnp.asarray(places)[None]
-        positions = arrays.get("positions", jnp.broadcast_to(places, batch["tokens"].shape))
-        context = Context(positions, places, arrays.get("segment_ids"), token_keys(dropout_keys, places[0]))
+        token_indices = jnp.asarray(token_indices)[None]
+        positions = arrays.get("positions", jnp.broadcast_to(token_indices, batch["tokens"].shape))
+        context = Context(positions, token_indices, arrays.get("segment_ids"), token_keys(dropout_keys, token_indices[0]))
         x, router = self.hidden(arrays["tokens"], context, arrays.get("token_types"))
         return States(x, order, router, dropout_keys)
 
-    def hidden(self, tokens: jax.Array, context: Context, token_types: jax.Array | None = None) -> tuple:
-        """int32 tokens [B, T] to states [B, T, D], and the sums of the routers of experts, where there are some."""
+    def hidden(self, tokens: Int32[Array, "B T"], context: Context, token_types: Int32[Array, "B T"] | None = None
+               ) -> tuple[Float[Array, "B T D"], RouterSums | None]:
+        """States of tokens, and the sums of the routers of experts, where there are some."""
         x, router = embed_and_run(self, (tokens, token_types), context, self.execution)
         return (x if self.final_norm is None else self.final_norm(x)), router
 
-    def hidden_with_cache(self, tokens: jax.Array, context: Context, cache: dict) -> tuple[jax.Array, dict]:
+    def hidden_with_cache(self, tokens: Int32[Array, "B T"], context: Context, cache: Cache
+                          ) -> tuple[Float[Array, "B T D"], Cache]:
         """The same for tokens that go to the slots from context.cache_index on; and the updated KV cache."""
-        x, beside = run_stack(self.blocks, self.embed(tokens, None, context), context, cache=cache)
-        return (x if self.final_norm is None else self.final_norm(x)), beside.cache
+        x, aux = run_stack(self.blocks, self.embed(tokens, None, context), context, cache=cache)
+        return (x if self.final_norm is None else self.final_norm(x)), aux.cache
 
-    def empty_cache(self, rows: int, slots: int) -> dict[str, jax.Array]:
-        """A KV cache for `rows` sequences of at most `slots` tokens: keys and values [L, B, slots, K, H]."""
+    def empty_cache(self, rows: int, slots: int) -> Cache:
+        """A KV cache of all layers, for `rows` sequences of at most `slots` tokens."""
         shape = (self.settings.num_layers, rows, slots, kv_heads(self.settings), head_dim(self.settings))
         empty = constrain(jnp.zeros(shape, self.dtype), "layers", "batch", None, "kv_heads", None)
         return {"key": empty, "value": empty}

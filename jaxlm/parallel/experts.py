@@ -10,7 +10,8 @@ nothing is lost, whatever the router does, and results do not depend on the mesh
 training only, an expert takes at most `capacity_factor` times its even share of each device's tokens; the traffic is
 that much, the rest passes the layer by.
 
-Shapes: n tokens of one device, E experts on P devices, k experts per token, D hidden size, F MLP width.
+Shapes: `jaxlm.parallel.shapes`; and here n tokens of one device, k experts for each of them, m = n k choices, Q devices
+that hold E / Q experts each, C rows that an expert takes at most.
 """
 
 import functools
@@ -21,14 +22,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxlm.parallel.products import Names, gather, residual_axes, scatter_sum, sum_over
+from jaxlm.parallel.products import MeshAxes, Names, gather, residual_axes, scatter_sum, sum_over
+from jaxlm.parallel.shapes import Array, Float, Float32, Int32, Shaped
 from jaxlm.parallel.sharding import mesh_axes, per_device
 
 KERNELS = {"up": ("experts", "embed", "mlp"), "gate": ("experts", "embed", "mlp"), "down": ("experts", "mlp", "embed")}
 SENT = "sent_to_experts"  # what an exchange has brought: to come by it again, it would have to travel again
 
 
-class Routing(NamedTuple):
+class Mixture(NamedTuple):
     """Static facts of a mixture."""
 
     num_experts: int
@@ -39,40 +41,44 @@ class Routing(NamedTuple):
 class RouterSums(NamedTuple):
     """Sums over sequences, so that neither micro-batches nor meshes change them; float32."""
 
-    balance: jax.Array  # []: E / (k T^2) sum_e (picks of e) (probability of e), for each sequence (DeepSeek-V3, 2024, eq. 17-20)
-    z: jax.Array  # []: mean squared log-partition of the router's logits, for each sequence (ST-MoE, Zoph et al. 2022)
-    load: jax.Array  # [E]: tokens that chose each expert
-    dropped: jax.Array  # []: choices that found their expert full
+    # E / (k T^2) sum_e (picks of e) (probability of e), for each sequence (DeepSeek-V3, 2024, eq. 17-20)
+    balance: Float32[Array, ""]
+    z: Float32[Array, ""]  # mean squared log-partition of the router's logits, for each sequence (ST-MoE, Zoph et al. 2022)
+    load: Float32[Array, " E"]  # tokens that chose each expert
+    dropped: Float32[Array, ""]  # choices that found their expert full
 
 
-def mixture(x: jax.Array, router: jax.Array, kernels: dict[str, jax.Array], activate: Callable, routing: Routing
-            ) -> tuple[jax.Array, RouterSums]:
-    """x [B, T, D] in the residual stream through the experts, back into it.
+Run = Callable[[Array, Array | None], Array]  # experts' MLPs over rows sorted by expert, and how many each has; or [E, C, D]
+
+
+def mixture(x: Float[Array, "B T D"], router: Float32[Array, "D E"], kernels: dict[str, Float[Array, "E _ _"]],
+            activate: Callable, routing: Mixture) -> tuple[Float[Array, "B T D"], RouterSums]:
+    """The residual stream through the experts, back into it.
 
     Args:
-      router: float32 [D, E], axes ("embed", None).
-      kernels: float32, "up" and perhaps "gate" [E, D, F], "down" [E, F, D]; axes as in KERNELS.
+      router: axes ("embed", None).
+      kernels: "up" and perhaps "gate" [E, D, F], "down" [E, F, D]; axes as in KERNELS.
       activate: the activation, of the gate where there is one.
     """
     states = residual_axes(x.shape[1])
     sums = RouterSums((), (), (None,), ())
     axes = (states, ("embed", None), {name: KERNELS[name] for name in kernels})
-    run = functools.partial(_mixture, activate=activate, routing=routing, cuts=Cuts.here(states))
+    run = functools.partial(_mixture, activate=activate, routing=routing, cuts=MixtureCuts.here(states))
     return per_device(run, axes, (states, sums))(x, router, kernels)
 
 
-class Cuts(NamedTuple):
+class MixtureCuts(NamedTuple):
     """Mesh axes that cut what a mixture works on."""
 
-    embed: tuple[str, ...]
-    experts: tuple[str, ...]
-    tokens: tuple[str, ...]
-    sequence: tuple[str, ...]
-    scattered: tuple[str, ...]
-    columns: tuple[str, ...]
+    embed: MeshAxes
+    experts: MeshAxes
+    tokens: MeshAxes
+    sequence: MeshAxes
+    scattered: MeshAxes  # what cuts the sequence of the residual stream beyond that
+    columns: MeshAxes
 
     @classmethod
-    def here(cls, states: Names) -> "Cuts":
+    def here(cls, states: Names) -> "MixtureCuts":
         sequence = mesh_axes("sequence")
         return cls(mesh_axes("embed"), mesh_axes("experts"), mesh_axes("batch") + sequence, sequence,
                    tuple(axis for axis in mesh_axes(states[1]) if axis not in sequence), mesh_axes("mlp"))
@@ -80,14 +86,16 @@ class Cuts(NamedTuple):
 
 # ---- one device ------------------------------------------------------------------------------------------------------
 
-def _mixture(x, router, kernels, *, activate, routing, cuts):
+def _mixture(x: Float[Array, "B T_own D"], router: Float32[Array, "D_own E"], kernels: dict[str, Float[Array, "E_own _ _"]], *,
+             activate: Callable, routing: Mixture, cuts: MixtureCuts) -> tuple[Float[Array, "B T_own D"], RouterSums]:
     # The backward pass finds the products and what has travelled; kernels are fetched for it again.
     policy = jax.checkpoint_policies.save_only_these_names("mlp_hidden", SENT)
     run = jax.checkpoint(functools.partial(_routed, activate=activate, routing=routing, cuts=cuts), policy=policy)
     return run(x, router, kernels)
 
 
-def _routed(x, router, kernels, *, activate, routing, cuts):
+def _routed(x: Float[Array, "B T_own D"], router: Float32[Array, "D_own E"], kernels: dict[str, Float[Array, "E_own _ _"]], *,
+            activate: Callable, routing: Mixture, cuts: MixtureCuts) -> tuple[Float[Array, "B T_own D"], RouterSums]:
     x = gather(x, cuts.scattered, axis=1)
     rows, length, width = x.shape
     tokens = x.reshape(-1, width)
@@ -107,7 +115,8 @@ def _routed(x, router, kernels, *, activate, routing, cuts):
     return out, _router_sums(logits.reshape(rows, length, -1), chosen.reshape(rows, length, -1), dropped, routing, cuts)
 
 
-def _router_sums(logits, chosen, dropped, routing, cuts):
+def _router_sums(logits: Float32[Array, "B T E"], chosen: Int32[Array, "B T k"], dropped: Float32[Array, ""], routing: Mixture,
+                 cuts: MixtureCuts) -> RouterSums:
     length = logits.shape[1] * _size(cuts.sequence)
     picks = jax.nn.one_hot(chosen, routing.num_experts).sum((1, 2))  # [B, E]
     probability = sum_over(jax.nn.softmax(logits).sum(1), cuts.sequence)
@@ -117,25 +126,41 @@ def _router_sums(logits, chosen, dropped, routing, cuts):
     return RouterSums(sum_over(balance, rows), *(sum_over(part, cuts.tokens) for part in (z, picks.sum(0), dropped)))
 
 
-def _dropless(tokens, chosen, weights, experts, routing, cuts):
-    """Each token's sum over its experts, float32 [n, D]."""
+def _dropless(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights: Float32[Array, "n k"], experts: Run,
+              routing: Mixture, cuts: MixtureCuts) -> Float32[Array, "n D"]:
+    """Each token's sum over its experts."""
     order = jnp.argsort(chosen.ravel())  # stable
     rows, sizes = tokens[order // routing.per_token], jnp.bincount(chosen.ravel(), length=routing.num_experts)
     rows = _there_and_back(rows, sizes, experts, cuts) if cuts.experts else checkpoint_name(experts(rows, sizes), SENT)
     return _add_up(rows, order, weights, tokens.shape)
 
 
-def _there_and_back(rows, sizes, experts, cuts):
-    """`experts` for sorted rows [m, D] of which expert e has sizes[e], on the devices where the experts are."""
+# Shapes are static, routing is not: a device may send all of its m rows to one other, or none. So every pair of
+# devices exchanges m slots, the first of them filled, and with them how many rows are meant for each expert. Rows
+# are sorted by expert, and a device holds neighbouring experts, so what goes to a device is one contiguous run.
+#
+#     experts a b | c d on 2 devices, m = 5, sizes = [2, 1, 0, 2]     rows     a a b d d
+#     slots[0] = 0 1 2 3 4, slots[1] = 3 4 5 6 7                      sent[0]  a a b . .
+#     . is padding: the next run's rows, or 0 beyond the last row     sent[1]  d d . . .
+#
+# On arrival each of Q pieces is sorted by expert by itself, but grouped products want all rows of an expert
+# together: `expert` finds each row's from the sizes sent along (searchsorted of its number in the piece), argsort
+# joins the pieces. Padding counts as expert number E / Q, one too many: it sorts behind all others, where the sizes
+# do not reach. Results go back through the inverse of that sort and the same exchange, and `slots` puts each where
+# it came from. Padding must be zeroed on the way back: beyond its sizes a grouped product promises nothing, and
+# runs of neighbours overlap in `slots`, so what is not zero there would be added to somebody else's row.
+def _there_and_back(rows: Float[Array, "m D"], sizes: Int32[Array, " E"], experts: Run, cuts: MixtureCuts
+                    ) -> Float[Array, "m D"]:
+    """`experts` for sorted rows of which expert e has sizes[e], on the devices where the experts are."""
     devices, most = _size(cuts.experts), len(rows)
     exchange = functools.partial(_exchange, axes=cuts.experts)
     per_device_sizes = sizes.reshape(devices, -1)
     starts = jnp.cumsum(per_device_sizes.sum(1)) - per_device_sizes.sum(1)
-    slots = starts[:, None] + jnp.arange(most)  # [P, m]: rows for each device, and beyond them others that count nothing
+    slots = starts[:, None] + jnp.arange(most)  # [Q, m]: rows for each device, and beyond them others that count nothing
     sent = jnp.where((slots < most)[..., None], rows[jnp.minimum(slots, most - 1)], 0)
-    came, came_sizes = exchange(sent), exchange(per_device_sizes)  # [P, m, D], [P, E / P]
+    came, came_sizes = exchange(sent), exchange(per_device_sizes)  # [Q, m, D], [Q, E / Q]
     bounds = jnp.cumsum(came_sizes, axis=1)
-    expert = jax.vmap(lambda bounds: jnp.searchsorted(bounds, jnp.arange(most), side="right"))(bounds)  # [P, m]
+    expert = jax.vmap(lambda bounds: jnp.searchsorted(bounds, jnp.arange(most), side="right"))(bounds)  # [Q, m]
     order = jnp.argsort(expert.ravel())  # what is beyond the last expert comes last
     done = experts(came.reshape(-1, came.shape[-1])[order], came_sizes.sum(0))
     back = jnp.zeros_like(done).at[order].set(done).reshape(came.shape)
@@ -144,7 +169,8 @@ def _there_and_back(rows, sizes, experts, cuts):
     return jnp.zeros((most, rows.shape[1]), returned.dtype).at[slots].add(returned, mode="drop")
 
 
-def _with_capacity(tokens, chosen, weights, experts, routing, cuts):
+def _with_capacity(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights: Float32[Array, "n k"], experts: Run,
+                   routing: Mixture, cuts: MixtureCuts) -> tuple[Float32[Array, "n D"], Float32[Array, ""]]:
     """The same, and how many choices found their expert full."""
     number = routing.num_experts
     capacity = max(1, round(routing.capacity_factor * len(tokens) * routing.per_token / number))
@@ -155,23 +181,24 @@ def _with_capacity(tokens, chosen, weights, experts, routing, cuts):
     slot = jnp.where(place < capacity, sorted_expert * capacity + place, number * capacity)
     rows = tokens[order // routing.per_token]
     buffer = jnp.zeros((number * capacity, tokens.shape[1]), tokens.dtype).at[slot].set(rows, mode="drop")
-    buffer = buffer.reshape(_size(cuts.experts), -1, capacity, tokens.shape[1])  # [P, E / P, C, D]
+    buffer = buffer.reshape(_size(cuts.experts), -1, capacity, tokens.shape[1])  # [Q, E / Q, C, D]
     exchange = functools.partial(_exchange, axes=cuts.experts)
-    came = jnp.moveaxis(exchange(buffer), 0, 1)  # [E / P, P, C, D]
+    came = jnp.moveaxis(exchange(buffer), 0, 1)  # [E / Q, Q, C, D]
     done = experts(came.reshape(came.shape[0], -1, came.shape[-1]), None).reshape(came.shape)
     returned = exchange(jnp.moveaxis(done, 1, 0)).reshape(-1, tokens.shape[1])
     rows = jnp.where((place < capacity)[:, None], returned[jnp.minimum(slot, len(returned) - 1)], 0)
     return _add_up(rows, order, weights, tokens.shape), (place >= capacity).sum().astype(jnp.float32)
 
 
-def _exchange(array, axes):
-    """[P, ...]: piece p goes to device p, and each device's piece for this one comes back."""
+def _exchange(array: Shaped[Array, "Q ..."], axes: MeshAxes) -> Shaped[Array, "Q ..."]:
+    """Piece q goes to device q, and each device's piece for this one comes back (all-to-all)."""
     return checkpoint_name(jax.lax.all_to_all(array, axes, split_axis=0, concat_axis=0, tiled=True) if axes else array, SENT)
 
 
-def _experts(rows, sizes, *, kernels, activate):
+def _experts(rows: Float[Array, "*rows D"], sizes: Int32[Array, " E"] | None, *, kernels: dict[str, Float[Array, "E _ _"]],
+             activate: Callable) -> Float[Array, "*rows D"]:
     """The experts' MLPs for rows [m, D] sorted by expert, or, with sizes None, for [E, C, D]."""
-    def product(rows, kernel):
+    def product(rows: Float[Array, "*rows D"], kernel: Float[Array, "E D F"]) -> Float[Array, "*rows F"]:
         if sizes is None:
             return jnp.einsum("ecd,edf->ecf", rows, kernel, preferred_element_type=jnp.float32).astype(rows.dtype)
         return jax.lax.ragged_dot(rows, kernel, sizes, preferred_element_type=jnp.float32).astype(rows.dtype)
@@ -181,11 +208,12 @@ def _experts(rows, sizes, *, kernels, activate):
     return product(hidden, kernels["down"])
 
 
-def _add_up(rows, order, weights, shape):
+def _add_up(rows: Float[Array, "m D"], order: Int32[Array, " m"], weights: Float32[Array, "n k"], shape: tuple[int, int]
+            ) -> Float32[Array, "n D"]:
     per_token = weights.shape[1]
     weighted = rows.astype(jnp.float32) * weights.ravel()[order][:, None]
     return jnp.zeros(shape, jnp.float32).at[order // per_token].add(weighted)
 
 
-def _size(axes):
+def _size(axes: MeshAxes) -> int:
     return jax.lax.axis_size(axes) if axes else 1

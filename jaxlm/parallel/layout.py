@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxlm.parallel.pipeline import layer_order
+from jaxlm.parallel.shapes import Int
 from jaxlm.parallel.sharding import abstract, shardings
 
 
@@ -18,7 +19,7 @@ class Layout(NamedTuple):
     axes: Any  # of `Axes`: the names of each array's dimensions
     shapes: Any  # of jax.ShapeDtypeStruct
     shardings: Any  # of NamedSharding
-    layer_order: np.ndarray  # int [L]: which layer stands in each slot of a stacked array
+    layer_order: Int[np.ndarray, " L"]  # which layer stands in each slot of a stacked array
 
     @property
     def abstract(self) -> Any:
@@ -29,11 +30,11 @@ class Layout(NamedTuple):
         """Of a part of the tree, or of the same arrays in another tree: `take` maps each of the three."""
         return self._replace(axes=take(self.axes), shapes=take(self.shapes), shardings=take(self.shardings))
 
-    def reordered(self, tree: Any, order: np.ndarray) -> Any:
+    def reordered(self, tree: Any, order: Int[np.ndarray, " L"]) -> Any:
         """Slot i of every stacked array gets what was in slot `order[i]`. A function of arrays, for `jax.jit`."""
         return reorder_layers(tree, self.axes, order)
 
-    def from_order(self, tree: Any, saved: np.ndarray) -> Any:
+    def from_order(self, tree: Any, saved: Int[np.ndarray, " L"]) -> Any:
         """`tree`, which lies here with its layers in the order `saved`, with them in the order of this layout."""
         order = np.argsort(saved)[self.layer_order]
         if (order == np.arange(len(order))).all():
@@ -49,7 +50,7 @@ def make_layout(mesh: Mesh, axes: Any, shapes: Any, num_layers: int, stage_repea
     return Layout(mesh, axes, shapes, shardings(mesh, axes), layer_order(num_layers, mesh.shape["stage"], stage_repeats))
 
 
-def reorder_layers(tree: Any, axes: Any, order: np.ndarray) -> Any:
+def reorder_layers(tree: Any, axes: Any, order: Int[np.ndarray, " L"]) -> Any:
     """Slot i of every stacked array gets what was in slot `order[i]`. `axes` mirrors `tree`."""
     if (order == np.arange(len(order))).all():
         return tree

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, Mesh
 
 from jaxlm.errors import UserError
 from jaxlm.parallel.rules import across, mesh_shape
+from jaxlm.parallel.shapes import Int
 from jaxlm.settings import AXES, MeshSettings
 
 
@@ -46,10 +47,10 @@ def make_mesh(settings: MeshSettings, devices: Sequence[jax.Device], island: Cal
                         "a mesh needs as many in each, set devices.count")
     outer = across(settings, shape, len(islands), kind)
     inner = [shape[axis] // outer[axis] for axis in AXES]
-    laid = np.empty(list(outer.values()), object)
-    for place, number in zip(np.ndindex(laid.shape), sorted(islands), strict=True):
-        laid[place] = create_device_mesh(inner, islands[number], allow_split_physical_axes=True)
-    return Mesh(np.block(laid.tolist()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    blocks = np.empty(list(outer.values()), object)
+    for corner, number in zip(np.ndindex(blocks.shape), sorted(islands), strict=True):
+        blocks[corner] = create_device_mesh(inner, islands[number], allow_split_physical_axes=True)
+    return Mesh(np.block(blocks.tolist()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def crossings(mesh: Mesh, island: Callable[[jax.Device], int] = island) -> dict[str, int]:
@@ -59,15 +60,14 @@ def crossings(mesh: Mesh, island: Callable[[jax.Device], int] = island) -> dict[
     return {axis: len(set(line)) for axis, line in along.items() if len(set(line)) > 1}
 
 
-def rows_needed(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:
+def rows_needed(sharding: jax.sharding.Sharding, num_rows: int) -> Int[np.ndarray, " needed"]:
     """The rows of a batch whose leading dimension is cut by `sharding` that this process's devices hold, ascending."""
     ranges = {index[0].indices(num_rows)[:2] for index in sharding.addressable_devices_indices_map((num_rows,)).values()}
     return np.unique(np.concatenate([np.arange(start, stop) for start, stop in ranges]))
 
 
-def first_holders(sharding: jax.sharding.Sharding, num_rows: int) -> np.ndarray:
-    """int [num_rows]: the process of the first device, in the order of the mesh, that holds each row (see
-    `rows_needed`)."""
+def first_holders(sharding: jax.sharding.Sharding, num_rows: int) -> Int[np.ndarray, " B"]:
+    """The process of the first device, in the order of the mesh, that holds each row (see `rows_needed`)."""
     holders = np.empty(num_rows, int)
     for device, index in reversed(sharding.devices_indices_map((num_rows,)).items()):
         holders[index[0]] = device.process_index

@@ -12,6 +12,8 @@ anywhere:
      a..d groups of layers)
 
 What comes out of the last stage is dealt out to all of them, so that the output head's work is cut by their number too.
+
+Shapes: `jaxlm.parallel.shapes`; and here b rows of one micro-batch.
 """
 
 import functools
@@ -24,13 +26,17 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from jaxlm.parallel.products import residual_axes
+from jaxlm.parallel.shapes import Array, Float, Int, Int32, Shaped
 from jaxlm.parallel.sharding import axis_size, constrain, per_device
 
 AXIS = "stage"
+Layers = Any  # tree of the parameters of one or more layers, stacked: [L, ...]
+First = Callable[[Any, Any], Float[Array, "B T D"]]  # (shared, inputs) -> x
+Stage = Callable[[Layers, Int32[Array, " L"], Float[Array, "b T D"], Any], tuple[Float[Array, "b T D"], Any]]
 
 
-def layer_order(num_layers: int, stages: int, repeats: int) -> np.ndarray:
-    """int [L]: which layer stands in each slot of the stacked parameters: every stage's layers make up one
+def layer_order(num_layers: int, stages: int, repeats: int) -> Int[np.ndarray, " L"]:
+    """Which layer stands in each slot of the stacked parameters: every stage's layers make up one
     contiguous piece."""
     return np.arange(num_layers).reshape(repeats, stages, -1).swapaxes(0, 1).ravel()
 
@@ -40,14 +46,13 @@ def num_stages() -> int:
     return jax.sharding.get_abstract_mesh().shape.get(AXIS, 1)
 
 
-def run_pipeline(first: Callable[[Any, Any], jax.Array], stage: Callable[[Any, jax.Array, jax.Array, Any], tuple[jax.Array, Any]],
-                 shared: Any, layers: Any, inputs: Any, *, micro_batches: int, repeats: int) -> tuple[jax.Array, Any]:
-    """What comes out of the last layer: [B, T, D], rows cut over the stages too; and beside it sums of [L, ...] over
-    rows.
+def run_pipeline(first: First, stage: Stage, shared: Any, layers: Layers, inputs: Any, *, micro_batches: int, repeats: int
+                 ) -> tuple[Float[Array, "B T D"], Any]:
+    """What comes out of the last layer, rows cut over the stages too; and auxiliary outputs [L, ...], sums over rows.
 
     Args:
-      first: (shared, inputs) -> [B, T, D], the first layer's input; each stage computes it.
-      stage: (a group's layers, their numbers, x [b, T, D], inputs) -> (x, tree of [layers, ...]), for one micro-batch.
+      first: the first layer's input from `shared` and inputs; each stage computes it.
+      stage: a group of layers, with their numbers, over one micro-batch: x, and a tree of auxiliary outputs [L, ...].
       shared: parameters that `first` takes.
       layers: tree of parameters with a leading dimension L, in `layer_order`.
       inputs: tree of arrays [B, ...], rows cut over the stages too; a micro-batch gets its rows.
@@ -62,11 +67,27 @@ def run_pipeline(first: Callable[[Any, Any], jax.Array], stage: Callable[[Any, j
     whole, cut = PartitionSpec(), PartitionSpec(AXIS)
     inputs = jax.tree.map(lambda array: _to_micro_batches(array, stages, micro_batches), inputs)
     on_stages = jax.shard_map(run, in_specs=(whole, cut, whole), out_specs=cut, axis_names={AXIS}, check_vma=False)
-    out, beside = on_stages(shared, layers, inputs)
-    return _from_micro_batches(out, stages), beside
+    out, aux = on_stages(shared, layers, inputs)
+    return _from_micro_batches(out, stages), aux
 
 
-def _on_stage(first, stage, shared, layers, inputs, *, stages, micro_batches, repeats):
+# All stages run one program in lockstep, so it is the clock that says what each of them is to do. With S stages and
+# R repeats, at time t stage s does its job number i = t - s: it is s ticks behind the first one, for what the first
+# one does at time 0 gets there at time s. Jobs go through S micro-batches before the next repeat:
+#
+#     repeat = i // S mod R            S = 2, R = 2:  i            0  1  2  3  4  5  6  7
+#     micro-batch = i // (S R) S                      repeat       0  0  1  1  0  0  1  1
+#                   + i mod S                         micro-batch  0  1  0  1  2  3  2  3
+#
+# Why S at a time: what stage S - 1 sends off at the end of its job i reaches stage 0 at time i + S, whose job then
+# is i + S: the same micro-batch, one repeat later. So the ring itself is the only buffer (Narayanan et al. 2021,
+# section 2.2). Before its first job and after its last a stage computes on what lies there; the index is clipped to
+# be a valid one, and `busy` keeps the outcome out of `aux` and `done`. That matters for gradients too: through a
+# `where` that is not taken flow zeros, as long as what was computed is finite. Layers lie in `layer_order`, so a
+# stage's own are [R, layers of a group]: `numbers` are what they are called in the whole model, which dropout keys
+# and local layers go by; taken from the place in memory they would change with S.
+def _on_stage(first: First, stage: Stage, shared: Any, layers: Layers, inputs: Any, *, stages: int, micro_batches: int,
+              repeats: int) -> tuple[Float[Array, "M_own b T D"], Any]:
     here = jax.lax.axis_index(AXIS)
     layers = jax.tree.map(lambda leaf: leaf.reshape(repeats, -1, *leaf.shape[1:]), layers)
     per_group = jax.tree.leaves(layers)[0].shape[1]
@@ -75,8 +96,8 @@ def _on_stage(first, stage, shared, layers, inputs, *, stages, micro_batches, re
     length = entering.shape[1]
     entering = jnp.moveaxis(entering.reshape(-1, micro_batches, *entering.shape[1:]), 1, 0)
 
-    def tick(carry, time):
-        x, done, beside = carry
+    def tick(carry: tuple[Array, Array, Any], time: Int32[Array, ""]) -> tuple[tuple[Array, Array, Any], None]:
+        x, done, aux = carry
         index = jnp.clip(time - here, 0, micro_batches * repeats - 1)
         repeat = index // stages % repeats
         micro_batch = index // (stages * repeats) * stages + index % stages
@@ -85,32 +106,32 @@ def _on_stage(first, stage, shared, layers, inputs, *, stages, micro_batches, re
         numbers = (repeat * stages + here) * per_group + jnp.arange(per_group)
         x, new = stage(group, numbers, x, jax.tree.map(lambda array: array[micro_batch], inputs))
         busy = (time >= here) & (time - here < micro_batches * repeats)
-        beside = jax.tree.map(lambda total, part: total.at[repeat].add(jnp.where(busy, part, 0)), beside, new)
+        aux = jax.tree.map(lambda total, part: total.at[repeat].add(jnp.where(busy, part, 0)), aux, new)
         leaving = (here == stages - 1) & (repeat == repeats - 1) & busy
         done = done.at[micro_batch].set(jnp.where(leaving, x, done[micro_batch]))
-        return (jax.lax.ppermute(x, AXIS, [(i, (i + 1) % stages) for i in range(stages)]), done, beside), None
+        return (jax.lax.ppermute(x, AXIS, [(i, (i + 1) % stages) for i in range(stages)]), done, aux), None
 
     ticks = jnp.arange(micro_batches * repeats + stages - 1)
     piece = jax.tree.map(lambda array: array[0], (layers, entering, inputs))
     shapes = jax.eval_shape(stage, piece[0], jnp.arange(per_group), *piece[1:])[1]
-    beside = jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), shapes)
-    (_, done, beside), _ = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), jnp.zeros_like(entering), beside), ticks)
+    aux = jax.tree.map(lambda leaf: jnp.zeros((repeats, *leaf.shape), leaf.dtype), shapes)
+    (_, done, aux), _ = jax.lax.scan(tick, (jnp.zeros_like(entering[0]), jnp.zeros_like(entering), aux), ticks)
     # by hand on all axes: the partitioner would first gather what the others cut
     deal = functools.partial(jax.lax.psum_scatter, axis_name=AXIS, scatter_dimension=0, tiled=True)
     states = (None, *residual_axes(length))
     done = per_device(deal, (states,), states)(jnp.where(here == stages - 1, done, 0))
-    return done, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), beside)
+    return done, jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), aux)
 
 
-def _to_micro_batches(array: jax.Array, stages: int, micro_batches: int) -> jax.Array:
-    """[B, ...] to [M, B / M, ...]. The rows that one device holds are spread over the micro-batches of its stage."""
+def _to_micro_batches(array: Shaped[Array, "B ..."], stages: int, micro_batches: int) -> Shaped[Array, "M b ..."]:
+    """The rows that one device holds are spread over the micro-batches of its stage."""
     pieces = micro_batches // stages
     array = array.reshape(stages, -1, pieces, *array.shape[1:])
     array = jnp.moveaxis(array, 2, 1)
     return constrain(array.reshape(micro_batches, *array.shape[2:]), None, "batch")
 
 
-def _from_micro_batches(array: jax.Array, stages: int) -> jax.Array:
+def _from_micro_batches(array: Shaped[Array, "M b ..."], stages: int) -> Shaped[Array, "B ..."]:
     """The inverse, for rows that are cut over the stages."""
     array = array.reshape(stages, -1, *array.shape[1:])
     return jnp.moveaxis(array, 1, 2).reshape(-1, *array.shape[3:])

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.parallel.rules import RULES, cutting
+from jaxlm.parallel.shapes import Array, Shaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +69,19 @@ def per_device(function: Callable, in_axes: Any, out_axes: Any, *, check_vma: bo
                          axis_names=set(mesh.axis_names) - set(mesh.manual_axes))
 
 
-def for_each_copy(function: Callable, *by_rows: int, beside: bool = False) -> Callable:
+# Data parallelism by hand, over that one axis; the partitioner goes on cutting the others. With gradient
+# accumulation the sum over the data axis is the same whether it is taken once a micro-batch or once a step, for
+# sums commute:
+#
+#     sum_m sum_d g[m, d]   (M all-reduces)    =    sum_d sum_m g[m, d]   (one)
+#
+# but the partitioner, which sees a loop whose carry must be whole, does the former. Inside, the data axis is manual
+# (`mesh_axes` leaves it out), so each copy's loop adds up its own rows only and one psum follows. It holds only for
+# what adds up over rows: a mean, or anything divided by a local count, would become a mean of means. That is why
+# objectives give sums, and why the step passes in `counts` of the whole batch (jaxlm/training/step.py).
+def for_each_copy(function: Callable, *by_rows: int, has_rows: bool = False) -> Callable:
     """Runs `function`, whose results are sums over rows, once for each copy of the model, and sums over the copies
-    at the end. `beside`: the results are such sums, and arrays by rows, which stay as they are.
+    at the end. `has_rows`: the results are such sums, and arrays by rows, which stay as they are.
 
     For loops: summed by the partitioner, gradients would cross the data axis in every turn. `by_rows`: which
     arguments are trees of arrays whose first dimension is the batch; the others are the same everywhere.
@@ -81,13 +92,13 @@ def for_each_copy(function: Callable, *by_rows: int, beside: bool = False) -> Ca
         if mesh().shape.get("data", 1) == 1:
             return function(*arguments)
         specs = tuple(PartitionSpec("data") if i in by_rows else PartitionSpec() for i in range(len(arguments)))
-        results = (PartitionSpec(), PartitionSpec("data")) if beside else PartitionSpec()
+        results = (PartitionSpec(), PartitionSpec("data")) if has_rows else PartitionSpec()
         return jax.shard_map(of_one_copy, in_specs=specs, out_specs=results, axis_names={"data"}, check_vma=False)(*arguments)
 
     def of_one_copy(*arguments: Any) -> Any:
-        sums, rows = function(*arguments) if beside else (function(*arguments), None)
+        sums, rows = function(*arguments) if has_rows else (function(*arguments), None)
         sums = jax.lax.psum(sums, "data")
-        return (sums, rows) if beside else sums
+        return (sums, rows) if has_rows else sums
 
     return run
 
@@ -100,7 +111,7 @@ def _is_names(tree: Any) -> bool:
     return type(tree) is tuple and all(name is None or isinstance(name, str) for name in tree)
 
 
-def constrain(array: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(array: Shaped[Array, "*shape"], *axes: str | None) -> Shaped[Array, "*shape"]:
     """Asks the partitioner to lay `array` out by its axes' names. Without a mesh (`jax.set_mesh`) it does nothing.
 
     A dimension that its axes do not divide, such as one decoded token, stays whole.

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxlm.parallel.shapes import Array, Bool, Int32
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["places", "segment_ids", "is_local", "cache_index"],
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["token_indices", "segment_ids", "is_local", "cache_index"],
                    meta_fields=["causal", "window"])
 @dataclass(frozen=True)
 class Visible:
@@ -16,27 +18,26 @@ class Visible:
     Attributes:
       causal: itself and what is before it; else all.
       window: in a local layer: causal, the last so many tokens, its own included; else those at most half as many away.
-      places: int32 [1, T], each slot's place in the sequence, the same in every row; None: slot i is place i.
-      segment_ids: int32 [B, T]; a token sees only its own segment (0 is padding); None: one segment.
-      is_local: bool [], whether this is a local layer; None: every layer is one where there is a window.
-      cache_index: int32 []; keys are the slots of a KV cache, and the first query stands in this one.
+      token_indices: which token of the sequence each slot holds, the same in every row; None: slot i holds token i.
+      segment_ids: a token sees only its own segment (0 is padding); None: one segment.
+      is_local: whether this is a local layer, once or for each query; None: every layer is, where there is a window.
+      cache_index: keys are the slots of a KV cache, and the first query stands in this one.
     """
 
     causal: bool
     window: int | None = None
-    places: jax.Array | None = None
-    segment_ids: jax.Array | None = None
-    is_local: jax.Array | None = None
-    cache_index: jax.Array | None = None
+    token_indices: Int32[Array, "1 T"] | None = None
+    segment_ids: Int32[Array, "B T"] | None = None
+    is_local: Bool[Array, "..."] | None = None
+    cache_index: Int32[Array, ""] | None = None
 
     @property
     def is_plain(self) -> bool:
         """Nothing but causality and segments, which fused kernels know."""
         return self.window is None and self.cache_index is None
 
-    def mask(self, length: int, slots: int) -> jax.Array | None:
-        """bool, broadcastable to [B, 1, T, S]: which of `slots` keys each of `length` queries sees; None: all. For
-        sequences in their natural order."""
+    def mask(self, length: int, slots: int) -> Bool[Array, "#B 1 T S"] | None:
+        """Which of `slots` keys each of `length` queries sees, of sequences in their natural order; None: all."""
         queries, keys = jnp.arange(length), jnp.arange(slots)
         if self.cache_index is not None:
             queries = self.cache_index + queries
@@ -51,8 +52,8 @@ class Visible:
             parts.append((self.segment_ids[:, :, None] == self.segment_ids[:, None, :])[:, None])
         return functools.reduce(jnp.logical_and, parts) if parts else None
 
-    def near(self, queries: jax.Array, keys: jax.Array) -> jax.Array:
-        """bool [1, T, S]: whether keys at these places (int32 [1, S]) lie in the window of queries (int32 [1, T])."""
+    def near(self, queries: Int32[Array, "1 T"], keys: Int32[Array, "1 S"]) -> Bool[Array, "1 T S"]:
+        """Whether the keys of these tokens lie in the window of the queries of those."""
         distance = queries[:, :, None] - keys[:, None, :]
         inside = distance < self.window if self.causal else jnp.abs(distance) <= self.window // 2
         return inside if self.is_local is None else inside | ~self.is_local

@@ -1,6 +1,7 @@
 """`jaxlm predict`: what a model says of each record of some files, a line each, in their order."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ from jaxlm.data.batches import Batches, Source, Succession
 from jaxlm.data.columns import ROLES
 from jaxlm.data.labelled import HeldRecords
 from jaxlm.data.records import Record, read_records
-from jaxlm.data.rows import Rows
 from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import UserError
 from jaxlm.models.model import Params
 from jaxlm.runtime.processes import is_main
 from jaxlm.settings import Settings
-from jaxlm.storage.files import Location, as_path, check_folder, json_text, write_atomically
+from jaxlm.storage.files import Location, absolute, as_path, check_folder, plain, write_atomically
+from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
 from jaxlm.training.setup import evaluation_batch_size, lay_mesh, on_devices
 from jaxlm.training.stages import of_checkpoint
@@ -27,8 +28,8 @@ from jaxlm.training.step import Trainer
 from jaxlm.training.trained import opened
 
 FILE_NAME = "predictions.jsonl"
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # that JSON leaves in a text, and others cut at
 BATCHES_HELD = 64  # whose records are in memory at a time
-Answered = Callable[[list[Record]], Iterator[Rows]]  # to each record what the model says of it
 
 
 class Predictions(NamedTuple):
@@ -49,15 +50,29 @@ def predict(settings: Settings) -> Predictions:
         raise UserError(f"predict: {find_task(settings)} says nothing of a record; expected the run directory of a model that "
                         "was trained to, for example with task.name=text_classification")
     settings, mesh = lay_mesh(of_checkpoint(settings))
-    path = as_path(settings.out or as_path(settings.run_dir) / FILE_NAME)
-    check_folder(path.parent, "out")
+    path = _free_place(settings)
     with opened(settings, mesh) as trained:
-        records = read_records(settings.data.raw, settings.data, settings.task, trained.saved["streams"])
-        records = itertools.chain([next(records)], records)  # what cannot be read is told before anything is loaded
-        predictor = Predictor(trained.trainer, trained.params(), trained.tokenizer)
+        streams = trained.saved.get("streams")  # an imported model does not say
+        records = read_records(settings.data.raw, settings.data, settings.task, streams)
+        first = next(records, None)  # what cannot be read is told before the weights are loaded
+        if first is None:
+            raise UserError("data.raw: no record in it")
+        predictor, records = Predictor(trained.trainer, trained.params(), trained.tokenizer), itertools.chain([first], records)
         with progress_bar("predicting", None, "records", enabled=is_main()) as advance:
             written = _write(path, predictor.lines(records, advance))
     return Predictions(path, trained.step, written, predictor.truncated)
+
+
+def _free_place(settings: Settings) -> Location:
+    """Where to write. Raises UserError: it is a folder, cannot be written to, or is what is read."""
+    path = as_path(settings.out or as_path(settings.run_dir) / FILE_NAME)
+    check_folder(path.parent, "out")
+    if not is_remote(path) and path.is_dir():
+        raise UserError(f"out={path}: a folder; expected a file, for example {path / FILE_NAME}")
+    raw = settings.data.raw if isinstance(settings.data.raw, list) else [settings.data.raw]
+    if any(absolute(path) == absolute(file) for file in raw):
+        raise UserError(f"out={path}: the file of records, which would be lost; name another")
+    return path
 
 
 def _write(path: Location, lines: Iterable[str]) -> int:
@@ -66,7 +81,7 @@ def _write(path: Location, lines: Iterable[str]) -> int:
 
     def write(temporary: Path) -> None:
         nonlocal count
-        with open(temporary, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:  # half characters: JSON's own escapes
             for line in lines:
                 file.write(line)
                 count += 1
@@ -94,7 +109,8 @@ class Predictor:
         records = iter(records)
         while held := list(itertools.islice(records, BATCHES_HELD * self.batch_size)):
             for record, answer in zip(held, self.answers([record.texts for record in held]), strict=True):
-                yield f"{json_text(self._line(record, answer))}\n"
+                line = json.dumps(plain(self._line(record, answer)), ensure_ascii=False, allow_nan=False)
+                yield f"{line.translate(LINE_ENDS)}\n"
             advance(len(held))
 
     def answers(self, texts: list[tuple[str, ...]]) -> Iterator[dict[str, Any]]:

@@ -19,19 +19,20 @@ Words = dict[str, Any]
 
 
 class OneLabel:
+    kind = "OneLabel"  # of `jaxlm.models.labelled`
     figures = SHARES | {"matthews": "max"}  # of an evaluation, and whether more is better; the first is the usual one
 
     def __init__(self, names: tuple[str, ...]):
-        self.names = names
+        self.names = names  # of what the head says
 
     def spec(self) -> Spec:
         """The arrays of a row that hold its label."""
         return {"label": Field((), np.dtype(np.int32), "class", bound=len(self.names)), "label_mask": MASK}
 
     def objective(self) -> "Objective":
-        from jaxlm.models.labelled import OneLabel
+        from jaxlm.models import labelled
 
-        return OneLabel(len(self.names))
+        return getattr(labelled, self.kind)(len(self.names))
 
     def said(self, row: Rows) -> str:
         """The label of a row of a batch."""
@@ -61,15 +62,11 @@ class OneLabel:
 
 
 class SeveralLabels(OneLabel):
+    kind = "SeveralLabels"
     figures = {"micro_f1": "max"} | SHARES
 
     def spec(self) -> Spec:
         return {"labels": Field((len(self.names),), np.dtype(bool), "mask"), "label_mask": MASK}
-
-    def objective(self) -> "Objective":
-        from jaxlm.models.labelled import SeveralLabels
-
-        return SeveralLabels(len(self.names))
 
     def said(self, row: Rows) -> str:
         return self.joined(row["labels"])
@@ -91,19 +88,15 @@ class SeveralLabels(OneLabel):
         return ", ".join(self.names[number] for number in np.flatnonzero(has)) or "none"
 
 
-class Score:
+class Score(OneLabel):
+    kind = "Score"
     figures = CLOSENESS
 
-    def __init__(self, names: object = None):
-        pass
+    def __init__(self, names: tuple[str, ...] = ()):
+        super().__init__(("score",))
 
     def spec(self) -> Spec:
         return {"label": Field((), np.dtype(np.float32), "number"), "label_mask": MASK}
-
-    def objective(self) -> "Objective":
-        from jaxlm.models.labelled import Score
-
-        return Score(1)
 
     def said(self, row: Rows) -> str:
         return f"{row['label']:g}"

@@ -97,6 +97,21 @@ class Loop:
             else:
                 output.progress.print("WARNING: guards.compare_every_steps: no parameter is on two devices; nothing is compared")
 
+    # Devices are given work without being waited for: `step_function` returns at once, with arrays that are not
+    # there yet. The host stays one step ahead and no more: it sends off step n, and only then waits for step n - 1
+    # (`_finish(before)`) and writes its row.
+    #
+    #     host      send 5 | wait 4, row 4 | send 6 | wait 5, row 5 | send 7 ...
+    #     devices          4        |        5          |        6        ...
+    #
+    # Waiting for n itself would leave devices idle while rows are written and batches fetched; never waiting would
+    # run ahead of faults without bound, and hide where time goes. So whatever needs a finished state (saving,
+    # evaluation, comparing copies) first finishes `pending`, and restarts the clock after it. The state is donated:
+    # after the call the old arrays are gone, and only the returned one may be used. That is why a step whose
+    # numbers are bad is undone within the compiled step (jaxlm/safety/guards.py): here it would be too late. All
+    # processes must walk through the same calls, for each is an exchange: what decides between branches is the same
+    # everywhere (step numbers, metrics of the whole batch) or agreed upon first (`preemption`). One process that
+    # alone stopped for a signal would leave the others waiting for ever in their next step.
     def run(self, state: TrainState, first: int, metadata: dict[str, Any], last_evaluation: dict[str, Any], saved: dict[str, Any]
            ) -> None:
         """Steps `first` + 1 to the last. `metadata`: of every checkpoint; `last_evaluation`: the row of the one

@@ -213,6 +213,19 @@ def make_validation_batches(settings: Settings, corpora: Corpora) -> Batches | N
     return find_task(settings).validation_batches([corpus for corpus, _ in corpora], evaluation_batch_size(settings))
 
 
+# Two buffers hide two waits. Threads read and cut text (`iterate`), `prefetch` batches ahead, so that a slow disk
+# is felt only when it is slow for longer than that many steps. And copying to the devices, which is asynchronous
+# like a step, is begun one batch early: when batch n is handed out, n + 1 is on its way and has the whole of step n
+# to arrive. One is enough: a copy takes less time than a step, and each further one would cost its memory on the
+# devices.
+#
+#     threads      cut 7, 8, 9 ...
+#     ahead()      place 6  -> yield 5  | place 7  -> yield 6  | ...
+#     devices      step 4              | step 5              | ...
+#
+# A process reads only the rows that its own devices hold: `rows` are their numbers in the global batch, and
+# batch(step) is a pure function of the step and of those, so that no process has to tell another what it read, and
+# a resumed run begins at `start_step` without having to skip what came before.
 @contextlib.contextmanager
 def on_devices(batches: Batches, start_step: int, stop_step: int, mesh: Mesh, prefetch: int) -> Iterator[Iterable[Batch]]:
     """Batches `start_step` to `stop_step` on the mesh; the next one is on its way before the current one is asked

@@ -11,26 +11,27 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.models.model import Model, Params
-from jaxlm.models.objectives import Objectives
+from jaxlm.models.objectives import Objectives, PerRow
 from jaxlm.models.sizes import attention_dropout_rate
 from jaxlm.parallel.layout import Layout, on_host, reorder_layers
 from jaxlm.parallel.pipeline import layer_order
+from jaxlm.parallel.shapes import Array, Batch, Float32, Int32, RowKeys, Shaped, UInt32
 from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
 from jaxlm.safety.guards import Recent, is_good, nothing_yet, remembered
 from jaxlm.settings import Settings
 from jaxlm.training.length import schedule_of
 from jaxlm.training.optimizers import make_optimizer, state_axes
 
-Batch = dict[str, jax.Array]
 PLACE = "place"  # beside the rows of a batch where the schedule goes by time: float32 [], see `jaxlm.training.length.Hours`
 Terms = dict[str, Any]  # of each objective, by name: sums that add up (`jaxlm.models.objectives`)
+Metrics = dict[str, Shaped[Array, ""]]
 
 
 class TrainState(NamedTuple):
     """Everything that a run's future depends on, beside its settings and its corpus."""
 
-    step: jax.Array  # int32 []: steps done; the only clock: data, dropout and schedule go by it
-    key: jax.Array  # uint32 [2]: key data of the run's random key; every use folds in the step
+    step: Int32[Array, ""]  # steps done; the only clock: data, dropout and schedule go by it
+    key: UInt32[Array, " 2"]  # key data of the run's random key; every use folds in the step
     params: Params
     optimizer: Any
     recent: Recent  # what the guards remember
@@ -43,8 +44,8 @@ class Trainer(NamedTuple):
     model: Model
     layout: Layout  # of the whole state, a TrainState
     init: Callable[[int], TrainState]
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]  # jitted; donates the state
-    evaluate: Callable[[Params, Batch], tuple[Terms, dict[str, jax.Array]]]  # `Model.evaluated`, jitted; experts drop nothing
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]  # jitted; donates the state
+    evaluate: Callable[[Params, Batch], tuple[Terms, PerRow]]  # `Model.evaluated`, jitted; experts drop nothing
 
     @property
     def mesh(self) -> Mesh:
@@ -72,7 +73,7 @@ def make_trainer(model: Model, settings: Settings, mesh: Mesh, schedule: optax.S
     axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes),
                       jax.tree.map(lambda leaf: Axes((None,) * leaf.ndim), jax.eval_shape(nothing_yet)))
 
-    def init(seed: int) -> TrainState:
+    def init(seed: int | Int32[Array, ""]) -> TrainState:
         key = jax.random.key(seed)
         params = reorder_layers(model.init(jax.random.fold_in(key, 2**31)), model.axes, order)
         return TrainState(jnp.zeros((), jnp.int32), jax.random.key_data(key), params, optimizer.init(params), nothing_yet())
@@ -90,7 +91,7 @@ def make_trainer(model: Model, settings: Settings, mesh: Mesh, schedule: optax.S
         settings, model, layout,
         init=jax.jit(init, out_shardings=layout.shardings),
         step=jax.jit(model.traced(step), donate_argnums=0, out_shardings=(layout.shardings, None)),
-        evaluate=jax.jit(model.traced(for_each_copy(dropless.evaluated, 1, beside=True)),
+        evaluate=jax.jit(model.traced(for_each_copy(dropless.evaluated, 1, has_rows=True)),
                          out_shardings=(None, NamedSharding(mesh, PartitionSpec()))))  # every process reads all verdicts
 
 
@@ -119,11 +120,11 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
 
     travels_as = jnp.dtype(settings.train.gradient_precision)
 
-    def loss_and_terms(params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> tuple[jax.Array, Terms]:
+    def loss_and_terms(params: Params, batch: Batch, keys: RowKeys | None, counts: dict) -> tuple[Float32[Array, ""], Terms]:
         terms = model.terms(params, batch, keys)
         return sum(term.loss / counts[name] for name, term in terms.items()), terms
 
-    def gradients(params: Params, batch: Batch, keys: jax.Array | None) -> tuple[Params, Terms]:
+    def gradients(params: Params, batch: Batch, keys: RowKeys | None) -> tuple[Params, Terms]:
         # Divided by the whole batch's counts, so that micro-batches simply add up to the big batch's gradient.
         counts = {name: jnp.maximum(count, 1).astype(jnp.float32) for name, count in model.counts(batch).items()}
         gradient = jax.grad(loss_and_terms, has_aux=True)
@@ -133,7 +134,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         one_by_one = gradient if pipelined else functools.partial(_accumulated, gradient, settings.train.gradient_accumulation)
         return for_each_copy(one_by_one, 1, 2)(params, batch, keys, counts)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         batch, keys = dict(batch), None
         place = batch.pop(PLACE, state.step)
         if has_dropout:
@@ -169,7 +170,7 @@ def _as_type(params: Params, axes: Any, dtype: jnp.dtype) -> Params:
     return jax.tree.map(lambda leaf, about: leaf.astype(dtype) if about.role in ("kernel", "table") else leaf, params, axes)
 
 
-def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, keys: jax.Array | None, counts: dict) -> Any:
+def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, keys: RowKeys | None, counts: dict) -> Any:
     """The sum of `gradient` over `pieces` micro-batches, one after the other."""
     def accumulate(total: Any, piece: tuple) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(params, *piece, counts)), None
@@ -180,14 +181,14 @@ def _accumulated(gradient: Callable, pieces: int, params: Params, batch: Batch, 
     return jax.lax.scan(accumulate, zeros, cut)[0]
 
 
-def _micro_batches(array: jax.Array, pieces: int) -> jax.Array:
-    """[B, ...] to [pieces, B / pieces, ...], every device keeping its own rows: piece i takes rows i, i + pieces,
+def _micro_batches(array: Shaped[Array, "B ..."], pieces: int) -> Shaped[Array, "M b ..."]:
+    """Every device keeping its own rows: piece i takes rows i, i + pieces,
     ..."""
     cut = jnp.moveaxis(array.reshape(-1, pieces, *array.shape[1:]), 1, 0)
     return constrain(cut, None, "batch") if not jnp.issubdtype(array.dtype, jax.dtypes.prng_key) else cut
 
 
-def training_metrics(objectives: Objectives, terms: Terms) -> dict[str, jax.Array]:
+def training_metrics(objectives: Objectives, terms: Terms) -> Metrics:
     """`loss` (what is minimized, per prediction) and, where there are several objectives, each one's part."""
     parts = {name: term.loss / jnp.maximum(term.count, 1) for name, term in terms.items()}
     metrics = {"loss": sum(parts.values())}

@@ -73,6 +73,12 @@ def texts_and_labels(raw, streams=("text",), data=None, **task):
     return [(*record.texts, record.label) for record in found]
 
 
+def test_whether_there_are_pairs_is_seen_where_nobody_says(folder):
+    """As `predict` with an imported model has it."""
+    (folder / "pairs.csv").write_bytes(table([("a b", "c d", "x"), ("e", "f", "y")], header=("text", "pair", "label")))
+    assert texts_and_labels("pairs.csv", streams=None) == [("a b", "c d", "x"), ("e", "f", "y")]
+
+
 def prepared(raw, name="corpus", task=None, processes=None, **data):
     data = DataSettings(**{"raw": str(raw), "tokenizer": "bytes", "validation": 0} | data)
     return prepare(data, name, task=TaskSettings(**{"name": "text_classification"} | (task or {})), processes=processes)

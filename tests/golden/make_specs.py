@@ -12,6 +12,7 @@ import jax
 from jaxlm import config
 from jaxlm.models.model import Model
 from jaxlm.parallel.sharding import spec
+from jaxlm.tasks.find import find_task
 
 ROOT = Path(__file__).parents[2]
 SPECS = Path(__file__).with_name("specs")
@@ -21,7 +22,7 @@ def describe(path: Path) -> str:
     """A line for each parameter: its name, shape, axes, and mesh axes."""
     settings = config.load(path)
     model = dataclasses.replace(settings.model, vocab_size=settings.model.vocab_size or 256)
-    model = Model(model, settings.train)
+    model = Model(model, settings.train, find_task(settings).objectives())
     rows, shapes = [], jax.tree_util.tree_flatten_with_path(model.shapes)[0]
     for (place, shape), axes in zip(shapes, jax.tree.leaves(model.axes), strict=True):
         cuts = (cut if isinstance(cut, str) else "-" if cut is None else "+".join(cut) for cut in spec(*axes.names))

@@ -154,6 +154,7 @@ def test_a_family_is_found_by_what_the_model_is_not_by_its_name():
 @pytest.mark.parametrize(("changes", "message"), [
     ({"logit_soft_cap": 30.0}, "model.logit_soft_cap=30.0"), ({"num_experts": 4}, "model.num_experts=4"),
     ({"qk_norm": True}, "model.qk_norm=True"), ({"norm_position": "post"}, "model.norm_position='post'"),
+    ({"family": "lstm"}, "model.family=lstm"),
 ])
 def test_a_model_that_transformers_has_not(changes, message):
     with pytest.raises(UserError) as error:

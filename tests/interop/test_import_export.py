@@ -1,6 +1,7 @@
 """`jaxlm import` and `jaxlm export`, as a user types them: the same weights, bit by bit, out and in again."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from jaxlm.runtime import processes
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 sys.path.insert(0, str(GOLDEN))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+import import_export as benchmark  # noqa: E402
 from check_exports import compare, with_tokenizer  # noqa: E402
 
 FOLDERS = sorted((GOLDEN / "huggingface").iterdir())
@@ -167,6 +170,51 @@ def test_half_precision_is_said_and_widened(capsys):
         np.testing.assert_array_equal(array.ravel(), (halves[name].astype(np.uint32) << 16).view(np.float32).ravel())
 
 
+def test_what_is_no_number_is_said(capsys):
+    original = given("gpt2")
+    shapes = {name: tensor.shape for name, tensor in open_weights(original).items()}
+    arrays = {name: array.reshape(shapes[name]) for name, array in numbers(original).items()}
+    arrays["transformer.h.1.ln_1.bias"][3] = np.nan
+    save(original, arrays)
+    assert run("import", original, "run_dir=run") == 0
+    assert "WARNING: 'blocks.attention_norm.bias': NaN or infinite" in capsys.readouterr().err
+
+
+def test_an_imported_classifier_predicts(capsys):
+    assert run("import", given("bert_classes"), "run_dir=run") == 0
+    Path("texts.tsv").write_text("text\nw7 w8\nw30 w31 w32\n")
+    assert run("predict", "run", "data.raw=texts.tsv") == 0, capsys.readouterr().err
+    rows = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["probabilities"].keys() == {"LABEL_0", "LABEL_1", "LABEL_2"}
+
+
+@pytest.mark.slow
+def test_two_processes_read_and_write_their_parts(tmp_path):
+    """On a mesh that cuts rows, columns and layers of what lies in the files."""
+    original = given("bert")
+    mesh = ["devices.platform=cpu", "devices.count=4", "mesh.fsdp=2", "mesh.tensor=2", "mesh.stage=2",
+            "train.gradient_accumulation=2"]
+    for words in (["import", str(original), "run_dir=run"], ["export", "run", "out=out", "max_shard=10k"]):
+        command = [sys.executable, "-m", "jaxlm", *words, *mesh, "--processes", "2"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    assert "read back: logits of 8 rows differ by at most 0" in done.stderr + done.stdout
+    assert_same_weights("out", original)
+
+
+@pytest.mark.slow
+def test_an_import_holds_its_shards_and_little_else(tmp_path):
+    """Of half a GiB: the resident set grows by the weights and a block, not by a second copy."""
+    size, largest = benchmark.make_folder(tmp_path / "big", 1024, 10, 2816)
+    benchmark.make_folder(tmp_path / "small", 64, 2, 128)
+    peaks = {}
+    for model in ("small", "big"):
+        words = ["import", str(tmp_path / model), f"run_dir={tmp_path / model}-run", "devices.platform=cpu", "devices.count=8",
+                 "mesh.fsdp=2", "mesh.tensor=4"]
+        _, peaks[model] = benchmark.run(words, tmp_path / "peak")
+    assert peaks["big"] - peaks["small"] < 1.1 * size + largest
+
+
 def test_a_model_without_a_head_gets_a_fresh_one(capsys):
     assert run("import", given("bert_bare"), "run_dir=run", "seed=3") == 0
     told = capsys.readouterr().err
@@ -297,8 +345,8 @@ def test_words_that_are_refused(words, message, capsys):
 
 def test_an_export_that_is_refused_leaves_nothing(capsys):
     assert run("import", given("gpt2"), "run_dir=run") == 0
-    Path("taken").mkdir()
-    for words, message in ((["run"], "export: out=FOLDER is missing"), (["run", "out=taken"], "out=taken: is there already"),
+    Path("taken").touch()
+    for words, message in ((["run"], "export: out=FOLDER is missing"), (["run", "out=taken"], "out=taken: is a file"),
                            (["run", "out=given"], "out=given: has files in it"),
                            (["run", "out=s3://bucket/x"], "of this machine"),
                            (["run", "out=given/config.json/out"], "no folder can be made"),

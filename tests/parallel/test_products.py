@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.parallel.products import TOKENS, fan_in, fan_out, look_up, residual_axes
+from jaxlm.parallel.products import TOKENS, column_parallel, look_up, residual_axes, row_parallel
 
 ROWS, LENGTH, WIDTH, HEADS, HEAD_DIM = 8, 16, 32, 8, 4
-FAN_OUT = (("embed", "heads", None), ("embed", "kv_heads", None))
+COLUMNS = (("embed", "heads", None), ("embed", "kv_heads", None))
+MLP = (("embed", "mlp"),)
 MESHES = ["one", "data8", "fsdp8", "tensor8", "2x2x2", "context8", "fsdp2context2tensor2"]
 
 
@@ -28,24 +29,24 @@ def with_gradients(function, grads):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-def test_fan_out_and_its_gradients(mesh, meshes):
+def test_column_parallel_and_its_gradients(mesh, meshes):
     x, kernels = normal(ROWS, LENGTH, WIDTH), (normal(WIDTH, HEADS, HEAD_DIM, seed=1), normal(WIDTH, HEADS, 2, seed=2))
     grads = (normal(ROWS, LENGTH, HEADS, HEAD_DIM, seed=3), normal(ROWS, LENGTH, HEADS, 2, seed=4))
     plain = with_gradients(lambda x, kernels: tuple(jnp.einsum("btd,dnh->btnh", x, kernel) for kernel in kernels), grads)
     with jax.set_mesh(meshes[mesh]):
         for states in {residual_axes(LENGTH), (*TOKENS, None)}:
-            ours = with_gradients(lambda x, kernels, states=states: fan_out(x, kernels, FAN_OUT, states), grads)
+            ours = with_gradients(lambda x, kernels, states=states: column_parallel(x, kernels, COLUMNS, states), grads)
             assert_close(ours(x, kernels), plain(x, kernels))
 
 
 @pytest.mark.parametrize(("mesh", "length"), [  # one decoded token: on meshes that do not cut sequences
     *((mesh, LENGTH) for mesh in MESHES), *((mesh, 1) for mesh in MESHES if "context" not in mesh)])
-def test_fan_in_and_its_gradients(mesh, length, meshes):
+def test_row_parallel_and_its_gradients(mesh, length, meshes):
     y, kernel, grad = (normal(*shape, seed=seed) for seed, shape in enumerate(
         ((ROWS, length, HEADS, HEAD_DIM), (HEADS, HEAD_DIM, WIDTH), (ROWS, length, WIDTH))))
     plain = with_gradients(functools.partial(jnp.einsum, "btnh,nhd->btd"), grad)
     with jax.set_mesh(meshes[mesh]):
-        ours = with_gradients(lambda y, kernel: fan_in(y, kernel, ("heads", None, "embed"), residual_axes(length)), grad)
+        ours = with_gradients(lambda y, kernel: row_parallel(y, kernel, ("heads", None, "embed"), residual_axes(length)), grad)
         assert_close(ours(y, kernel), plain(y, kernel))
 
 
@@ -67,7 +68,7 @@ def test_bfloat16_rounds_only_operands_and_results(meshes):
     wide_x, wide_grad, rounded = (np.asarray(array, np.float64) for array in (x, grad, jnp.asarray(kernel, jnp.bfloat16)))
     for mesh in ("one", "fsdp8"):
         with jax.set_mesh(meshes[mesh]):
-            run = with_gradients(lambda x, kernel: fan_out(x, (kernel,), (("embed", "mlp"),), residual_axes(LENGTH)), (grad,))
+            run = with_gradients(lambda x, kernel: column_parallel(x, (kernel,), MLP, residual_axes(LENGTH)), (grad,))
             [y], (grad_x, grad_kernel) = run(x, kernel)
             text = run.lower(x, kernel).as_text()
         assert (y.dtype, grad_x.dtype, grad_kernel.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
@@ -81,10 +82,10 @@ def test_bfloat16_rounds_only_operands_and_results(meshes):
 @pytest.mark.parametrize("mesh", ["one", "2x2x2"])
 def test_as_libtpu_gets_it_the_gradient_is_the_same(mesh, meshes, monkeypatch):
     """There the gradients of several kernels' input are one product."""
-    test_fan_out_and_its_gradients(mesh, meshes)
+    test_column_parallel_and_its_gradients(mesh, meshes)
     monkeypatch.setattr("jaxlm.parallel.products.platform", lambda: "tpu")
     jax.clear_caches()
-    test_fan_out_and_its_gradients(mesh, meshes)
+    test_column_parallel_and_its_gradients(mesh, meshes)
     jax.clear_caches()
 
 
@@ -92,7 +93,7 @@ def test_gradients_travel_in_the_type_of_their_kernels(meshes):
     x, kernel = normal(ROWS, LENGTH, WIDTH).astype(jnp.bfloat16), normal(WIDTH, HEADS, HEAD_DIM, seed=1)
     grad = (normal(ROWS, LENGTH, HEADS, HEAD_DIM, seed=2).astype(jnp.bfloat16),)
     with jax.set_mesh(meshes["fsdp8"]):
-        ours = with_gradients(lambda x, kernel: fan_out(x, (kernel,), FAN_OUT[:1], residual_axes(LENGTH)), grad)
+        ours = with_gradients(lambda x, kernel: column_parallel(x, (kernel,), COLUMNS[:1], residual_axes(LENGTH)), grad)
         for kind in (jnp.float32, jnp.bfloat16):
             text = ours.lower(x, kernel.astype(kind)).as_text()
             sent = next(line for line in text[text.index("reduce_scatter") :].splitlines() if "->" in line)

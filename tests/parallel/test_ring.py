@@ -72,8 +72,8 @@ def test_a_device_never_holds_another_than_its_part(array_shapes):
     """Neither all keys nor scores against all keys exist anywhere in the program, forward or backward."""
     shape = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
     with jax.set_mesh(make_mesh(MeshSettings(context=8), jax.devices())):
-        places = zigzag(4096, 8)[None]
-        loss = jax.grad(lambda *heads: attention(*heads, Visible(True, places=places)).sum(), argnums=(0, 1, 2))
+        token_indices = zigzag(4096, 8)[None]
+        loss = jax.grad(lambda *heads: attention(*heads, Visible(True, token_indices=token_indices)).sum(), argnums=(0, 1, 2))
         text = jax.jit(loss).lower(shape, shape, shape).compile().as_text()
     assert "f32[1,512,2,8]" in text and "4096" not in text.split("ENTRY")[0].split("entry_computation_layout")[0]
     assert "all-gather" not in text and "collective-permute" in text

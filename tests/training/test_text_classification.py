@@ -3,15 +3,21 @@
 import csv
 import json
 import random
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import yaml
 
+from jaxlm.planning.vocabulary import with_vocabulary
 from jaxlm.reporting.figures import class_figures
 from jaxlm.reporting.metrics import read_metrics
+from jaxlm.settings import ModelSettings, Settings, TaskSettings
+from jaxlm.training.bench import random_batch
 
 STEPS, ROWS = 12, 8
+TIMES = ("time", "tokens_per_second", "slots_per_second", "step_seconds", "data_wait_seconds")
 GOOD, BAD, PLAIN = ["fine", "lovely", "great"], ["awful", "bad", "poor"], ["a", "the", "film", "plot", "of", "it"]
 
 
@@ -189,7 +195,7 @@ def test_predictions_depend_on_nothing_but_the_record(trained, jaxlm, tmp_path):
     run_dir = trained("one_label")
     records = tmp_path / "unlabelled.jsonl"
     write_lines(records, [{"text": record["review"], "more": [1, {"a": None}]} for record in records_of(dev_of(run_dir))]
-                + [{"text": ""}, {"text": "x" * 500}])
+                + [{"text": ""}, {"text": "zwei\u2028Zeilen, äöü 漢字 \x85"}, {"text": "x" * 500}])
     variants = {"usual": [], "small": ["eval.batch_size=5", "data.sequence_length=96"],
                 "mesh": ["devices.count=8", "mesh.fsdp=2", "mesh.tensor=2", "eval.batch_size=16"]}
     said = {}
@@ -197,8 +203,9 @@ def test_predictions_depend_on_nothing_but_the_record(trained, jaxlm, tmp_path):
         out = tmp_path / f"{name}.jsonl"
         assert jaxlm("predict", run_dir, f"data.raw={records}", f"out={out}", *words) == 0
         said[name] = lines_of(out)
-    assert len(said["usual"]) == 39 and said["usual"][0]["more"] == [1, {"a": None}]
-    assert "given_label" not in said["usual"][0] and said["usual"][-2]["text"] == ""
+    assert len(said["usual"]) == 40 and said["usual"][0]["more"] == [1, {"a": None}]
+    assert "given_label" not in said["usual"][0] and said["usual"][-3]["text"] == ""
+    assert said["usual"][-2]["text"] == "zwei\u2028Zeilen, äöü 漢字 \x85" and "äöü 漢字" in (tmp_path / "usual.jsonl").read_text()
     for other in ("small", "mesh"):
         for one, line in zip(said["usual"][:-1], said[other][:-1], strict=True):  # the last one is cut elsewhere
             assert one["text"] == line["text"]
@@ -217,18 +224,25 @@ def test_eight_devices_and_micro_batches_learn_as_one(trained, labelled, jaxlm, 
 
 
 @pytest.mark.slow
-def test_stopped_and_gone_on_it_is_the_same(trained, labelled, jaxlm, tmp_path):
-    """Bit for bit, with dropout; the best checkpoint is still known."""
-    runs = [tmp_path / "whole", tmp_path / "stopped"]
-    dropout = ["model.dropout=0.2", "schedule.name=constant"]
-    assert jaxlm("train", labelled("one_label"), f"run_dir={runs[0]}", *dropout) == 0
-    assert jaxlm("train", labelled("one_label"), f"run_dir={runs[1]}", "train.steps=5", *dropout) == 0
-    assert jaxlm("train", runs[1], f"train.steps={STEPS}") == 0
-    values = [[[row.get(name) for name in ("step", "loss", "val_loss", "val_matthews")] for row in read_metrics(run)
-               if "changed" not in row and not (row["step"] == 5 and "val_loss" in row)] for run in runs]
-    assert values[0] == values[1]
-    summaries = [json.loads((run / "summary.json").read_text()) for run in runs]
-    assert summaries[0]["best"]["value"] == max(row[0] for row in [[summary["best"]["value"]] for summary in summaries])
+def test_killed_and_gone_on_it_is_the_same(labelled, jaxlm, start_jaxlm, tmp_path):
+    """Bit for bit, with dropout: figures, the best checkpoint, what the last evaluation found."""
+    words = ["train.steps=40", "model.dropout=0.2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert jaxlm("train", labelled("one_label"), f"run_dir={whole}", *words) == 0
+    process = start_jaxlm("train", labelled("one_label"), f"run_dir={killed}", *words)
+    while not list(killed.glob("checkpoints/*/manifest.json")):
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (killed / "summary.json").exists()
+    assert jaxlm("train", killed) == 0
+    rows = [[{name: value for name, value in row.items() if name not in TIMES} for row in read_metrics(run)]
+            for run in (whole, killed)]
+    assert rows[0] == rows[1]
+    assert (whole / "evaluation.json").read_text() == (killed / "evaluation.json").read_text()
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (whole, killed)]
+    assert summaries[0]["best"] == summaries[1]["best"]
 
 
 @pytest.mark.slow
@@ -278,6 +292,9 @@ def test_two_processes_write_what_one_does(trained, start_jaxlm, jaxlm, tmp_path
     (["predict", "RUN"], "predict: name the file of records, data.raw=FILE"),
     (["predict", "RUN", "data.raw=nowhere.tsv"], "nowhere.tsv"),
     (["predict", "RUN", "data.raw=DEV", "out=FOLDER/there/x.jsonl"], "out"),
+    (["predict", "RUN", "data.raw=DEV", "out=FOLDER"], ": a folder; expected a file"),
+    (["predict", "RUN", "data.raw=DEV", "out=DEV"], "the file of records, which would be lost"),
+    (["predict", "RUN", "data.raw=FOLDER/empty.csv"], "empty.csv"),
     (["predict", "RUN", "data.raw=DEV", "checkpoint.step=3"], "checkpoint.step=3: not in"),
     (["evaluate", "RUN", "task.labels=[a, b]"], "task.labels"),
     (["train", "RUN", "task.best=f1"], "task.best=f1: no figure of task.name=text_classification; expected one of accuracy"),
@@ -289,6 +306,7 @@ def test_what_is_wrong_is_told_in_a_line(words, message, trained, labelled, jaxl
     run_dir, run_file = trained("one_label"), labelled("one_label")
     capsys.readouterr()
     (tmp_path / "there").write_text("a file")
+    (tmp_path / "empty.csv").write_text("review,label\n")
     places = {"RUN": run_dir, "DEV": dev_of(run_dir), "FOLDER": tmp_path, "FILE": run_file,
               "TRAIN": yaml.safe_load(run_file.read_text())["data"]["raw"]}
     for name, place in places.items():
@@ -303,3 +321,17 @@ def test_what_is_wrong_is_told_in_a_line(words, message, trained, labelled, jaxl
 def test_a_language_model_predicts_nothing_of_a_record(finished, jaxlm, capsys):
     assert jaxlm("predict", finished, "data.raw=x.tsv") == 2
     assert "says nothing of a record" in capsys.readouterr().err
+
+
+def test_plans_and_benchmarks_need_no_corpus(meshes):
+    """Two labels are assumed, and that is said."""
+    settings = Settings(model=ModelSettings(family="gpt", vocab_size=300), task=TaskSettings(name="text_classification"))
+    assert with_vocabulary(settings)[1] == "task.labels are not said: planned with two"
+    for problem, kind, highest in (("single_label", np.int32, 1), ("multi_label", bool, 1), ("regression", np.float32, np.inf)):
+        own = replace(settings, task=replace(settings.task, problem=problem))
+        batch = random_batch(own, meshes["one"])
+        label = np.asarray(batch["labels" if problem == "multi_label" else "label"])
+        assert label.dtype == kind and label.max() <= highest and len(label) == own.data.global_batch_size
+        assert (np.asarray(batch["last_position"]) == own.data.sequence_length - 1).all()
+    named = replace(settings, task=replace(settings.task, labels=["a", "b", "c"]))
+    assert with_vocabulary(named) == (named, None)
