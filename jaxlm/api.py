@@ -39,6 +39,7 @@ from jaxlm.storage.files import as_path, exists
 from jaxlm.tasks.find import find_task
 from jaxlm.training import run
 from jaxlm.training.setup import dropless, lay_mesh, resolve, start
+from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
 from jaxlm.training.trained import opened
 
@@ -77,11 +78,12 @@ def plan(what: Settings | str | Path, target: str, *overrides: str, fast: bool =
     """
     from jaxlm.planning.compiled_plan import compiled_plan
     from jaxlm.planning.estimated_plan import estimated_plan
+    from jaxlm.planning.planned_stage import to_plan
     from jaxlm.planning.targets import find_target
-    from jaxlm.planning.vocabulary import with_vocabulary
 
-    own, assumed = with_vocabulary(_settings(what, overrides))
-    made = (estimated_plan if fast else compiled_plan)(own, find_target(target))
+    there = find_target(target)
+    own, assumed = to_plan(_settings(what, overrides), there)
+    made = (estimated_plan if fast else compiled_plan)(own, there)
     return made._replace(assumed=assumed)
 
 
@@ -89,7 +91,7 @@ def load(folder: str | Path, *overrides: str) -> "LoadedModel":
     """Opens a trained model: the newest good checkpoint of a run directory (or checkpoint.step), or a folder of
     transformers. Raises UserError."""
     if exists(as_path(folder) / "config.yaml"):
-        own, mesh = lay_mesh(config.load(folder, overrides))
+        own, mesh = lay_mesh(of_checkpoint(config.load(folder, overrides)))
         with opened(own, mesh) as trained:
             return LoadedModel(trained.trainer, trained.params(), trained.tokenizer, trained.step)
     source = open_source(str(folder))

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from itertools import chain
 
+from jaxlm.console.units import counted
 from jaxlm.data.decoding import encoding_problems
 from jaxlm.errors import UserError
 from jaxlm.models.sizes import (
@@ -18,6 +19,7 @@ from jaxlm.models.sizes import (
 from jaxlm.settings import (
     AXES,
     BUILT_IN_TOKENIZERS,
+    LENGTHS,
     RECORD_TASKS,
     TRAINED_TOKENIZERS,
     MeshSettings,
@@ -47,7 +49,7 @@ def check(settings: Settings) -> None:
         batch_problems(settings),
         precision_problems(settings.train),
         remat_problems(settings.train),
-        schedule_problems(settings.schedule, settings.train.steps),
+        length_problems(settings),
         mesh_problems(settings.mesh),
         layout_problems(settings, {axis: max(1, getattr(settings.mesh, axis) or 1) for axis in AXES}),
     )
@@ -204,12 +206,27 @@ def remat_problems(train: TrainSettings) -> Iterator[str]:
         yield "train.remat: residual is what a block is recomputed from; keep it, or move it to host"
 
 
-def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
+def length_problems(settings: Settings) -> Iterator[str]:
+    """How long the run is, and whether its schedule fits in, where that is known yet."""
+    train, schedule = settings.train, settings.schedule
+    said = [f"train.{name}={getattr(train, name)}" for name in LENGTHS if getattr(train, name) is not None]
+    if len(said) > 1:
+        yield f"{' and '.join(said)}: a run has one length; keep one of them, and set the others null"
+    if train.hours is not None and schedule.decay_steps is not None:
+        yield (f"schedule.decay_steps={schedule.decay_steps}: nobody knows how many steps train.hours={train.hours:g} will be; "
+               "set it null: linear and cosine then come down until the end, warmup_stable_decay over the last fifth of the time")
+    if train.steps is not None:
+        yield from schedule_problems(schedule, train.steps, train.length)
+
+
+def schedule_problems(schedule: ScheduleSettings, steps: int, said: str) -> Iterator[str]:
+    """What of the schedule does not fit in a run of so many steps, which the run file has `said` in its own words."""
     decay_steps = schedule.decay_steps or steps
+    length = f"train.steps={steps}" if said.startswith("train.steps=") else f"the {counted(steps, 'step')} of {said}"
     if schedule.warmup_steps >= steps:
-        yield f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of train.steps={steps}; expected fewer"
+        yield f"schedule.warmup_steps={schedule.warmup_steps} leaves nothing of {length}; expected fewer"
     if decay_steps > steps:
-        yield f"schedule.decay_steps={decay_steps} is more than train.steps={steps}"
+        yield f"schedule.decay_steps={decay_steps} is more than {length}"
     if schedule.name in ("linear", "cosine") and decay_steps <= schedule.warmup_steps:
         yield f"schedule.decay_steps={decay_steps} is not more than schedule.warmup_steps={schedule.warmup_steps}"
     if schedule.name == "warmup_stable_decay" and schedule.decay_steps is not None:
@@ -219,7 +236,7 @@ def schedule_problems(schedule: ScheduleSettings, steps: int) -> Iterator[str]:
                    "least 2, or null")
         elif schedule.decay_steps > left:
             yield (f"schedule.decay_steps={schedule.decay_steps} is more than the {left} steps that "
-                   f"schedule.warmup_steps={schedule.warmup_steps} leaves of train.steps={steps}; expected at most {left}")
+                   f"schedule.warmup_steps={schedule.warmup_steps} leaves of {length}; expected at most {left}")
 
 
 def mesh_problems(mesh: MeshSettings) -> Iterator[str]:

@@ -34,8 +34,8 @@ def train(settings: Settings, arguments: argparse.Namespace) -> None:
         from jaxlm.planning.lowering import compile_ahead
         from jaxlm.planning.targets import find_target
 
-        path = compile_ahead(settings, arguments.target and find_target(arguments.target))
-        print(f"compiled: {path}; `jaxlm train` with these settings starts with it")
+        paths = compile_ahead(settings, arguments.target and find_target(arguments.target))
+        print(f"compiled: {', '.join(map(str, paths))}; `jaxlm train` with these settings starts with it")
         return
 
     from jaxlm.interop.importing import open_weights
@@ -85,10 +85,11 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.checks import check_held_out
     from jaxlm.data.description import describe
     from jaxlm.training.setup import open_corpora
+    from jaxlm.training.stages import prepare_stages
 
     check_held_out(settings)
-
-    for corpus, _ in open_corpora(settings, notes=False):
+    mixtures = prepare_stages(settings) if settings.stages else [open_corpora(settings, notes=False)]
+    for corpus in {str(corpus.directory): corpus for corpora in mixtures for corpus, _ in corpora}.values():
         for line in describe(corpus, settings):
             print(line)
     _say_next("train", arguments.config, *arguments.overrides)
@@ -171,8 +172,8 @@ def bench(settings: Settings, arguments: argparse.Namespace) -> None:
 def plan(settings: Settings, arguments: argparse.Namespace) -> None:
     """plan: memory, traffic and speed on devices that are not here, from their own compiler"""
     from jaxlm.planning.describe import check_picture, describe, draw
+    from jaxlm.planning.planned_stage import to_plan
     from jaxlm.planning.targets import find_target
-    from jaxlm.planning.vocabulary import with_vocabulary
 
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # of what XLA says beside an error; the error we tell ourselves
     target = find_target(arguments.target)
@@ -182,7 +183,7 @@ def plan(settings: Settings, arguments: argparse.Namespace) -> None:
         raise UserError("--explain is for people; leave --json away")
     if arguments.picture:
         check_picture(arguments.picture)
-    settings, assumed = with_vocabulary(settings)
+    settings, assumed = to_plan(settings, target)
     if assumed:
         print(f"jaxlm: {assumed}", file=sys.stderr)
     if arguments.explain:

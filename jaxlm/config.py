@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import functools
+import itertools
 import json
+import re
 import shlex
 import types
 import typing
@@ -15,14 +17,16 @@ import pydantic
 import yaml
 
 from jaxlm.checks import check
+from jaxlm.console.units import counted
 from jaxlm.errors import UserError, clipped, nearest, shown, without_secrets
 from jaxlm.near_misses import right_key, right_value
-from jaxlm.settings import NO_PLACE, Settings, expand_home, flatten, sections
+from jaxlm.settings import LENGTHS, NO_PLACE, Settings, expand_home, flat, flatten, nest, sections
+from jaxlm.stages import SETTINGS, STAGES, check_stages
 from jaxlm.storage.files import Location, as_path, exists, names_in, read_text
 from jaxlm.storage.remote import check_url, is_remote
 from jaxlm.values import PYTHONS_NULLS, alternatives, from_command_line, how_to_write, parse_yaml, typed
 
-_SETTINGS = pydantic.TypeAdapter(Settings)
+IN_A_STAGE = re.compile(rf"{STAGES}\.(\d{{1,9}})\.(.+)", re.DOTALL)  # as a key on the command line
 
 
 class Origin(NamedTuple):
@@ -47,7 +51,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), about: Callable[[str],
     run_dir = path if exists(path / "config.yaml") else None
     path = path / "config.yaml" if run_dir else path
     values, lines = _read_yaml(path)
-    for key, problem in _unknown_keys(values):
+    for key, problem in itertools.chain(_unknown_keys(values), _flatten_stages(values)):
         raise UserError(f"{path}:{lines.get(key, 1)}: {problem}")
     if run_dir:
         values["run_dir"] = str(run_dir)  # wherever it has been moved or copied to
@@ -65,8 +69,11 @@ def _settled(values: dict[str, Any], lines: dict[str, int], path: str | Path, ov
              about: Callable[[str], Origin] | None) -> Settings:
     """Overrides applied, what `init` says filled in (by `about`; None: it is not asked), every value of its type, none
     against another. `lines`: of the file's keys."""
-    for override in overrides:
-        lines.pop(_apply_override(values, override), None)
+    given = [_apply_override(values, override) for override in overrides]
+    for name in [*given, *_other_lengths(values, given)]:
+        lines.pop(name, None)
+    for key, problem in itertools.chain(_flatten_stages(values), _stages_against(values, given)):
+        raise UserError(f"{path}:{lines[key]}: {problem}" if key in lines else problem)
     for key in _keys_with_secrets(values):
         where = f"{path}:{lines[key]}: " if key in lines else ""
         raise UserError(f"{where}{key}: a URL with a password, key or token in it, which config.yaml, logs and checkpoints would "
@@ -79,12 +86,77 @@ def _settled(values: dict[str, Any], lines: dict[str, int], path: str | Path, ov
         raise UserError(f"{where}{key}={flatten(values)[key]}: nothing is written null, and a folder of that name "
                         f"./{flatten(values)[key]}")
     try:
-        settings = _SETTINGS.validate_python(values)
+        settings = SETTINGS.validate_python(values)
     except pydantic.ValidationError as error:
         key, problem = _first_problem(error)
         raise UserError(f"{path}:{lines[key]}: {problem}" if key in lines else problem) from None
+    if settings.stages:
+        return _with_typed_stages(settings, path, lines)
     check(settings)
     return settings
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------------
+
+def _flatten_stages(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Gives the keys of each stage their dotted names. (key, problem) of every key that is none, and what is no
+    mapping."""
+    stages = values.get(STAGES)
+    if not stages:
+        values.pop(STAGES, None)  # null: none
+        return
+    if not isinstance(stages, list):
+        yield STAGES, (f"{STAGES}={shown(stages)}: expected a list of mappings, one for each stage, as in "
+                       "- {train.steps: 900, data.sequence_length: 128}")
+        return
+    known = [full for full, *_ in key_table()]
+    for number, stage in enumerate(stages, 1):
+        if not isinstance(stage, dict):
+            yield STAGES, f"{STAGES}.{number}={shown(stage)}: expected a mapping of keys, as in {{train.steps: 900}}"
+            return
+        stages[number - 1] = stage = flat({str(name): value for name, value in stage.items()})
+        for name in stage:
+            if name not in known:
+                yield f"{STAGES}.{number}.{name}", f"{STAGES}.{number}: unknown key '{clipped(name)}'{advice(name, known)}"
+
+
+def _stages_against(values: dict[str, Any], given: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """(key, problem) of what is said for the whole run, and otherwise by a stage."""
+    stages, said = values.get(STAGES) or [], flatten(values)
+    for name in [f"train.{length}" for length in LENGTHS] if stages else []:
+        if said.get(name) is not None:
+            yield name, f"{name}={said[name]}: each of the {STAGES} says for itself how long it is"
+    for name in (name for name in given if name != STAGES):
+        for number, stage in enumerate(stages, 1):
+            if name in stage and said[name] is not None:
+                yield name, (f"{name}={said[name]}: stage {number} has it {clipped(str(stage[name]))}; set it there, "
+                             f"{STAGES}.{number}.{name}={said[name]}")
+
+
+def _with_typed_stages(settings: Settings, path: Location, lines: dict[str, int]) -> Settings:
+    """The stages' values read as their keys take them, and checked."""
+    read = []
+    try:
+        for stage in settings.stages:
+            read.append(flat(typed(nest(stage))))
+            SETTINGS.validate_python(nest(read[-1]))
+        settings = dataclasses.replace(settings, stages=read)
+    except pydantic.ValidationError as error:
+        key, problem = _first_problem(error)
+        key, problem = f"{STAGES}.{len(read)}.{key}", f"{STAGES}.{len(read)}: {problem}"
+        raise UserError(f"{path}:{lines[key]}: {problem}" if key in lines else problem) from None
+    check_stages(settings)
+    return settings
+
+
+def _other_lengths(values: dict[str, Any], given: Sequence[str]) -> list[str]:
+    """The file's word on how long the run is gives way to the command line's: train.epochs=3 there puts an end to
+    train.steps here. Returns the keys that are null now."""
+    lengths = [f"train.{name}" for name in LENGTHS]
+    said = [name for name in lengths if name in given and values["train"][name.removeprefix("train.")] is not None]
+    others = [name for name in lengths if name not in given] if said else []
+    values |= {"train": values["train"] | {name.removeprefix("train."): None for name in others}} if others else {}
+    return others
 
 
 def about_run(place: str) -> Origin:
@@ -195,15 +267,18 @@ def _read_yaml(path: Location) -> tuple[dict[str, Any], dict[str, int]]:
     return values or {}, lines
 
 
-def _key_lines(tree: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted name, line) of every key of every section, in the order of the file; a name that occurs twice comes
-    twice."""
+def _key_lines(tree: yaml.Node | None, prefix: str = "", stage: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted name, line) of every key of every section, in the order of the file, those of a stage as
+    stages.1.train.steps; a name that occurs twice comes twice."""
     known = {name for name, _ in sections()}
     for key, value in tree.value if isinstance(tree, yaml.MappingNode) else ():
         name = f"{prefix}{key.value}"
-        yield name, key.start_mark.line + 1
+        yield f"{stage}{name}", key.start_mark.line + 1
         if name in known:
-            yield from _key_lines(value, f"{name}.")
+            yield from _key_lines(value, f"{name}.", stage)
+        if name == STAGES and not stage and isinstance(value, yaml.SequenceNode):
+            for number, item in enumerate(value.value, 1):
+                yield from _key_lines(item, "", f"{STAGES}.{number}.")
 
 
 def _apply_override(values: dict[str, Any], override: str) -> str:
@@ -211,6 +286,8 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
     name, equals, text = override.partition("=")
     if not equals or not name.strip():
         raise UserError(f"'{clipped(override)}': expected key=value, for example train.steps=100")
+    if in_a_stage := IN_A_STAGE.fullmatch(name):
+        return _apply_to_stage(values, int(in_a_stage[1]), f"{in_a_stage[2]}={text}")
     known = [full for full, *_ in key_table()]
     if name not in known:
         if any(full.startswith(f"{name}.") for full in known):
@@ -233,6 +310,20 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         values = values[section]
     values[last] = value
     return name
+
+
+def _apply_to_stage(values: dict[str, Any], number: int, override: str) -> str:
+    stages = values.get(STAGES) or []
+    if not isinstance(stages, list) or not 1 <= number <= len(stages):
+        has = f"the run file has {counted(len(stages), 'stage')}" if stages else "the run file has no stages"
+        raise UserError(f"'{STAGES}.{number}.{clipped(override)}': {has}")
+    nested: dict[str, Any] = {}
+    name = _apply_override(nested, override)
+    if name.removeprefix("train.") in LENGTHS:
+        others = [f"train.{length}" for length in LENGTHS]
+        stages[number - 1] = {key: value for key, value in stages[number - 1].items() if key not in others}
+    stages[number - 1] |= flat(nested)
+    return f"{STAGES}.{number}.{name}"
 
 
 def _unknown_keys(values: dict[str, Any], section: type = Settings, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -308,4 +399,4 @@ def _type_name(hint: Any) -> str:
         return " | ".join(_type_name(arg) for arg in args)
     if origin in (list, dict):
         return f"{'list' if origin is list else 'mapping'} of {' to '.join(_type_name(arg) for arg in args)}"
-    return {type(None): "null", str: "text", bool: "true | false", int: "integer", float: "number"}[hint]
+    return {Any: "value", type(None): "null", str: "text", bool: "true | false", int: "integer", float: "number"}[hint]

@@ -19,6 +19,7 @@ _KEYS = {
             "pretrained pretrained_model model_name_or_path model_path ckpt ckpt_path checkpoint_path restore_from "
             "initialize_from weights base_model",
     "seed": "random_seed manual_seed rng_seed data_seed init_seed",
+    "stages": "phases phase curriculum training_stages curriculum_learning stage",
     "model.family": "model_type model_name architecture arch",
     "model.num_layers": "n_layer n_layers num_hidden_layers num_layer layers depth num_blocks base_num_decoder_layers",
     "model.num_heads": "n_head n_heads num_attention_heads attention_heads heads num_query_heads base_num_query_heads",
@@ -57,8 +58,10 @@ _KEYS = {
     "task.best": "metric_for_best_model best_metric monitor main_metric",
     "out": "output_file predictions_file out_file output_path",
     "train.steps": "max_steps max_iters max_iterations num_iterations iterations iters num_steps total_steps train_steps "
-                   "training_steps num_train_steps n_steps steps max_tokens num_tokens train_tokens total_tokens tokens epochs "
-                   "epoch num_epochs max_epochs n_epochs num_train_epochs train_epochs hours max_time max_hours",
+                   "training_steps num_train_steps n_steps steps",
+    "train.epochs": "epochs epoch num_epochs max_epochs n_epochs num_train_epochs train_epochs total_epochs num_epoch",
+    "train.tokens": "max_tokens num_tokens train_tokens total_tokens tokens target_tokens token_budget training_tokens",
+    "train.hours": "hours max_time max_hours time_budget max_train_time wall_time time_limit max_duration",
     "train.precision": "bf16 fp16 fp32 tf32 bfloat16 float16 float32 half amp mixed_precision dtype torch_dtype compute_dtype "
                        "precision use_bf16",
     "train.gradient_accumulation": "gradient_accumulation_steps grad_accum grad_accum_steps accumulation_steps grad_accumulation "
@@ -100,13 +103,11 @@ _KEYS = {
 }
 KEYS = {name: key for key, names in _KEYS.items() for name in names.split()}
 
-_IN_STEPS = "A run's length is counted in steps, each of data.global_batch_size * data.sequence_length tokens."
 _AS_LONG = "model.max_length must be at least as long."
 _IN_SEQUENCES = "It is in sequences, over all devices and micro-batches."
 NOTES = {
-    **_each("epochs epoch num_epochs max_epochs n_epochs num_train_epochs train_epochs num_tokens train_tokens "
-            "total_tokens tokens hours max_time max_hours", _IN_STEPS),
-    "max_tokens": f"{_IN_STEPS} For the length of a continuation: generate.max_new_tokens.",
+    "max_tokens": "For the length of a continuation: generate.max_new_tokens.",
+    **_each("max_time max_train_time wall_time time_limit time_budget max_duration", "It is in hours."),
     **_each("batch_size per_device_batch_size per_device_train_batch_size", _IN_SEQUENCES),
     "micro_batch_size": f"{_IN_SEQUENCES} train.gradient_accumulation says into how many micro-batches it is cut.",
     **_each("bf16 bfloat16 use_bf16 amp mixed_precision half", "Write train.precision=bfloat16."),

@@ -76,6 +76,14 @@ ACTIVATIONS = ("residual", "query_key_value", "attention", "attention_output", "
 PRODUCTS = ("query_key_value", "attention_output", "mlp_hidden", "mlp_output")
 REMAT = {"none": None, "dots": dict.fromkeys(PRODUCTS, "keep"), "full": {}}
 
+# The keys of `train` that say how long a run is, of which one is set, and how long it is where none is.
+LENGTHS = ("steps", "epochs", "tokens", "hours")
+DEFAULT_STEPS = 1000
+
+# Keys of `model` that no parameter goes by.
+FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention", "capacity_factor", "balance_loss",
+                 "router_z_loss")
+
 TRAINED_TOKENIZERS = ("unigram", "bpe", "wordpiece")
 BUILT_IN_TOKENIZERS = ("bytes", "characters")
 RECORD_TASKS = ("text_classification",)  # which read labelled records; all else reads text
@@ -238,9 +246,17 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """The training step."""
+    """The training step, and how many of them: one of steps, epochs, tokens and hours."""
 
-    steps: Positive = key(1000, "optimizer steps of the whole run", "steps")
+    steps: Positive | None = key(None, "optimizer steps of the whole run; null: what epochs, tokens or hours come to, or 1000",
+                                 "steps")
+    epochs: PositiveFloat | None = key(
+        None, "in place of steps: passes over the training text of all corpora together, of which the last may be a part")
+    tokens: Positive | None = key(
+        None, "in place of steps: tokens to train on; padding is none, a token that is seen again is one more", "tokens")
+    hours: PositiveFloat | None = key(
+        None, "in place of steps: hours of all starts of the run together; the schedule goes by the share of them that is over",
+        "hours")
     precision: Literal["float32", "bfloat16"] = key("float32", "compute type; parameters and optimizer stay float32")
     gradient_precision: Literal["float32", "bfloat16"] = key(
         "float32", "type in which kernels' gradients travel and wait for the update; bfloat16: three quarters of fsdp's bytes")
@@ -254,6 +270,16 @@ class TrainSettings:
     loss_chunk: Positive | None = key(
         None, "positions of a sequence whose logits exist at a time; null: as many as a GPU or TPU has room for beside state and "
               "activations; elsewhere as 64 MiB or a quarter of the table's gradient hold", "tokens")
+
+    def __post_init__(self) -> None:
+        if all(getattr(self, name) is None for name in LENGTHS):
+            object.__setattr__(self, "steps", DEFAULT_STEPS)
+
+    @property
+    def length(self) -> str:
+        """What the run file says of the run's length: train.epochs=3."""
+        name = next(name for name in reversed(LENGTHS) if getattr(self, name) is not None)  # steps may be worked out by now
+        return f"train.{name}={getattr(self, name):g}" if name in ("epochs", "hours") else f"train.{name}={getattr(self, name)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,6 +453,11 @@ class Settings:
     max_shard: Positive = key(
         5 * 10**9, "export: weights in one safetensors file, at most; a larger tensor has a file of its own", "bytes")
     seed: NotNegative = key(0, "initial weights, data order, masks and dropout all derive from it")
+    stages: list[dict[str, Any]] = key(
+        [], "parts of the run that follow each other, each a mapping of keys that it sets anew, with a length of its own: "
+            "- {train.steps: 900, data.sequence_length: 128}; weights, the optimizer's state and the count of steps go on. "
+            "schedule goes over all of them, but for those that set optimizer.learning_rate or a key of schedule: there it "
+            "begins anew. On the command line: stages.2.train.steps=50; []: all of the run is as it is said here")
     model: ModelSettings = key(ModelSettings(), "")
     task: TaskSettings = key(TaskSettings(), "")
     data: DataSettings = key(DataSettings(), "")
@@ -468,6 +499,8 @@ def dump(settings: Settings) -> str:
     """YAML that `jaxlm.config.load` turns back into the same settings. What the model's family says is null, so that
     another family can be said beside it."""
     values, family = to_dict(settings), PRESETS[settings.model.family]
+    if settings.stages:  # they say how long the run is
+        values["train"] |= dict.fromkeys(LENGTHS)
     values["model"] = {name: None if name in family and value == family[name] else value
                        for name, value in values["model"].items()}
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
@@ -494,3 +527,31 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         full = f"{prefix}{name}"
         flat |= flatten(value, f"{full}.") if full in names and isinstance(value, dict) else {full: value}
     return flat
+
+
+def flat(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's keys by their dotted names, nested or dotted as they were written."""
+    nested = {name: value for name, value in stage.items() if "." not in name}
+    return flatten(nested) | {name: value for name, value in stage.items() if "." in name}
+
+
+def nest(stage: dict[str, Any]) -> dict[str, Any]:
+    """The inverse, all of it nested."""
+    values: dict[str, Any] = {}
+    for name, value in stage.items():
+        *path, last = name.split(".")
+        inside = values
+        for section in path:
+            inside = inside.setdefault(section, {})
+        inside[last] = value
+    return values
+
+
+def length_of(settings: Settings) -> str:
+    """What the run file says of the run's length: train.epochs=3; of stages: stages of train.steps=900,
+    train.steps=100."""
+    if not settings.stages:
+        return settings.train.length
+    said = (f"{name}={value}" for stage in settings.stages for name, value in stage.items()
+            if name.removeprefix("train.") in LENGTHS and value is not None)
+    return f"stages of {', '.join(said)}"

@@ -111,9 +111,9 @@ def test_flatten_keeps_values_that_are_mappings():
 
 def test_help_says_types_for_people():
     kinds = {name: kind for name, kind, *_ in config.key_table()}
-    assert kinds["train.steps"] == "integer > 0"
+    assert kinds["data.global_batch_size"] == "integer > 0"
     assert kinds["model.dropout"] == "number >= 0, < 1"
-    assert kinds["model.family"] == "gpt | llama | mistral | qwen2 | qwen3 | bert | roberta | distilbert | modernbert"
+    assert kinds["model.family"] == "gpt | llama | mistral | qwen2 | qwen3 | lstm | bert | roberta | distilbert | modernbert"
     assert kinds["model.next_sentence"] == "true | false"
     assert kinds["data.corpus"] == "text | mapping of text to number > 0 | null"
     assert kinds["generate.prompts"] == "list of text"
@@ -164,8 +164,8 @@ def test_an_unknown_key_is_answered_with_the_nearest(load, name, nearest):
 
 def test_a_refusal_says_where(load):
     text = "seed: 1\ntrain:\n  # longer\n  steps: -2\n"
-    assert refusal(load, text).endswith("run.yaml:4: train.steps=-2: expected integer > 0")
-    assert refusal(load, text, "train.steps=-3") == "train.steps=-3: expected integer > 0"
+    assert refusal(load, text).endswith("run.yaml:4: train.steps=-2: expected integer > 0 | null")
+    assert refusal(load, text, "train.steps=-3") == "train.steps=-3: expected integer > 0 | null"
     assert load(text, "train.steps=3").train.steps == 3
     assert "run.yaml:6: train.steps is already set in line 4" in refusal(load, text + "  precision: float32\n  steps: 3\n")
     wrong = refusal(load, "model:\n  family: gtp\n")
@@ -265,7 +265,7 @@ def test_a_mesh_is_checked_again_once_its_devices_are_known(load):
 
 def test_numbers_are_numbers(load):
     for value in ("nan", ".inf", "-.inf", "true", "'text'", "[1]", "null"):
-        for name in ("optimizer.learning_rate", "train.steps"):
+        for name in ("optimizer.learning_rate", "data.global_batch_size"):
             assert refusal(load, "", f"{name}={value}").startswith(f"{name}=")
     settings = load("optimizer: {learning_rate: 1e-4}", "train.steps=10", "seed=0")
     assert (settings.optimizer.learning_rate, settings.train.steps) == (1e-4, 10)

@@ -153,8 +153,8 @@ class TrainingProgress:
     above the line. `print` writes a note in between. With `enabled=False` nothing is shown.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, enabled: bool = True):
-        self.total_steps = total_steps
+    def __init__(self, total_steps: int | None, start_step: int = 0, enabled: bool = True):
+        self.total_steps = total_steps  # None: not known yet
         self.start_step = start_step
         self.enabled = enabled
         self.first: tuple[int, float] | None = None  # (step, time) of the first update: compiling is over
@@ -175,12 +175,12 @@ class TrainingProgress:
         if not self.enabled:
             return
         parts = row_parts(row)
-        if "loss" in row:
+        if "loss" in row and self.total_steps is not None:
             parts.append(f"eta {format_duration(self.seconds_left(step, row.get('step_seconds')))}")
         if self.live and "loss" in row:
-            self.live.update(self.live.task_ids[0], completed=step, text="  ".join(parts))
+            self.live.update(self.live.task_ids[0], completed=step, total=self.total_steps, text="  ".join(parts))
         else:
-            self.print("  ".join([f"step {step}/{self.total_steps}", *parts]))
+            self.print("  ".join([f"step {step}" + (f"/{self.total_steps}" if self.total_steps else ""), *parts]))
 
     def print(self, text: str) -> None:
         """A line that stays."""
@@ -199,7 +199,7 @@ class TrainingProgress:
         return per_step * max(self.total_steps - step, 0)
 
 
-def training_line(total_steps: int, start_step: int) -> Any:
+def training_line(total_steps: int | None, start_step: int) -> Any:
     """A rich display of one line; the bar takes the width that the figures leave."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn
@@ -225,7 +225,7 @@ SHOWN: dict[str, Callable[[float], str]] = {
     "skipped_steps": lambda value: f"{value:,} steps skipped",
     "skipped_rows": lambda value: f"{value:,} rows skipped",
 }
-NOT_SHOWN = ("step", "time", "tokens", "epoch", "grad_norm", "data_wait_seconds")
+NOT_SHOWN = ("step", "stage", "time", "tokens", "epoch", "grad_norm", "data_wait_seconds")
 
 
 def row_parts(row: dict[str, Any]) -> list[str]:

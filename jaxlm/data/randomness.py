@@ -13,7 +13,7 @@ import numpy as np
 
 GAMMA = np.uint64(0x9E3779B97F4A7C15)  # 2**64 / golden ratio, odd
 FEISTEL_ROUNDS = 12
-ORDER, OFFSET, SAMPLE, MASK, VALIDATION = range(5)  # what a key is for
+ORDER, OFFSET, SAMPLE, MASK, VALIDATION, STAGE = range(6)  # what a key is for
 
 
 def mix(values: np.ndarray) -> np.ndarray:

@@ -31,6 +31,7 @@ from jaxlm.settings import Settings
 from jaxlm.storage.files import delete, exists, names_in, write_json, write_text
 from jaxlm.storage.remote import is_remote
 from jaxlm.training.setup import dropless, lay_mesh
+from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
 from jaxlm.training.trained import opened
 
@@ -47,7 +48,7 @@ def export_run(settings: Settings) -> None:
       RunError: what was written computes something else; nothing is left, then.
     """
     out = free_folder(settings.out)
-    settings, mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(of_checkpoint(settings))
     with opened(settings, mesh, lambda settings: _exactly(dropless(settings))) as trained:
         export_model(trained.trainer, trained.params, trained.tokenizer, out, trained.step)
 

@@ -120,12 +120,22 @@ def _run(plan: Plan) -> Iterator[str]:
     if step is None:
         yield "time: the speed of these devices is not published"
     else:
-        steps = plan.settings.train.steps
         yield f"MFU {plan.mfu:.1%} at most (as PaLM counts it {plan.mfu_palm:.1%}); {_rate(plan)} tokens/s"
-        yield (f"{steps:,} steps take {format_duration(steps * step.total)}, "
-               f"{steps * step.total / 3600 * plan.target.num_devices:,.0f} device-hours")
+        yield _length(plan)
     if plan.compile_seconds is not None:
         yield f"compiled in {plan.compile_seconds:.0f} s"
+
+
+def _length(plan: Plan) -> str:
+    """How long the run takes, in a line."""
+    said = plan.settings.train.length
+    if plan.run_seconds is None:
+        return f"{said}: how many steps that is, and so how long it takes, is known with the corpus"
+    hours = f"{plan.run_seconds / 3600 * plan.target.num_devices:,.0f} device-hours"
+    if plan.settings.train.hours is not None:
+        return f"{said}: {hours}, at best {plan.steps:,} steps"
+    why = "" if said.startswith("train.steps=") else f" ({said}, without padding)"
+    return f"{plan.steps:,} steps{why} take {format_duration(plan.run_seconds)}, {hours}"
 
 
 def _rate(plan: Plan) -> str:

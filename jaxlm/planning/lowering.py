@@ -6,21 +6,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
+import optax
 from jax.sharding import Mesh
 
 from jaxlm.checks import check_kernel, check_layout, require_vocabulary
 from jaxlm.errors import RunError, UserError
 from jaxlm.parallel.mesh import make_mesh
-from jaxlm.parallel.sharding import abstract
 from jaxlm.planning.devices import devices_of
 from jaxlm.planning.targets import Target
 from jaxlm.planning.versions import told_in_a_line
 from jaxlm.runtime import executables
 from jaxlm.runtime.compiler import programs_folder
 from jaxlm.settings import Settings
+from jaxlm.stages import stages_of
 from jaxlm.tasks.find import find_task
-from jaxlm.training.setup import batch_shapes, lay_mesh, open_corpora, settled, start
-from jaxlm.training.step import Trainer, batch_sharding
+from jaxlm.training.length import with_any_steps, with_steps
+from jaxlm.training.setup import abstract_batch, join, lay_mesh, make_training_batches, open_corpora, settled, start
+from jaxlm.training.stages import lay_stages, open_stages
+from jaxlm.training.step import Trainer
 
 NEEDED = re.compile(r"(temporaries )?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")  # libtpu's words
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -49,7 +52,7 @@ def lay(settings: Settings, target: Target) -> tuple[Mesh, Callable[[jax.Device]
     return mesh, devices.island
 
 
-def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Trainer]:
+def trace_step(settings: Settings, mesh: Mesh, schedule: optax.Schedule | None = None) -> tuple[jax.stages.Traced, Trainer]:
     """The step of `settings` on `mesh`, whose devices may be a target's (`jaxlm.planning.targets`), before any
     compiler sees it.
 
@@ -57,11 +60,10 @@ def trace_step(settings: Settings, mesh: Mesh) -> tuple[jax.stages.Traced, Train
       UserError: model.vocab_size is not known.
     """
     require_vocabulary(settings)
+    settings = settings if settings.train.hours is not None else with_any_steps(settings)
     with jax.set_mesh(mesh):
-        trainer = start(settings, mesh)
-        batch = batch_shapes(settings)
-        state = trainer.layout.abstract
-        return trainer.step.trace(state, abstract(batch, dict.fromkeys(batch, batch_sharding(mesh)))), trainer
+        trainer = start(settings, mesh, schedule)
+        return trainer.step.trace(trainer.layout.abstract, abstract_batch(settings, mesh)), trainer
 
 
 def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
@@ -69,9 +71,9 @@ def compile_step(settings: Settings, mesh: Mesh) -> jax.stages.Compiled:
     return compiled(lower(trace_step(settings, mesh)[0], mesh), mesh)
 
 
-def compile_ahead(settings: Settings, target: Target | None) -> Path:
-    """Compiles the step for a target's devices, or for those that are here, and writes it where `jaxlm train` looks
-    for it.
+def compile_ahead(settings: Settings, target: Target | None) -> list[Path]:
+    """Compiles the step, of each stage, for a target's devices, or for those that are here, and writes it where `jaxlm
+    train` looks for it.
 
     Raises:
       UserError: devices.compiled is no folder here, or the step cannot be compiled.
@@ -79,10 +81,21 @@ def compile_ahead(settings: Settings, target: Target | None) -> Path:
     folder = programs_folder(settings.devices)
     if folder is None:
         raise UserError(f"devices.compiled={settings.devices.compiled}: --compile-only needs a folder on this machine")
+    if settings.stages:
+        laid = [(each, lay(each, target)[0]) for each in stages_of(settings)] if target else lay_stages(settings, join(settings))
+        return [_save(trace_step(stage.settings, stage.mesh, stage.schedule())[0], stage.mesh, folder)
+                for stage in open_stages(settings, laid)]
     settings, mesh = (settings, lay(settings, target)[0]) if target else lay_mesh(settings)
-    if settings.model.vocab_size is None or find_task(settings).needs_corpus:
-        settings = settled(settings, open_corpora(settings))
-    lowered = lower(trace_step(settings, mesh)[0], mesh)
+    unknown = settings.train.steps is None and settings.train.hours is None
+    if settings.model.vocab_size is None or find_task(settings).needs_corpus or unknown:
+        corpora = open_corpora(settings)
+        settings = settled(settings, corpora)
+        settings = with_steps(settings, make_training_batches(settings, corpora)) if unknown else settings
+    return [_save(trace_step(settings, mesh)[0], mesh, folder)]
+
+
+def _save(traced: jax.stages.Traced, mesh: Mesh, folder: Path) -> Path:
+    lowered = lower(traced, mesh)
     return executables.save(compiled(lowered, mesh), lowered, mesh, folder)
 
 

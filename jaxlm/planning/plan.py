@@ -1,6 +1,7 @@
 """What is known of a run before it starts, whoever found it out: the compiler (`compiled.py`) or arithmetic
 (`estimate.py`)."""
 
+import math
 from typing import Any, NamedTuple
 
 from jaxlm.models.sizes import attention_flops
@@ -105,6 +106,23 @@ class Plan(NamedTuple):
         return flops / peak / self.roofline.total if self.roofline and peak else None
 
     @property
+    def steps(self) -> int | None:
+        """Of the run, as far as they are known without its corpus; of train.tokens, as if no slot were padding."""
+        train = self.settings.train
+        if train.tokens is not None:
+            return max(1, math.ceil(train.tokens / self.tokens_per_step))
+        if train.hours is not None:
+            return self.roofline and int(train.hours * 3600 / self.roofline.total)
+        return train.steps
+
+    @property
+    def run_seconds(self) -> float | None:
+        """At best; None: unknown."""
+        if self.settings.train.hours is not None:
+            return self.settings.train.hours * 3600
+        return self.roofline and self.steps and self.roofline.total * self.steps
+
+    @property
     def tokens_per_step(self) -> int:
         return self.settings.data.global_batch_size * self.settings.data.sequence_length
 
@@ -119,7 +137,8 @@ class Plan(NamedTuple):
                                "capacity": self.capacity, "arguments": self.memory.arguments,
                                "temporaries": self.memory.temporaries}
         step = self.roofline and self.roofline.total
-        days = step and step * self.settings.train.steps / 86400
+        seconds = self.run_seconds
+        days = seconds and seconds / 86400
         return {
             "target": self.target.name, "devices": self.target.num_devices, "mesh": self.mesh, "parameters": self.parameters,
             "estimated": self.compile_seconds is None,

@@ -30,6 +30,8 @@ class Account:
         self.began = time.time() if began is None else began
         self._since = time.monotonic() - (time.time() - self.began)  # the same moment by a clock that nobody sets
         self.earlier = 0.0  # seconds that the steps before this start took
+        self.skipped = 0  # steps that this start has skipped
+        self._of_others = 0.0  # seconds that the starts before this one took
         self.parts: Counter[str] = Counter()
         self._mirror: Mirror | None = None
         self._written = 0.0
@@ -44,6 +46,16 @@ class Account:
         """Of the run so far, without what was lost or lay between its starts."""
         return self.earlier + self.seconds
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether it is written."""
+        return self._mirror is not None
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all starts of the run, with what was lost; not what lay between them."""
+        return self._of_others + self.seconds
+
     @contextmanager
     def spending(self, part: str) -> Iterator[None]:
         """Adds the time inside to one of PARTS. Not to be nested."""
@@ -56,9 +68,10 @@ class Account:
     def begin(self, run_dir: str | Path, step: int) -> None:
         """All up to now was the start-up of a run that goes on from `step`; from now on it is written."""
         self.first = self.step = step
-        self.skipped, self._mirror = 0, Mirror(run_dir)
+        self._mirror = Mirror(run_dir)
         self._path = self._mirror.fetch(FILE_NAME)
         self.parts["startup"] += self.seconds
+        self._of_others = sum(start["seconds"] for start in _starts(run_dir))
         self.write()
 
     def reached(self, step: int, skipped: int) -> None:

@@ -24,18 +24,19 @@ UNKNOWN = "not known"
 def write_report(run_dir: str | Path) -> Location:
     """Writes RUN_DIR/report.md and returns its path. Raises UserError when `run_dir` is no run."""
     run = read_run(run_dir)
-    total = run.config.get("train.steps", "?")
     if run.summary:
         wall, diverged = run.figure("wall_seconds"), run.figure("diverged")
         state = f"Finished: {run.figure('steps')} steps" + (f" in {format_duration(wall)}." if wall is not None else ".")
         if diverged:
             state = f"Ended with a loss that is not a number, so what it had learned is lost. {state}"
     else:
-        state = f"Not finished (running, or stopped): {run.steps} of {total} steps."
+        state = f"Not finished (running, or stopped): {way(run)}."
     sections = [f"# {run.name}", state]
     if exists(run.path / "loss.png"):
         sections.append("![Training and validation loss](loss.png)")
     sections += ["## Results", table(results(run)), *evaluation_told(run.path), "## What ran", table(what_ran(run))]
+    if run.config.get("stages"):
+        sections += ["## Stages", table(stages_told(run))]
     if changes := changes_told(run):
         sections += ["## What changed on the way", table(changes)]
     sections += ["## Speed", table(speed(run))]
@@ -51,6 +52,19 @@ def write_report(run_dir: str | Path) -> Location:
     return path
 
 
+def way(run: Run) -> str:
+    """How much of a run is done: 40 of 100 steps; 40 steps, 1.2 of 3 epochs."""
+    if stages := run.config.get("stages"):
+        return f"{counted(run.steps, 'step')}, in stage {max(run.values('stage'), default=1)} of {len(stages)}"
+    for name in ("epochs", "tokens", "hours"):
+        if whole := run.config.get(f"train.{name}"):
+            spent = goodput(run.path) or {}
+            done = {"epochs": run.values("epoch")[-1:], "tokens": run.values("tokens")[-1:],
+                    "hours": [(spent["wall_seconds"] - spent["restarts_seconds"]) / 3600] if spent else []}[name]
+            return f"{counted(run.steps, 'step')}, {format_count(done[0]) if done else '?'} of {format_count(whole)} {name}"
+    return f"{run.steps} of {run.config.get('train.steps', '?')} steps"
+
+
 def results(run: Run) -> dict[str, str]:
     """Every figure of the last evaluation, the lowest validation loss, and the last training loss."""
     figures = {}
@@ -61,7 +75,7 @@ def results(run: Run) -> dict[str, str]:
         figures["lowest validation loss"] = f"{best['val_loss']:.4f} (step {best['step']})"
         if not any("perplexity" in name for name in last) and any(name.endswith("bits_per_byte") for name in last):
             figures["perplexity"] = f"{math.exp(min(last['val_loss'], 700)):.4g}"  # of a run that an older version trained
-        apart = ("step", "time", "tokens", "epoch", "val_loss", "loss")
+        apart = ("step", "stage", "time", "tokens", "epoch", "val_loss", "loss")
         others = {key: value for key, value in last.items() if key not in apart and value is not None}
         figures |= {key.replace("_", " "): number(value) for key, value in others.items()}
         if last.get("val_bits_per_byte", 0) is None:
@@ -118,6 +132,20 @@ def what_ran(run: Run) -> dict[str, str]:
 def in_slots(tokens: float, slots: float | None) -> str:
     """What padding leaves of the places that were computed."""
     return f", {tokens / slots:.1%} of {slots:,.0f} slots; the rest is padding" if slots and tokens < slots else ""
+
+
+def stages_told(run: Run) -> dict[str, str]:
+    """Each stage: what it sets, and how far it has come."""
+    told = {}
+    for number, stage in enumerate(run.config["stages"], 1):
+        rows = [row for row in run.rows if row.get("stage") == number]
+        steps = [row["step"] for row in rows if "loss" in row]
+        losses = {name: next((row[key] for row in reversed(rows) if is_number(row.get(key))), None)
+                  for key, name in (("loss", "training loss"), ("val_loss", "validation loss"))}
+        came = [f"to step {max(steps)}"] if steps else ["not begun"]
+        came += [f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None]
+        told[f"{number}"] = f"{', '.join(f'{key} {yaml_scalar(value)}' for key, value in stage.items())}: {', '.join(came)}"
+    return told
 
 
 def changes_told(run: Run) -> dict[str, str]:

@@ -14,6 +14,7 @@ import yaml
 
 from jaxlm.errors import UserError, nearest, shown
 from jaxlm.reporting.metrics import is_number, read_metrics
+from jaxlm.settings import flat, nest
 from jaxlm.storage.files import Location, as_path, exists, name_of, names_in, read_text
 from jaxlm.values import parse_yaml, typed
 
@@ -92,6 +93,8 @@ def read_run(run_dir: str | Path) -> Run:
     config_file = path / "config.yaml"
     try:
         config = flatten(typed(parse_yaml(read_text(config_file))[0] or {}))
+        stages = [flatten(typed(nest(flat(stage)))) for stage in config.get("stages") or []]
+        config |= {"stages": stages} | (stages[-1] if stages else {})  # as the run ends
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         runs = [str(path.parent / name) for name in names_in(path.parent) if exists(path.parent / name / "config.yaml")]
         what = "has no config.yaml" if exists(path) else "is not there"

@@ -7,6 +7,7 @@ many they have taken, and take no more than the one that has taken the most. Unt
 and no device ever has a part in it.
 """
 
+import itertools
 import os
 import signal
 import threading
@@ -29,13 +30,17 @@ Item = TypeVar("Item")
 
 
 class Preemption:
-    """Listens while it is entered, once in a process. The first signal asks the run to save and end, the second ends
-    the process at once."""
+    """Listens while it is entered. The first signal asks the run to save and end, the second ends the process at
+    once."""
+
+    _uses = itertools.count()  # the same number in every process
+    _taken = 0  # turns of all uses so far: JAX counts them, too
 
     def __init__(self):
+        self._key = f"{KEY}/{next(self._uses)}"  # a word is said once
         self.signal: signal.Signals | None = None
         self.agreed = False  # not to go on; after the same turn on every process
-        self._turns = 0  # that this process has taken
+        self._turns = Preemption._taken  # that this process has taken
         self._last: int | None = None  # that any may take
         self._between_turns = threading.Lock()
         self._coordinator = multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
@@ -57,6 +62,7 @@ class Preemption:
         return self
 
     def __exit__(self, *_: object) -> None:
+        Preemption._taken = self._turns
         if self._coordinator:
             self._say(OVER)
             self._agreeing.join()
@@ -113,16 +119,16 @@ class Preemption:
             self._last = self._turns
             return
         with suppress(jax.errors.JaxRuntimeError):  # said by another already; or the coordinator is gone, and JAX ends us
-            self._coordinator.key_value_set(KEY, word)
+            self._coordinator.key_value_set(self._key, word)
 
     def _agree(self) -> None:
         """In a thread: waits until a word is said, and where it is to stop, finds the last turn."""
         with suppress(jax.errors.JaxRuntimeError):  # the coordinator is gone, and JAX ends this process
-            if self._coordinator.blocking_key_value_get(KEY, WEEK) == STOP:
+            if self._coordinator.blocking_key_value_get(self._key, WEEK) == STOP:
                 with self._between_turns:
-                    self._coordinator.key_value_set(f"{KEY}/turns/{jax.process_index()}", str(self._turns))
-                    self._coordinator.wait_at_barrier(f"{KEY}/turns", WEEK)
-                    self._last = max(int(turns) for _, turns in self._coordinator.key_value_dir_get(f"{KEY}/turns"))
+                    self._coordinator.key_value_set(f"{self._key}/turns/{jax.process_index()}", str(self._turns))
+                    self._coordinator.wait_at_barrier(f"{self._key}/turns", WEEK)
+                    self._last = max(int(turns) for _, turns in self._coordinator.key_value_dir_get(f"{self._key}/turns"))
 
 
 def _left_to_the_listener(number: int, frame: FrameType | None) -> None:

@@ -10,7 +10,7 @@ from jaxlm.console.units import counted, format_duration
 from jaxlm.errors import UserError
 from jaxlm.reporting.runs import read_summary
 from jaxlm.safety.launcher import HUNG, STOPPED, Launcher
-from jaxlm.settings import Settings
+from jaxlm.settings import Settings, length_of
 from jaxlm.storage.files import as_path
 
 LONGEST_PAUSE = 60.0  # seconds
@@ -70,7 +70,10 @@ def _is_finished(settings: Settings, newest: Callable[[str], int]) -> bool:
     """Whether all steps are saved and added up; what comes after that (samples, report) is no part of the run."""
     with suppress(UserError):  # a summary that cannot be read is none
         summary = read_summary(as_path(settings.run_dir) / "summary.json")
-        return summary is not None and summary["steps"] == settings.train.steps == newest(settings.run_dir)
+        if summary is None or summary["steps"] != newest(settings.run_dir):
+            return False
+        said = None if settings.stages else settings.train.steps
+        return summary["steps"] == said or summary.get("length") == length_of(settings)
     return False
 
 

@@ -23,6 +23,7 @@ from jaxlm.storage.files import Location, absolute, as_path, check_folder, plain
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
 from jaxlm.training.setup import evaluation_batch_size, lay_mesh, on_devices
+from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
 from jaxlm.training.trained import opened
 
@@ -48,7 +49,7 @@ def predict(settings: Settings) -> Predictions:
     if not find_task(settings).answers_records:
         raise UserError(f"predict: {find_task(settings)} says nothing of a record; expected the run directory of a model that "
                         "was trained to, for example with task.name=text_classification")
-    settings, mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(of_checkpoint(settings))
     path = _free_place(settings)
     with opened(settings, mesh) as trained:
         streams = trained.saved.get("streams")  # an imported model does not say

@@ -21,6 +21,7 @@ from jaxlm.runtime.processes import is_main
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings
 from jaxlm.tasks.find import find_task
 from jaxlm.training.setup import encode_prompts, lay_mesh
+from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
 from jaxlm.training.trained import opened
 
@@ -44,7 +45,7 @@ def generate_from_run(settings: Settings) -> list[Sample]:
     task = find_task(settings)
     if not task.continues_text:
         raise UserError(f"{task}: only models of task.name=causal_lm continue text")
-    settings, mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(of_checkpoint(settings))
     with opened(settings, mesh_for_decoding(mesh)) as trained:
         continue_prompts = make_generator(trained.trainer, trained.tokenizer)  # refuses prompts that do not fit
         return continue_prompts(trained.params())

@@ -7,23 +7,29 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxlm.console.progress import print_line
 from jaxlm.data.rows import Field
 from jaxlm.errors import UserError
 from jaxlm.reporting.memory import memory_of
 from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
+from jaxlm.stages import stages_of
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import training_flops
+from jaxlm.training.length import with_any_steps
 from jaxlm.training.setup import batch_shapes, lay_mesh, start
 from jaxlm.training.step import Batch, batch_sharding
 
 
 def bench(settings: Settings) -> dict[str, Any]:
-    """Times `bench.steps` training steps, each waited for. Needs no corpus. Raises UserError without
-    model.vocab_size."""
+    """Times `bench.steps` training steps, each waited for; of stages, those of the last. Needs no corpus. Raises
+    UserError without model.vocab_size."""
+    if settings.stages:
+        print_line(f"timed is the last of the {len(settings.stages)} stages")
+        settings = stages_of(settings)[-1]
     if settings.model.vocab_size is None:
         raise UserError("model.vocab_size: missing; bench makes up its tokens and has to know how many there are")
-    settings, mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(with_any_steps(settings))
     trainer = start(settings, mesh)
     with jax.set_mesh(trainer.mesh):
         state = trainer.init(settings.seed)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxlm.console.units import format_scientific
 from jaxlm.errors import UserError, clipped, nearest
 from jaxlm.reporting.runs import Changed, yaml_scalar
-from jaxlm.settings import ModelSettings, OptimizerSettings, ScheduleSettings, Settings, TrainSettings, flatten
+from jaxlm.settings import FREE_IN_MODEL, ModelSettings, OptimizerSettings, ScheduleSettings, Settings, TrainSettings, flatten
 from jaxlm.storage.files import Location
 from jaxlm.training.optimizers import make_schedule
 
@@ -20,8 +20,6 @@ LOOKS = 1000  # at a schedule, at most
 
 
 # What may not change while a run goes on, and why. All else may: learning rate, dropout, mesh, precision, kernels, ...
-FREE_IN_MODEL = ("dropout", "attention_dropout", "z_loss", "initializer_range", "attention", "capacity_factor", "balance_loss",
-                 "router_z_loss")
 MODEL_KEYS = {f"model.{field.name}": "the parameters were trained in that architecture"
               for field in dataclasses.fields(ModelSettings) if field.name not in FREE_IN_MODEL}
 MODEL_KEYS |= dict.fromkeys(("task.name", "task.problem", "task.labels"), "the head was trained for that")
@@ -57,13 +55,21 @@ def describe_change(key: str, values: list[Any]) -> str:
     return f"{key} {before} -> {after}"
 
 
-def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Location) -> None:
+def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Location, begun: int = 0) -> None:
     """Refuses settings by which a learning rate that has come down until `step` would go up again, as when
-    train.steps is raised after a finished cosine, unless checkpoint.allow has SCHEDULE. `saved`: the settings of the
-    checkpoint. Raises UserError."""
+    train.steps is raised after a finished cosine, unless checkpoint.allow has SCHEDULE.
+
+    Arguments:
+      saved: the settings of the checkpoint.
+      step: its own, by the schedule, which may have `begun` after so many steps of the run.
+
+    Raises UserError.
+    """
     before = saved_section(ScheduleSettings, saved.get("schedule", {}))
     peak = saved_section(OptimizerSettings, saved.get("optimizer", {})).learning_rate
     steps = saved_section(TrainSettings, saved.get("train", {})).steps
+    if steps is None or settings.train.steps is None:
+        return  # by the clock: `jaxlm.training.length.Hours` sees to it
     own = (settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
     if (before, peak, steps) == own or step >= settings.train.steps or SCHEDULE in settings.checkpoint.allow:
         return
@@ -71,9 +77,9 @@ def refuse_rise(saved: dict[str, Any], settings: Settings, step: int, where: Loc
     highest = _rates(own, step, settings.train.steps).max()
     if past[-1] < DECAYED * past.max() and highest > RISE * past[-1]:
         raise UserError(
-            f"schedule: the learning rate had come down to {format_scientific(past[-1])} at step {step} ({where}), and would "
-            f"rise again, to {format_scientific(highest)}, with these train.steps, schedule and optimizer.learning_rate; set "
-            f"them back, choose another run_dir, or insist with 'checkpoint.allow=[{SCHEDULE}]'")
+            f"schedule: the learning rate had come down to {format_scientific(past[-1])} at step {begun + step} ({where}), and "
+            f"would rise again, to {format_scientific(highest)}, with these train.steps, schedule and optimizer.learning_rate; "
+            f"set them back, choose another run_dir, or insist with 'checkpoint.allow=[{SCHEDULE}]'")
 
 
 def check_allowed(keys: list[str]) -> None:

@@ -11,6 +11,7 @@ from jaxlm.data.batches import Batches
 from jaxlm.runtime.chips import products_peak
 from jaxlm.training.footprint import training_flops
 from jaxlm.training.setup import SkippedRows
+from jaxlm.training.stages import Stage
 from jaxlm.training.step import Trainer
 
 FETCHED_AT_ONCE = 256  # counts that may lie on the devices
@@ -60,7 +61,8 @@ class TokenCount:
 class Clock:
     """Step times between rows; evaluation, saving and compiling do not count."""
 
-    def __init__(self, trainer: Trainer, batches: Batches, skipped_rows: SkippedRows, first: int, saved: dict[str, Any]):
+    def __init__(self, trainer: Trainer, stage: Stage, skipped_rows: SkippedRows, first: int, saved: dict[str, Any]):
+        self.stage, batches = stage, stage.batches
         length, devices = trainer.settings.data.sequence_length, trainer.mesh.devices.flatten()
         self.first, self.slots = first, batches.global_batch_size * length
         self.slots_before = saved.get("slots", first * self.slots)  # of the batches that earlier starts had
@@ -81,9 +83,10 @@ class Clock:
         self.since, self.step, self.data_wait, self.before = time.monotonic(), step, 0.0, before
 
     def way(self, step: int) -> dict[str, float | int | None]:
-        """Columns of every row at `step`: Unix time in seconds, tokens so far, epochs so far (of all corpora
+        """Columns of every row at `step`: the stage, Unix time in seconds, tokens so far, epochs so far (of all corpora
         together)."""
-        return {"time": time.time(), "tokens": self.tokens.total(step), "epoch": step * self.epochs}
+        epoch = self.stage.epochs + (step - self.stage.start) * self.epochs
+        return self.stage.column() | {"time": time.time(), "tokens": self.tokens.total(step), "epoch": epoch}
 
     def speed(self, step: int) -> dict[str, float | None]:
         """Columns of a training row at `step`, and a new interval. Slots are told where they are not all tokens."""

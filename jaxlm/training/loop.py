@@ -16,7 +16,6 @@ from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import TrainingProgress, optional
 from jaxlm.errors import Preempted, RunError
 from jaxlm.models.model import Params
-from jaxlm.parallel.sharding import abstract
 from jaxlm.reporting.evaluated import write_evaluation
 from jaxlm.reporting.goodput import Account
 from jaxlm.reporting.metrics import MetricsWriter
@@ -29,17 +28,19 @@ from jaxlm.storage.files import as_path, plain, write_text
 from jaxlm.tasks.find import find_task
 from jaxlm.training.clock import Clock
 from jaxlm.training.evaluation import Evaluated, evaluate_run
+from jaxlm.training.length import Hours
 from jaxlm.training.setup import (
-    Corpora,
     SkippedRows,
-    batch_shapes,
-    make_training_batches,
+    abstract_batch,
     make_validation_batches,
     on_devices,
+    place_in_schedule,
 )
-from jaxlm.training.step import Batch, Trainer, TrainState, as_saved, batch_sharding
+from jaxlm.training.stages import Stage
+from jaxlm.training.step import Batch, Trainer, TrainState, as_saved
 
 SHOWN_EXAMPLES = 4
+ENDLESS = 10**9  # steps, more than any run has: where its end is a time
 Sampler = Callable[[Params], str]  # what the parameters make of some text, on the training mesh; all processes call it
 
 
@@ -77,15 +78,15 @@ class Pending(NamedTuple):
 
 
 class Loop:
-    """One start of a run, from the state it begins with to its last step."""
+    """One start of a stage of a run, from the state it begins with to its last step."""
 
-    def __init__(self, trainer: Trainer, corpora: Corpora, checkpoints: Checkpoints, output: Output, watch: Watch,
+    def __init__(self, trainer: Trainer, stage: Stage, checkpoints: Checkpoints, output: Output, watch: Watch,
                  sample: Sampler | None = None):
-        self.sample = sample
-        self.trainer, self.corpora, self.checkpoints, self.output, self.watch = trainer, corpora, checkpoints, output, watch
+        self.sample, self.stage, self.corpora = sample, stage, stage.corpora
+        self.trainer, self.checkpoints, self.output, self.watch = trainer, checkpoints, output, watch
         self.settings, self.guards, self.account = trainer.settings, trainer.settings.guards, output.account
-        self.batches = make_training_batches(trainer.settings, corpora)
-        self.validation = make_validation_batches(trainer.settings, corpora)
+        self.batches, self.hours = stage.batches, None
+        self.validation = make_validation_batches(trainer.settings, stage.corpora)
         self.preemption = Preemption()
         if trainer.settings.logging.samples_every_steps and sample is None:
             output.progress.print("WARNING: logging.samples_every_steps: there is nothing to show samples of, so none are made")
@@ -120,10 +121,13 @@ class Loop:
           Preempted: it was told to stop, and has saved.
           RunError: it cannot go on.
         """
-        total, self.metadata, self.val_row = self.settings.train.steps, metadata, last_evaluation
-        self.already_skipped = int(state.recent.skipped)
-        self.skipped_rows = SkippedRows(self.batches, self.trainer.mesh, saved.get("skipped_rows", 0))
-        self.clock = Clock(self.trainer, self.batches, self.skipped_rows, first, saved)
+        self.metadata, self.val_row = metadata, last_evaluation
+        if self.settings.train.hours is not None:
+            self.hours = Hours(self.settings, first, saved, lambda: self.account.spent)
+            self.output.progress.total_steps = self.last
+        self.already_skipped = int(state.recent.skipped) - self.account.skipped
+        self.skipped_rows = SkippedRows(self.batches, self.trainer.mesh, saved.get("skipped_rows", 0), self.stage.start)
+        self.clock = Clock(self.trainer, self.stage, self.skipped_rows, first, saved)
         self.last_loss = {"loss": saved["loss"]} if "loss" in saved else {}
         with self.account.spending("compile"), self.watch.phase("compiling", self.guards.compile_seconds):
             step_function = self._compile(state)
@@ -131,12 +135,17 @@ class Loop:
             # process still compiles what another has found in its cache.
             multihost.get_barrier_sync_fn()(key="compiled", timeout_ms=WEEK)  # the watch ends it before
         self.clock.restart(first)
-        with self.preemption, on_devices(self.batches, first, total, self.trainer.mesh, self.settings.data.prefetch) as source:
-            source, pending = iter(source), None
+        if self.hours:
+            self.hours.begin()
+        start, stop = self.stage.start, self.last or ENDLESS
+        with self.preemption, on_devices(self.batches, first - start, stop - start, self.trainer.mesh,
+                                         self.settings.data.prefetch) as source:
+            source, pending, step = iter(source), None, first
             if saved.get("evaluation_due"):
                 self._evaluate(first, state.params)
                 self._end_if_told(first)
-            for step in range(first + 1, total + 1):
+            while step != self.last:
+                step += 1
                 with self.watch.phase(f"step {step}", self._deadline(step, first)):
                     batch = self._next(source, step)
                     with self.account.spending("steps"):
@@ -147,6 +156,7 @@ class Loop:
                 if self._skipped_too_many(before):
                     self._diagnose(step_function, state, pending)
                 if self._pauses_after(step):
+                    self._look_at_the_clock(step, pending)
                     with self.watch.phase(f"step {step}", self.guards.step_seconds), self.account.spending("steps"):
                         self._finish(pending)
                     pending = None
@@ -154,6 +164,18 @@ class Loop:
                     self.clock.restart(step)
                 self._end_if_told(step)
         self._wait_for_save()
+
+    @property
+    def last(self) -> int | None:
+        """The last step of the stage; None: nobody knows yet."""
+        return self.hours.last if self.hours else self.stage.stop
+
+    def _look_at_the_clock(self, step: int, pending: Pending) -> None:
+        if self.hours and self.hours.looks_at(step):
+            with self.watch.phase(f"step {step}", self.guards.step_seconds), self.account.spending("steps"):
+                jax.block_until_ready(pending.metrics)
+                self.output.progress.print(self.hours.look(step))
+            self.output.progress.total_steps = self.last
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -168,8 +190,7 @@ class Loop:
 
     def _compile(self, state: TrainState) -> jax.stages.Compiled:
         """The step, from a program that `jaxlm train --compile-only` has left, if there is one."""
-        shapes = batch_shapes(self.settings)
-        batch = abstract(shapes, dict.fromkeys(shapes, batch_sharding(self.trainer.mesh)))
+        batch = abstract_batch(self.settings, self.trainer.mesh)
         lowered, folder, ready = self.trainer.step.lower(state, batch), find_programs(self.settings.devices), None
         with optional("the program that was compiled before is not taken"):
             ready = folder and executables.load(lowered, self.trainer.mesh, folder)
@@ -182,7 +203,7 @@ class Loop:
         with self.account.spending("data_wait"), self.watch.phase(f"waiting for batch {step}"):
             batch = next(source)
         self.clock.data_wait += time.monotonic() - asked
-        return batch
+        return batch | place_in_schedule(self.hours.place(step - 1), self.trainer.mesh) if self.hours else batch
 
     def _finish(self, pending: Pending | None) -> None:
         """Waits for a step; writes its row when one is due. The loss is that step's own, times are means since the
@@ -194,7 +215,7 @@ class Loop:
         self.checkpoints.check()
         step = pending.step
         self.clock.tokens.add(pending.metrics)
-        if step % self.settings.logging.every_steps == 0 or step in (1, self.settings.train.steps):
+        if step % self.settings.logging.every_steps == 0 or step in (1, self.last):
             values = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
             skipped = int(values.pop("skipped_steps"))
             values = {name: value for name, value in values.items() if name not in ("tokens", "skipped_in_a_row")}
@@ -210,18 +231,18 @@ class Loop:
 
     def _saves_at(self, step: int) -> bool:
         keep = self.settings.checkpoint
-        return self._due(step, keep.every_steps) or self._due(step, keep.keep_every_steps) or step == self.settings.train.steps
+        return self._due(step, keep.every_steps) or self._due(step, keep.keep_every_steps) or step == self.last or (
+            self.hours is not None and step == self.hours.look_at)
 
     def _evaluates_at(self, step: int) -> bool:
-        return self.validation is not None and (self._due(step, self.settings.eval.every_steps) or
-                                                step == self.settings.train.steps)
+        return self.validation is not None and (self._due(step, self.settings.eval.every_steps) or step == self.last)
 
     def _samples_at(self, step: int) -> bool:
         return self.sample is not None and self._due(step, self.settings.logging.samples_every_steps)
 
     def _pauses_after(self, step: int) -> bool:
         return (self._saves_at(step) or self._evaluates_at(step) or self._due(step, self.guards.compare_every_steps)
-                or self._samples_at(step) or self.preemption.agreed)
+                or self._samples_at(step) or self.preemption.agreed or (self.hours is not None and self.hours.looks_at(step)))
 
     def _pause(self, step: int, state: TrainState) -> None:
         """Compares, evaluates, shows samples and saves, as far as each is due. A run that was told to stop saves at
@@ -233,14 +254,15 @@ class Loop:
             evaluation = self._evaluate(step, state.params)
         if self._samples_at(step) and not self.preemption.agreed:
             with self.account.spending("evaluation"), self.watch.phase(f"samples after step {step}", self.guards.compile_seconds):
-                shows_itself = step == self.settings.train.steps and find_task(self.settings).continues_text  # when it has ended
+                ends = step == self.last and self.stage.is_last
+                shows_itself = ends and find_task(self.settings).continues_text  # when it has ended
                 self.output.samples(step, self.sample(state.params), shown=not shows_itself)
         if self._saves_at(step) or self.preemption.agreed:
             cut_short = self._evaluates_at(step) and self.preemption.agreed
             with self.account.spending("checkpoint"), self.watch.phase(f"starting to save step {step}", self.guards.save_seconds):
                 about = self.metadata | {"evaluation_due": cut_short, "wall_seconds": self.account.wall_seconds}
                 about |= self.skipped_rows.column(step) | plain(self.last_loss) | {"tokens": self.clock.tokens.total(step)}
-                about |= {"slots": self.clock.total_slots(step)}
+                about |= {"slots": self.clock.total_slots(step)} | ({"hours": self.hours.saved()} if self.hours else {})
                 self.checkpoints.save(as_saved(state), step, about, evaluation, first=self.output.flush)
             self.account.reached(step, int(state.recent.skipped) - self.already_skipped)
             self.account.write()
@@ -249,14 +271,14 @@ class Loop:
         """Writes a row and returns its figures; None when it was told to stop meanwhile."""
         with self.account.spending("evaluation"):
             found = evaluate_run(
-                self.trainer, params, self.validation, self.corpora, whole=step == self.settings.train.steps,
+                self.trainer, params, self.validation, self.corpora, whole=step == self.last,
                 through=lambda source: self.watch.each(
                     self.preemption.until_agreed(source), f"evaluation after step {step}: batch", self.guards.step_seconds))
         if self.preemption.agreed:
             return None
         self.val_row = found.metrics
         self.output.row(step, self.clock.way(step) | found.metrics)
-        if step == self.settings.train.steps and self.output.metrics:
+        if step == self.last and self.output.metrics:
             with optional("evaluation.json is not written"):
                 self._tell(step, found)
         return found.metrics
@@ -309,7 +331,7 @@ class Loop:
         if int(again["skipped_in_a_row"]) == 0:
             raise RunError(f"{found}; run once more it came to {float(again['loss']):.4g} and {float(again['grad_norm']):.4g}: a "
                            "transient fault, most likely of the hardware")
-        examples = self.batches.examples(last.step - 1)
+        examples = self.batches.examples(last.step - 1 - self.stage.start)
         path = as_path(self.settings.run_dir) / f"diagnosis-{last.step}.json"
         if self.output.metrics:
             write_text(path, "".join(json.dumps(example._asdict()) + "\n" for example in examples))

@@ -16,14 +16,21 @@ from jaxlm.storage.remote import is_remote
 ALIKE = 0.88  # of two names, by difflib: one letter of eight and more
 
 
-def origin_of(settings: Settings, first: int, set_aside: list[str], taken: list[str]) -> list[str]:
-    """The line, before metrics.jsonl is cut to what the checkpoint has seen, and those below it. `first`: its step, 0
-    where there is none; `set_aside`: folders of checkpoints that were damaged; `taken`: what was said of `init`."""
+def origin_of(settings: Settings, first: int, last: int | None, set_aside: list[str], taken: list[str]) -> list[str]:
+    """The line, before metrics.jsonl is cut to what the checkpoint has seen, and those below it.
+
+    Arguments:
+      first: the checkpoint's step, 0 where there is none.
+      last: the run's, None where nobody knows it yet.
+      set_aside: folders of checkpoints that were damaged.
+      taken: what was said of `init`.
+    """
     run_dir = as_path(settings.run_dir)
     done = max((row["step"] for row in read_metrics(run_dir)), default=0)
     again = "" if done <= first else f"; steps {first + 1} to {done}, which no checkpoint holds, are done again"
     if first:
-        return [f"resuming from step {first} of {settings.train.steps} ({run_dir / CHECKPOINTS}){again}"]
+        total = f" of {last}" if last else ""
+        return [f"resuming from step {first}{total} ({run_dir / CHECKPOINTS}){again}"]
     line, *rest = taken or [f"new weights (seed {settings.seed})"]
     if set_aside:
         return [f"{line}; {run_dir / CHECKPOINTS} has no good checkpoint, only {', '.join(set_aside)}", *rest]

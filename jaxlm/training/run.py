@@ -8,20 +8,19 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from jaxlm.checkpoints.checkpoints import Best, Checkpoints
-from jaxlm.checkpoints.manifest import finished_steps
+from jaxlm.checkpoints.manifest import finished_steps, newest_step
 from jaxlm.checks import check_held_out
 from jaxlm.console.progress import TrainingProgress, optional, print_line
 from jaxlm.console.units import counted, format_count
 from jaxlm.data.corpus import TOKENIZER
 from jaxlm.data.sequences import start_token
-from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.errors import LostProcess, RunError, UserError, reason
 from jaxlm.parallel.mesh import crossings, islands_of
 from jaxlm.reporting.goodput import Account, goodput
@@ -31,7 +30,8 @@ from jaxlm.reporting.report import write_report
 from jaxlm.reporting.runs import read_summary
 from jaxlm.runtime import processes, runtime_log
 from jaxlm.safety.watch import Watch
-from jaxlm.settings import Settings, dump, to_dict
+from jaxlm.settings import Settings, dump, length_of, to_dict
+from jaxlm.stages import STAGES
 from jaxlm.storage.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
@@ -49,17 +49,27 @@ from jaxlm.training.changes import (
 from jaxlm.training.evaluated_text import describe, open_evaluated
 from jaxlm.training.evaluation import evaluate_run
 from jaxlm.training.footprint import count_parameters
+from jaxlm.training.length import last_step, length_lines, refuse_length, with_any_steps
 from jaxlm.training.loop import Loop, Output, Sampler
 from jaxlm.training.origin import origin_of, say_which
 from jaxlm.training.setup import (
     Corpora,
-    check_corpora,
+    join,
     lay_mesh,
     make_validation_batches,
     micro_batch_size,
-    open_corpora,
     settled,
     start,
+)
+from jaxlm.training.stages import (
+    Stage,
+    by_its_schedule,
+    lay_stages,
+    of_checkpoint,
+    open_stages,
+    stage_after,
+    stage_lines,
+    stage_that_saved,
 )
 from jaxlm.training.step import Trainer, TrainState, from_saved
 from jaxlm.training.transfer import Opener, RunWeights, begin_with
@@ -68,8 +78,8 @@ SamplerMaker = Callable[[Trainer, Corpora], Sampler | None]
 
 
 def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_weights: Opener = RunWeights) -> dict[str, Any]:
-    """Trains to `train.steps`, from the newest good checkpoint when there is one. Returns the summary (see
-    summary.json).
+    """Trains to the end of the run (`jaxlm.training.length`), from the newest good checkpoint when there is one.
+    Returns the summary (see summary.json).
 
     Args:
       settings: of the run.
@@ -98,67 +108,103 @@ def train(settings: Settings, make_sampler: SamplerMaker | None = None, open_wei
     with Watch(settings.run_dir, (guards.start_seconds, guards.step_seconds, guards.save_seconds)) as watch:
         watch.one_of(*processes.place())
         with watch.phase("joining the other processes", guards.start_seconds):
-            laid, mesh = lay_mesh(settings)
+            laid = lay_stages(settings, join(settings))
         watch.one_of(jax.process_index(), jax.process_count())
         with watch.phase("opening the corpus"):
-            corpora = open_corpora(laid, accept=functools.partial(check_corpora, laid))
-        trainer = start(settled(laid, corpora), mesh)
-        # as they were before they followed the devices
-        given = dataclasses.replace(trainer.settings, mesh=settings.mesh, train=settings.train)
+            stages = open_stages(settings, laid)
+        first = stages[0].settings  # otherwise config.yaml has the settings as they were given
+        resolved = dataclasses.replace(settings, task=first.task, model=dataclasses.replace(
+            settings.model, vocab_size=first.model.vocab_size))
+        stage = stage_after(stages, newest_step(settings.run_dir))
+        trainer = start(stage.settings, stage.mesh, stage.schedule())
         saving = functools.partial(watch.phase, seconds=guards.save_seconds)
-        with (_alone_in(as_path(settings.run_dir)), jax.set_mesh(mesh), _in_one_line(settings.run_dir),
-              Checkpoints(settings.run_dir, settings.checkpoint, saving, Best(*find_task(trainer.settings).best)) as checkpoints):
-            sample = make_sampler(trainer, corpora) if make_sampler and settings.logging.samples_every_steps else None
-            return _run(trainer, given, corpora, checkpoints, watch, account, sample, open_weights)
+        with (_alone_in(as_path(settings.run_dir)), _in_one_line(settings.run_dir), closing(account),
+              Checkpoints(settings.run_dir, settings.checkpoint, saving, Best(*find_task(first).best)) as checkpoints):
+            with watch.phase("reading the checkpoint", guards.restore_seconds):
+                step = checkpoints.choose(None) if checkpoints.steps else None
+            run = Run(resolved, stages, checkpoints, watch, account, make_sampler, open_weights)
+            while True:
+                if stage is not stage_after(stages, step or 0):  # the newest checkpoint was damaged, or a stage is over
+                    stage = stage_after(stages, step or 0)
+                    trainer = start(stage.settings, stage.mesh, stage.schedule())
+                with jax.set_mesh(stage.mesh):
+                    summary = _run_stage(run, stage, trainer, step)
+                if stage.is_last:
+                    return summary
+                step = stage.stop
 
 
-def _run(trainer: Trainer, given: Settings, corpora: Corpora, checkpoints: Checkpoints, watch: Watch, account: Account,
-         sample: Sampler | None, open_weights: Opener) -> dict[str, Any]:
-    run_dir, total, main = as_path(trainer.settings.run_dir), trainer.settings.train.steps, processes.is_main()
-    metadata = _metadata(trainer, corpora)
-    with watch.phase("reading the checkpoint", trainer.settings.guards.restore_seconds):
-        state, first, saved, taken = _start_or_resume(trainer, checkpoints, metadata, corpora[0][0].tokenizer, open_weights)
-    account.earlier = saved.get("wall_seconds", 0.0)
+class Run(NamedTuple):
+    """One start of a run: what is the same in all of its stages."""
+
+    settings: Settings  # as they were given, before they followed the devices
+    stages: list[Stage]
+    checkpoints: Checkpoints
+    watch: Watch
+    account: Account
+    make_sampler: SamplerMaker | None
+    open_weights: Opener
+
+
+def _run_stage(run: Run, stage: Stage, trainer: Trainer, step: int | None) -> dict[str, Any]:
+    """Trains to the end of a stage, from its checkpoint of `step`; None: there is none. Returns the summary of the run
+    so far."""
+    run_dir, main = as_path(run.settings.run_dir), processes.is_main()
+    checkpoints, account, corpora = run.checkpoints, run.account, stage.corpora
+    make_sampler = run.make_sampler if run.settings.logging.samples_every_steps else None
+    sample = make_sampler(trainer, corpora) if make_sampler else None
+    metadata = _metadata(trainer, stage)
+    with run.watch.phase("reading the checkpoint", trainer.settings.guards.restore_seconds):
+        state, first, saved, taken = _start_or_resume(run, stage, trainer, step)
     changed = find_changes(saved, metadata) if saved else {}
     told = [describe_change(key, values) for key, values in changed.items()]
-    summary = _finished_summary(run_dir, total) if first == total else None
+    ended = first == (last_step(trainer.settings, saved) if stage.stop is None else stage.stop)
+    summary = _finished_summary(run_dir, first) if ended else None
     if summary:
         if main:
-            print_line(f"{run_dir}: finished, all {total} steps are done; raise train.steps to go on (with "
+            key = (f"{STAGES}.{stage.number}." if stage.count else "") + stage.settings.train.length.partition("=")[0]
+            print_line(f"{run_dir}: finished, all {first} steps are done; raise {key} to go on (with "
                        "'checkpoint.allow=[schedule]' where the learning rate has come down)")
             if told:
                 print_line(f"ignored, since no step is left: {', '.join(told)}")
         _refuse_divergence(run_dir, summary)
         return summary
     if main:
-        origin = [*origin_of(trainer.settings, first, checkpoints.set_aside, taken),
+        origin = [*(stage_lines(run.stages, stage) if stage.count else length_lines(trainer.settings)),
+                  *(() if account.has_begun else
+                    origin_of(trainer.settings, first, run.stages[-1].stop, checkpoints.set_aside, taken)),
+                  *(taken if first else ()),
                   *(f"changed at step {first}: {line}" for line in told)]
-        write_text(run_dir / "config.yaml", dump(given))
+    if main and not account.has_begun:
+        write_text(run_dir / "config.yaml", dump(run.settings))
         if not is_remote(run_dir):
             corpora[0][0].tokenizer.save(run_dir / TOKENIZER)
+        account.earlier = saved.get("wall_seconds", 0.0)
         account.begin(run_dir, first)
     writer = MetricsWriter(run_dir, tensorboard=trainer.settings.logging.tensorboard, resume_step=first) if main else None
     try:
         if changed and writer:
-            writer.write({"step": first, "time": time.time(), "changed": changed})
-        with TrainingProgress(total, first, enabled=main) as progress:
-            loop = Loop(trainer, corpora, checkpoints, Output(progress, writer, account), watch, sample)
+            writer.write({"step": first, "time": time.time(), "changed": changed} | stage.column())
+        with TrainingProgress(run.stages[-1].stop, first, enabled=main) as progress:
+            loop = Loop(trainer, stage, checkpoints, Output(progress, writer, account), run.watch, sample)
             for line in [*_describe(trainer, corpora, loop.batches.padding_share), *origin] if main else ():
                 progress.print(line)
             loop.run(state, first, metadata, _last_evaluation(run_dir, first), saved)
     finally:
         if writer:
             writer.close()
-        account.close()
-    summary = _baseline_so_far(run_dir) | _summary(trainer, loop)
-    if main:
+    account.write()
+    account.flush()
+    summary = _baseline_so_far(run_dir) | _summary(run, trainer, loop)
+    if main and stage.is_last:
         write_json(run_dir / "summary.json", summary)
         with optional("the run is finished, but loss.png is not drawn"):
             figure = find_task(trainer.settings).best[0]
             plot_loss(run_dir, figure if figure != "val_loss" else None)
         if summary["diverged"]:
             write_report(run_dir)
-    _refuse_divergence(run_dir, summary)
+    if stage.is_last:
+        _refuse_divergence(run_dir, summary)
     return summary
 
 
@@ -212,30 +258,35 @@ def _alone_in(run_dir: Location) -> Iterator[None]:
         yield
 
 
-def _start_or_resume(trainer: Trainer, checkpoints: Checkpoints, own: dict[str, Any], tokenizer: Tokenizer,
-                     open_weights: Opener) -> tuple[TrainState, int, dict[str, Any], list[str]]:
-    """In this order: the run's own newest good checkpoint; the weights of `init`; new ones.
+def _start_or_resume(run: Run, stage: Stage, trainer: Trainer, step: int | None
+                     ) -> tuple[TrainState, int, dict[str, Any], list[str]]:
+    """In this order: the run's own newest good checkpoint, which is that of `step`; the weights of `init`; new ones.
 
     Returns the state, the steps already done, what the checkpoint says of itself, and what is to be said of `init`.
     """
-    if not checkpoints.steps:
+    checkpoints = run.checkpoints
+    if step is None:
         init = trainer.settings.init
-        weights = open_weights(init) if init else None  # before anything is computed: it may be refused
+        weights = run.open_weights(init) if init else None  # before anything is computed: it may be refused
         state = trainer.init(trainer.settings.seed)
         if weights is None:
             return state, 0, {}, []
-        params, lines = begin_with(weights, trainer, tokenizer, state.params)
+        params, lines = begin_with(weights, trainer, stage.corpora[0][0].tokenizer, state.params)
         return state._replace(params=params), 0, {}, lines
-    step = checkpoints.choose(None)
     saved = checkpoints.metadata(step)
-    if saved["corpora"] != own["corpora"] and "data.corpus" not in trainer.settings.checkpoint.allow:
+    own = stage_that_saved(run.stages, step, saved, checkpoints.directory)
+    if saved["corpora"] != _digests(own) and "data.corpus" not in trainer.settings.checkpoint.allow:
         raise UserError(f"data.corpus: not the text, or not the weights, that the checkpoints in {checkpoints.directory} were "
                         "trained on; set it back, choose another run_dir, or insist with 'checkpoint.allow=[data.corpus]'")
-    refuse_changes(FIXED_KEYS, saved["settings"], own["settings"], checkpoints.directory)
-    if step > trainer.settings.train.steps:
-        raise UserError(f"train.steps={trainer.settings.train.steps}: the checkpoints in {checkpoints.directory} have {step} "
-                        "steps already; expected at least as many, or choose another run_dir")
-    refuse_rise(saved["settings"], trainer.settings, step, checkpoints.directory)
+    refuse_changes(FIXED_KEYS, saved["settings"], to_dict(own.settings), checkpoints.directory)
+    if not stage.count:
+        refuse_length(trainer.settings, step, saved, checkpoints.directory)
+    refuse_rise(*by_its_schedule(stage, saved, step), checkpoints.directory, stage.schedule_start)
+    if own is not stage and own.settings.optimizer.name != stage.settings.optimizer.name:
+        found = checkpoints.restore(step, trainer.saved.part(lambda tree: {"params": tree["params"], "clock": tree["clock"]}))
+        lines = [f"optimizer.name={stage.settings.optimizer.name}: its state begins anew; that of {own.settings.optimizer.name} "
+                 "is left behind"]
+        return from_saved(found | {"optimizer": trainer.init(0).optimizer}), step, saved, lines
     return from_saved(checkpoints.restore(step, trainer.saved)), step, saved, []
 
 
@@ -268,18 +319,23 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
         why = "the tokenizer has none" if settings.data.start_token else "data.start_token=false"
         lines.append(f"documents begin without a start token ({why}): their first token is not learnt, so an empty prompt "
                      "begins with anything")
-    schedule, rest = settings.schedule, settings.train.steps - (settings.schedule.decay_steps or settings.train.steps)
+    schedule, steps = settings.schedule, settings.train.steps or 0
+    rest = steps - (schedule.decay_steps or steps)
     if schedule.name in ("linear", "cosine") and rest and schedule.final_ratio == 0:
         lines.append(f"WARNING: schedule.decay_steps={schedule.decay_steps}: the last {rest} steps have a learning rate of 0; "
                      "set schedule.final_ratio, or schedule.decay_steps=null")
     return lines
 
 
-def _metadata(trainer: Trainer, corpora: Corpora) -> dict[str, Any]:
-    tokenizer = corpora[0][0].tokenizer
+def _metadata(trainer: Trainer, stage: Stage) -> dict[str, Any]:
+    tokenizer = stage.corpora[0][0].tokenizer
     return {"settings": to_dict(trainer.settings), "tokenizer": tokenizer.to_dict(), "tokenizer_digest": tokenizer.digest,
-            "corpora": [[corpus.digest, weight] for corpus, weight in corpora], "streams": list(corpora[0][0].streams),
-            "mesh": dict(trainer.mesh.shape), "versions": versions()}
+            "corpora": _digests(stage), "streams": list(stage.corpora[0][0].streams),
+            "mesh": dict(trainer.mesh.shape), "versions": versions()} | stage.metadata()
+
+
+def _digests(stage: Stage) -> list[list]:
+    return [[corpus.digest, weight] for corpus, weight in stage.corpora]
 
 
 def versions() -> dict[str, str]:
@@ -305,17 +361,19 @@ def _baseline_so_far(run_dir: Location) -> dict[str, Any]:
     return {key: value for key, value in (read_summary(run_dir / "summary.json") or {}).items() if key == "baseline"}
 
 
-def _summary(trainer: Trainer, loop: Loop) -> dict[str, Any]:
-    settings, clock = trainer.settings, loop.clock
-    times = [row["step_seconds"] for row in read_metrics(settings.run_dir) if row.get("step_seconds")]
-    seconds = statistics.median(times) if times else None  # of the whole run, also where it was interrupted
-    steps = settings.train.steps
+def _summary(run: Run, trainer: Trainer, loop: Loop) -> dict[str, Any]:
+    settings, clock, stage = trainer.settings, loop.clock, loop.stage.column().get("stage")
+    rows = [row for row in read_metrics(settings.run_dir) if row.get("stage") == stage]
+    times = [row["step_seconds"] for row in rows if row.get("step_seconds")]
+    seconds = statistics.median(times) if times else None  # of the whole run, or the stage, also where it was interrupted
+    steps = loop.last
     slots, tokens = clock.total_slots(steps), clock.tokens.total(steps)
-    rows = {"loss": loop.last_loss, "val_loss": loop.val_row}
-    losses = plain({name: row[name] for name, row in rows.items() if name in row})
+    last = {"loss": loop.last_loss, "val_loss": loop.val_row}
+    losses = plain({name: row[name] for name, row in last.items() if name in row})
     slots_per_second = seconds and clock.slots / seconds
     return plain({
-        "steps": steps, "tokens": tokens, "slots": slots, "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
+        "steps": steps, "length": length_of(run.settings), "tokens": tokens, "slots": slots,
+        "loss": losses.get("loss"), "val_loss": losses.get("val_loss"),
         **{name: value for name, value in loop.val_row.items() if name.startswith("val_")}, "best": loop.best,
         "diverged": None in losses.values(),
         "skipped_rows": loop.skipped_rows.count(steps),
@@ -333,12 +391,12 @@ def evaluate_checkpoint(settings: Settings, with_baseline: bool = False) -> dict
     make of it (`jaxlm.baselines`), if asked for. Raises UserError."""
     if with_baseline:
         check_baseline(settings)
-    settings, mesh = lay_mesh(settings)
+    settings, mesh = lay_mesh(of_checkpoint(settings))
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
         corpora = open_evaluated(settings, saved)
-        trainer = start(settled(settings, corpora), mesh)
+        trainer = start(with_any_steps(settled(settings, corpora)), mesh)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
         if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
             raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")

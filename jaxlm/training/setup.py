@@ -9,8 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxlm.checks import check_kernel, check_layout
 from jaxlm.console.progress import print_line
@@ -27,25 +28,34 @@ from jaxlm.models.model import Model
 from jaxlm.parallel.mesh import first_holders, make_mesh, rows_are_shared, rows_needed
 from jaxlm.parallel.pipeline import num_stages
 from jaxlm.parallel.rules import cutting, shrunk
+from jaxlm.parallel.sharding import abstract
 from jaxlm.runtime import processes, runtime_log
 from jaxlm.settings import BUILT_IN_TOKENIZERS, TRAINED_TOKENIZERS, Settings, flatten, to_dict
 from jaxlm.storage.files import as_path, exists
 from jaxlm.tasks.find import find_task
 from jaxlm.training.footprint import logits_memory
-from jaxlm.training.step import Batch, Trainer, batch_sharding, make_trainer
+from jaxlm.training.length import with_steps
+from jaxlm.training.step import PLACE, Batch, Trainer, batch_sharding, make_trainer
 
 Corpora = list[tuple[Corpus, float]]
 
 
 def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
-    """Joins the other processes of this run and lays the mesh over the devices of all.
+    """Joins the other processes of this run and lays the mesh over the devices of all: `join`, then `lay`."""
+    return lay(settings, join(settings))
 
-    Returns the settings, too: with mesh.elastic they follow the devices that are there. Raises UserError for what
-    does not fit.
-    """
+
+def join(settings: Settings) -> list[jax.Device]:
+    """The devices of all processes of this run, once they have found each other. Raises UserError."""
     runtime_log.divert(settings)
     devices = processes.initialize(settings.devices)
     processes.refuse_differences(flatten(to_dict(settings)))
+    return devices
+
+
+def lay(settings: Settings, devices: list[jax.Device]) -> tuple[Settings, Mesh]:
+    """The mesh over devices, and the settings: with mesh.elastic they follow the devices that are there. Raises
+    UserError for what does not fit."""
     if settings.mesh.elastic:
         smaller, times = shrunk(settings.mesh, len(devices))
         train = dataclasses.replace(settings.train, gradient_accumulation=times * settings.train.gradient_accumulation)
@@ -56,12 +66,13 @@ def lay_mesh(settings: Settings) -> tuple[Settings, Mesh]:
     return settings, mesh
 
 
-def start(settings: Settings, mesh: Mesh) -> Trainer:
-    """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`)."""
+def start(settings: Settings, mesh: Mesh, schedule: optax.Schedule | None = None) -> Trainer:
+    """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`). `schedule`: of the
+    learning rate; None: by the settings alone."""
     device = mesh.devices.flat[0]
     memory = logits_memory(settings, mesh.shape, device.platform, device.device_kind)
     model = Model(settings.model, settings.train, find_task(settings).objectives(), memory)
-    return make_trainer(model, settings, mesh)
+    return make_trainer(model, settings, mesh, schedule)
 
 
 def dropless(settings: Settings) -> Settings:
@@ -117,7 +128,7 @@ def check_corpora(settings: Settings, corpora: Corpora) -> None:
     """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises
     UserError."""
     settings = settled(settings, corpora)
-    make_training_batches(settings, corpora)
+    with_steps(settings, make_training_batches(settings, corpora))
     make_validation_batches(settings, corpora)
     task = find_task(settings)
     if task.best and task.continues_text:
@@ -176,6 +187,22 @@ def batch_shapes(settings: Settings) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: jax.ShapeDtypeStruct((rows, *field.shape), field.dtype) for name, field in find_task(settings).spec().items()}
 
 
+def abstract_batch(settings: Settings, mesh: Mesh) -> Batch:
+    """What the step takes beside the state, as shapes on the mesh; of a run with train.hours also its place in the
+    schedule."""
+    shapes = batch_shapes(settings)
+    batch = abstract(shapes, dict.fromkeys(shapes, batch_sharding(mesh)))
+    if settings.train.hours is not None:
+        batch |= {PLACE: jax.ShapeDtypeStruct((), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec()))}
+    return batch
+
+
+def place_in_schedule(place: float, mesh: Mesh) -> Batch:
+    """The array that a step of a run with train.hours takes beside its rows."""
+    value = np.asarray(place, np.float32)
+    return {PLACE: jax.make_array_from_callback((), NamedSharding(mesh, PartitionSpec()), lambda index: value[index])}
+
+
 def make_training_batches(settings: Settings, corpora: Corpora) -> Batches:
     """`batch(step)` of the whole run."""
     return find_task(settings).training_batches(corpora)
@@ -223,7 +250,7 @@ def on_devices(batches: Batches, start_step: int, stop_step: int, mesh: Mesh, pr
         yield ahead(iter(host))
 
 
-def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: jax.sharding.NamedSharding) -> jax.Array:
+def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: NamedSharding) -> jax.Array:
     """This process's rows of a batch, as a part of the global array."""
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
@@ -235,7 +262,7 @@ def _place(array: np.ndarray, rows: np.ndarray, num_rows: int, sharding: jax.sha
 
 
 @functools.cache
-def _as_first_holders_read(sharding: jax.sharding.NamedSharding) -> Callable[[Batch], Batch]:
+def _as_first_holders_read(sharding: NamedSharding) -> Callable[[Batch], Batch]:
     """Gives all devices that hold a row what the first of them has.
 
     Of two processes with copies of a corpus of their own, one may have to skip a row that the other can read.
@@ -257,12 +284,13 @@ class SkippedRows(NamedTuple):
     batches: Batches
     mesh: Mesh
     earlier: int = 0  # before the step that this process resumed from
+    start: int = 0  # the step before the first of `batches`
 
     def count(self, steps: int) -> int:
-        """Of the first `steps` batches."""
+        """Up to this step of the run."""
         if self.batches.damage is None:
             return self.earlier
-        rows = self.batches.damage.samples(steps * self.batches.global_batch_size) % self.batches.global_batch_size
+        rows = self.batches.damage.samples((steps - self.start) * self.batches.global_batch_size) % self.batches.global_batch_size
         own = first_holders(batch_sharding(self.mesh), self.batches.global_batch_size)[rows] == jax.process_index()
         return self.earlier + int(process_allgather(np.int32(np.count_nonzero(own))).sum())
 

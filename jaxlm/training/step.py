@@ -19,8 +19,10 @@ from jaxlm.parallel.shapes import Array, Batch, Float32, Int32, RowKeys, Shaped,
 from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
 from jaxlm.safety.guards import Recent, is_good, nothing_yet, remembered
 from jaxlm.settings import Settings
-from jaxlm.training.optimizers import make_optimizer, make_schedule, state_axes
+from jaxlm.training.length import schedule_of
+from jaxlm.training.optimizers import make_optimizer, state_axes
 
+PLACE = "place"  # beside the rows of a batch where the schedule goes by time: float32 [], see `jaxlm.training.length.Hours`
 Terms = dict[str, Any]  # of each objective, by name: sums that add up (`jaxlm.models.objectives`)
 Metrics = dict[str, Shaped[Array, ""]]
 
@@ -60,12 +62,12 @@ class Trainer(NamedTuple):
         return self.layout.part(as_saved)
 
 
-def make_trainer(model: Model, settings: Settings, mesh: Mesh) -> Trainer:
+def make_trainer(model: Model, settings: Settings, mesh: Mesh, schedule: optax.Schedule | None = None) -> Trainer:
     """Builds the state's layout, its initializer and the two steps for `settings` on `mesh`.
 
     Call the results under `jax.set_mesh(mesh)`.
     """
-    schedule = make_schedule(settings.schedule, settings.optimizer.learning_rate, settings.train.steps)
+    schedule = schedule or schedule_of(settings)
     optimizer = make_optimizer(settings.optimizer, model.axes)
     order = layer_order(settings.model.num_layers, mesh.shape["stage"], settings.train.stage_repeats)
     axes = TrainState(Axes(()), Axes((None,)), model.axes, state_axes(optimizer, model.shapes, model.axes),
@@ -133,7 +135,8 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
         return for_each_copy(one_by_one, 1, 2)(params, batch, keys, counts)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        keys = None
+        batch, keys = dict(batch), None
+        place = batch.pop(PLACE, state.step)
         if has_dropout:
             key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
             keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(len(batch["tokens"])))
@@ -146,7 +149,7 @@ def _train_step(model: Model, optimizer: optax.GradientTransformation, schedule:
                 grads = jax.tree.map(lambda grad: grad * scale, grads)
             before = jax.device_put(state.optimizer, on_device) if settings.optimizer.offload else state.optimizer
             direction, after = optimizer.update(grads, before, state.params)
-            rate = jnp.asarray(schedule(state.step), jnp.float32)
+            rate = jnp.asarray(schedule(place), jnp.float32)
             params = jax.tree.map(lambda param, update: param - rate * update, state.params, direction)
         metrics = training_metrics(model.objectives, terms) | {"learning_rate": rate, "grad_norm": norm}
         predicted = sum(terms[objective.name].count for objective in model.objectives if objective.is_evaluated)

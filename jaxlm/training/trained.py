@@ -12,6 +12,7 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.models.model import Params
 from jaxlm.settings import Settings, to_dict
 from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
+from jaxlm.training.length import with_any_steps
 from jaxlm.training.origin import say_which
 from jaxlm.training.setup import dropless, resolve, start
 from jaxlm.training.step import Trainer
@@ -46,4 +47,4 @@ def opened(settings: Settings, mesh: Mesh, changed: Callable[[Settings], Setting
         tokenizer = Tokenizer.from_dict(saved["tokenizer"])
         settings = resolve(settings, tokenizer)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(settings), checkpoints.directory)
-        yield Trained(start(changed(settings), mesh), tokenizer, step, saved, checkpoints)
+        yield Trained(start(changed(with_any_steps(settings)), mesh), tokenizer, step, saved, checkpoints)

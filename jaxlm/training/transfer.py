@@ -22,8 +22,8 @@ from jaxlm.errors import UserError, clipped
 from jaxlm.models.model import Params
 from jaxlm.parallel.sharding import Axes
 from jaxlm.reporting.runs import yaml_scalar
-from jaxlm.settings import ModelSettings, Settings
-from jaxlm.training.changes import FREE_IN_MODEL, saved_section
+from jaxlm.settings import FREE_IN_MODEL, ModelSettings, Settings
+from jaxlm.training.changes import saved_section
 from jaxlm.training.step import Trainer
 
 SIZE_KEYS = ("num_layers", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "num_experts",

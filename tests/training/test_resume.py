@@ -347,7 +347,7 @@ def test_a_start_says_where_its_weights_come_from(finished, devices_are_there, t
         if rows:
             (tmp_path / name).mkdir()
             (tmp_path / name / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, rows + 1)))
-        return origin_of(replace(settings, run_dir=str(tmp_path / name)), 0, list(set_aside))
+        return origin_of(replace(settings, run_dir=str(tmp_path / name)), 0, None, list(set_aside), [])[0]
 
     assert origin("another") == "new weights (seed 3)"
     assert origin("quickstar") == (f"new weights (seed 3); {tmp_path / 'quickstart'} has checkpoints: to go on from them, "

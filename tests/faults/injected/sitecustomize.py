@@ -83,7 +83,7 @@ def break_it(loop):
 
     from jaxlm.models.model import Model
 
-    plain_next, plain_shapes, plain_terms = loop.Loop._next, loop.batch_shapes, Model.terms
+    plain_next, plain_shapes, plain_terms = loop.Loop._next, loop.abstract_batch, Model.terms
     steps = set(FAULTS.get("steps", ()))
 
     def factor(batch, value, only_one_row=False):
@@ -112,10 +112,11 @@ def break_it(loop):
                 for row, line in enumerate(np.asarray(shard.data)):
                     file.write(json.dumps([step, first + row, line.tobytes().hex()[:4096]]) + "\n")
 
-    def shapes(settings):
-        found = plain_shapes(settings)
+    def shapes(settings, mesh):
+        found = plain_shapes(settings, mesh)
         if "nan" in FAULTS or "spike" in FAULTS:
-            found |= {"factor": jax.ShapeDtypeStruct(found["tokens"].shape[:1], np.float32)}
+            rows = found["tokens"]
+            found |= {"factor": jax.ShapeDtypeStruct(rows.shape[:1], np.float32, sharding=rows.sharding)}
         return found
 
     @jax.custom_vjp
@@ -154,7 +155,7 @@ def break_it(loop):
             pieces.append(jax.device_put(data, shard.device))
         return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, pieces)
 
-    loop.Loop._next, loop.batch_shapes = next_batch, shapes
+    loop.Loop._next, loop.abstract_batch = next_batch, shapes
     loop.Loop._diagnose, loop.Loop._pause = diagnose, pause
     if "nan" in FAULTS or "spike" in FAULTS:
         Model.terms = broken
