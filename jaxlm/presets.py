@@ -5,6 +5,7 @@ follows another (norm_bias and query_key_value_bias: bias; local_rope_theta: rop
 kind. Sources: the papers named beside each, and the configuration classes of transformers.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 # Every key that a family decides, as GPT-2 has it (Radford et al. 2019; GPT-3: Brown et al. 2020).
@@ -43,3 +44,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 # The file of models/ that a family's trunk stands in, where it is recurrent (reads token by token) and no transformer.
 TRUNKS: dict[str, str] = {"lstm": "lstm"}
+
+
+def shape_in_words(config: Mapping[str, Any]) -> str:
+    """A model for people, from a run's config by dotted keys; what is not said there is a question mark."""
+    family = config.get("model.family", "?")
+    words = [family, f"{config.get('model.num_layers', '?')} layers", f"width {config.get('model.hidden_size', '?')}"]
+    if family not in TRUNKS:  # those have no heads
+        words.append(f"{config.get('model.num_heads', '?')} heads")
+    if experts := config.get("model.num_experts"):
+        words.append(f"{experts} experts of which a token takes {config.get('model.experts_per_token', '?')}")
+    return ", ".join(words)

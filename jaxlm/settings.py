@@ -160,6 +160,9 @@ class ModelSettings:
         "auto", "attention kernel; auto: cudnn on GPUs, splash on TPUs, xla elsewhere or where those cannot serve, and a ring "
         "where mesh.context splits sequences (any other value then exchanges heads for whole sequences: all-to-all)")
 
+    def __str__(self) -> str:
+        return self.family  # for people; nothing else is to ask for it
+
     def __hash__(self) -> int:  # rope_scaling is a dict
         return hash(repr(self))
 

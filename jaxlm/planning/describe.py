@@ -36,7 +36,7 @@ def describe(plan: Plan) -> RenderableType:
 def _head(plan: Plan) -> Iterator[str]:
     settings, kind = plan.settings, plan.target.device_kind
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
-    yield (f"{settings.model.family} of {format_count(plan.parameters)} parameters on {plan.target.name}: "
+    yield (f"{settings.model} of {format_count(plan.parameters)} parameters on {plan.target.name}: "
            f"{counted(plan.target.num_devices, f'{kind} device')}; {axes}")
     yield (f"{counted(settings.data.global_batch_size, 'sequence')} of {settings.data.sequence_length:,} = "
            f"{format_count(plan.tokens_per_step)} tokens a step; {settings.train.precision}")

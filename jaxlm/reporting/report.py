@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxlm.console.units import counted, format_count, format_duration, format_milliseconds
-from jaxlm.presets import TRUNKS
+from jaxlm.presets import shape_in_words
 from jaxlm.reporting.evaluated import evaluation_told
 from jaxlm.reporting.goodput import goodput
 from jaxlm.reporting.markdown import encodable, fenced, table
@@ -107,17 +107,11 @@ def baseline(run: Run) -> dict[str, str]:
 def what_ran(run: Run) -> dict[str, str]:
     config = run.config
     parameters, tokens = run.figure("parameters"), run.figure("tokens")
-    shape = (f"{config.get('model.family', '?')}, {config.get('model.num_layers', '?')} layers, "
-             f"width {config.get('model.hidden_size', '?')}")
-    if config.get("model.family") not in TRUNKS:  # which have no heads
-        shape += f", {config.get('model.num_heads', '?')} heads"
-    if config.get("model.num_experts"):
-        shape += f", {config['model.num_experts']} experts of which a token takes {config.get('model.experts_per_token', '?')}"
     batch = f"{run.setting('data.global_batch_size')} sequences of {run.setting('data.sequence_length')} tokens"
     optimizer = (f"{run.setting('optimizer.name')}, learning rate {run.setting('optimizer.learning_rate')}, "
                  f"{run.setting('schedule.name')} schedule")
     return {
-        "model": shape,
+        "model": shape_in_words(config),
         "parameters": UNKNOWN if parameters is None else f"{parameters:,}",
         "tokens": UNKNOWN if tokens is None else f"{format_count(tokens)} ({tokens:,})" + in_slots(tokens, run.figure("slots")),
         "batch": batch,

@@ -94,7 +94,7 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
     """Refuses settings (nested plain values) that differ from those saved in one of `keys` (name: reason), but for
     those in checkpoint.allow. Raises UserError."""
     before, now = flatten(as_now(saved)), flatten(as_now(wanted))
-    if (before.get("model.family"), before.get("data.packing")) == ("gpt", "documents"):
+    if before.get("model.causal") and before.get("data.packing") == "documents":
         before.setdefault("data.start_token", False)  # what older runs did, without the key
     for key, reason in keys.items():
         # a key that is not there is younger than the checkpoint
@@ -105,7 +105,7 @@ def refuse_changes(keys: dict[str, str], saved: dict[str, Any], wanted: dict[str
 
 
 def as_now(saved: dict[str, Any]) -> dict[str, Any]:
-    """Settings that a checkpoint has, with the model's nulls filled in by its family, as they are today."""
+    """Settings that a checkpoint has, with the model's nulls filled in as they are today."""
     return saved | {"model": dataclasses.asdict(saved_section(ModelSettings, saved["model"]))} if "model" in saved else saved
 
 

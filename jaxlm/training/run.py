@@ -301,7 +301,7 @@ def _describe(trainer: Trainer, corpora: Corpora, padding_share: float) -> list[
     batch, length = settings.data.global_batch_size, settings.data.sequence_length
     accumulation = settings.train.gradient_accumulation
     lines = [
-        f"{settings.model.family} of {format_count(count_parameters(settings))} parameters, {settings.train.precision} "
+        f"{settings.model} of {format_count(count_parameters(settings))} parameters, {settings.train.precision} "
         f"compute; {counted(trainer.mesh.size, f'{device.device_kind} device')}{axes}; {counted(jax.process_count(), 'process')}"
         + (f"; between {islands_of(device.platform)}: {slow}" if slow else ""),
         f"corpus of {format_count(sum(corpus.train.num_tokens for corpus, _ in corpora))} tokens; "
