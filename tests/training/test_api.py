@@ -62,11 +62,11 @@ def test_out_and_in_again(model, tmp_path):
 
 def test_training_and_planning(folder, run_file, devices_are_there):
     run_dir = folder / "from_python"
-    summary = package.train(run_file, f"run_dir={run_dir}", "train.steps=2", "logging.tensorboard=false")
-    assert summary["steps"] == 2 and read_metrics(run_dir)[-1]["val_loss"] == pytest.approx(summary["val_loss"])
-    settings = package.load_settings(run_dir, "train.steps=3")
-    assert package.train(settings)["steps"] == 3
-    plan = package.plan(ROOT / "configs" / "gpt2_124m.yaml", "h100:8", "train.steps=10", fast=True)
+    summary = package.train(run_file, f"run_dir={run_dir}", "train.steps=3", "logging.tensorboard=false")
+    assert summary["steps"] == 3 and read_metrics(run_dir)[-1]["val_loss"] == pytest.approx(summary["val_loss"])
+    settings = package.load_settings(run_dir, "train.steps=4")
+    assert package.train(settings)["steps"] == 4
+    plan = package.plan(ROOT / "configs" / "gpt2_124m.yaml", "h100:8", fast=True)
     assert plan.parameters == 124_439_808 and plan.fits
 
 

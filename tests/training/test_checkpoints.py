@@ -183,6 +183,9 @@ def test_only_the_architecture_counts_where_only_parameters_are_read(tmp_path):
         refuse_changes(MODEL_KEYS, changed(), changed(model__num_heads=6), tmp_path)
 
 
+WITHOUT_START = {"data__packing": "documents", "model__family": "bert", "model__causal": False}
+
+
 def test_a_run_from_before_start_tokens_does_not_silently_get_other_examples(tmp_path):
     """Issue 14, line 6: its checkpoints lack data.start_token; with false it goes on as it was, and only such runs
     are asked."""
@@ -191,7 +194,7 @@ def test_a_run_from_before_start_tokens_does_not_silently_get_other_examples(tmp
     with pytest.raises(UserError, match=r"^data\.start_token=True: the checkpoints in .* were made with False"):
         refuse_changes(FIXED_KEYS, old, changed(data__packing="documents"), tmp_path)
     refuse_changes(FIXED_KEYS, old, changed(data__packing="documents", data__start_token=False), tmp_path)
-    for keys in ({"data__packing": "concatenate"}, {"data__packing": "documents", "model__family": "bert"}):
+    for keys in ({"data__packing": "concatenate"}, WITHOUT_START):
         old = changed(**keys)
         del old["data"]["start_token"]
         refuse_changes(FIXED_KEYS, old, changed(**keys), tmp_path)

@@ -151,7 +151,8 @@ def line(settings):
     model = SimpleNamespace(
         axes={"w": {"kernel": Axes((None,), "kernel")}}, shapes={"w": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}},
         init=lambda key: {"w": {"kernel": jnp.zeros(3)}}, traced=lambda function: function, objectives=(NextToken(),),
-        terms=terms, counts=lambda batch: {"next_token": batch["mask"].sum()})
+        terms=terms, evaluated=lambda params, batch: (terms(params, batch), {}),
+        counts=lambda batch: {"next_token": batch["mask"].sum()})
     mesh = jax.make_mesh((1,) * 6, ("stage", "data", "fsdp", "expert", "context", "tensor"), devices=jax.devices()[:1],
                          axis_types=(jax.sharding.AxisType.Auto,) * 6)
     return make_trainer(model, settings, mesh), mesh
