@@ -46,8 +46,8 @@ from jaxlm.settings import (
 )
 from jaxlm.storage.files import sizes_below
 from jaxlm.training.bench import random_batch
-from jaxlm.training.setup import lay_mesh, start
-from jaxlm.training.step import Trainer, as_saved
+from jaxlm.training.setup import lay_mesh
+from jaxlm.training.step import Trainer, as_saved, start
 
 
 def settings_of(arguments: argparse.Namespace, **changes: Any) -> Settings:

@@ -38,9 +38,10 @@ from jaxlm.settings import Settings
 from jaxlm.storage.files import as_path, exists
 from jaxlm.tasks.find import find_task
 from jaxlm.training import run
-from jaxlm.training.setup import dropless, lay_mesh, resolve, start
+from jaxlm.training.corpora import resolve
+from jaxlm.training.setup import lay_mesh
 from jaxlm.training.stages import of_checkpoint
-from jaxlm.training.step import Trainer
+from jaxlm.training.step import Trainer, dropless, start
 from jaxlm.training.trained import opened
 
 BATCH_SIZE = 32  # texts whose states are computed at a time

@@ -84,7 +84,7 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     """prepare: raw text to tokenizer and corpus"""
     from jaxlm.checks import check_held_out
     from jaxlm.data.description import describe
-    from jaxlm.training.setup import open_corpora
+    from jaxlm.training.corpora import open_corpora
     from jaxlm.training.stages import prepare_stages
 
     check_held_out(settings)
@@ -98,7 +98,7 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
 def evaluate(settings: Settings, arguments: argparse.Namespace) -> None:
     """evaluate: a checkpoint over the whole validation set"""
     from jaxlm.runtime.processes import is_main
-    from jaxlm.training.run import evaluate_checkpoint
+    from jaxlm.training.evaluating import evaluate_checkpoint
 
     row = evaluate_checkpoint(settings, with_baseline=arguments.baseline is not None)
     if is_main():

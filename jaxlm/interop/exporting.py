@@ -30,9 +30,9 @@ from jaxlm.runtime.processes import is_main
 from jaxlm.settings import Settings
 from jaxlm.storage.files import delete, exists, names_in, write_json, write_text
 from jaxlm.storage.remote import is_remote
-from jaxlm.training.setup import dropless, lay_mesh
+from jaxlm.training.setup import lay_mesh
 from jaxlm.training.stages import of_checkpoint
-from jaxlm.training.step import Trainer
+from jaxlm.training.step import Trainer, dropless
 from jaxlm.training.trained import opened
 
 GENERATION = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -27,8 +27,8 @@ from jaxlm.settings import Settings, TaskSettings, dump, to_dict
 from jaxlm.storage.files import as_path, check_folder, exists, make_folder, name_of, write_text
 from jaxlm.tasks.find import find_task
 from jaxlm.training.run import versions
-from jaxlm.training.setup import lay_mesh, start
-from jaxlm.training.step import Trainer
+from jaxlm.training.setup import lay_mesh
+from jaxlm.training.step import Trainer, start
 from jaxlm.training.transfer import RunWeights, Weights
 
 

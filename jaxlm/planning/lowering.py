@@ -20,10 +20,12 @@ from jaxlm.runtime.compiler import programs_folder
 from jaxlm.settings import Settings
 from jaxlm.stages import stages_of
 from jaxlm.tasks.find import find_task
+from jaxlm.training.corpora import open_corpora, settled
+from jaxlm.training.feed import abstract_batch
 from jaxlm.training.length import with_any_steps, with_steps
-from jaxlm.training.setup import abstract_batch, join, lay_mesh, make_training_batches, open_corpora, settled, start
+from jaxlm.training.setup import join, lay_mesh
 from jaxlm.training.stages import lay_stages, open_stages
-from jaxlm.training.step import Trainer
+from jaxlm.training.step import Trainer, start
 
 NEEDED = re.compile(r"(temporaries )?\(([\d.]+)([KMGT])\) exceeds available HBM \(([\d.]+)([KMGT])\)")  # libtpu's words
 UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -90,7 +92,7 @@ def compile_ahead(settings: Settings, target: Target | None) -> list[Path]:
     if settings.model.vocab_size is None or find_task(settings).needs_corpus or unknown:
         corpora = open_corpora(settings)
         settings = settled(settings, corpora)
-        settings = with_steps(settings, make_training_batches(settings, corpora)) if unknown else settings
+        settings = with_steps(settings, find_task(settings).training_batches(corpora)) if unknown else settings
     return [_save(trace_step(settings, mesh)[0], mesh, folder)]
 
 

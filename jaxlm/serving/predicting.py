@@ -22,7 +22,8 @@ from jaxlm.settings import Settings
 from jaxlm.storage.files import Location, absolute, as_path, check_folder, plain, write_atomically
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
-from jaxlm.training.setup import evaluation_batch_size, lay_mesh, on_devices
+from jaxlm.training.feed import evaluation_batch_size, on_devices
+from jaxlm.training.setup import lay_mesh
 from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
 from jaxlm.training.trained import opened

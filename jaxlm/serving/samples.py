@@ -14,9 +14,10 @@ from jaxlm.models.objectives import MaskedToken
 from jaxlm.serving.sampling import make_generator
 from jaxlm.settings import AXES
 from jaxlm.tasks.find import find_task
+from jaxlm.training.corpora import Corpora
+from jaxlm.training.feed import make_validation_batches, on_devices
 from jaxlm.training.loop import Sampler
-from jaxlm.training.setup import Corpora, dropless, make_validation_batches, on_devices, start
-from jaxlm.training.step import Batch, Trainer
+from jaxlm.training.step import Batch, Trainer, dropless, start
 
 SHOWN = 3  # rows of masked text
 SEPARATOR = "-" * 40 + "\n"

@@ -20,7 +20,8 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.runtime.processes import is_main
 from jaxlm.settings import GenerateSettings, MeshSettings, Settings
 from jaxlm.tasks.find import find_task
-from jaxlm.training.setup import encode_prompts, lay_mesh
+from jaxlm.training.corpora import encode_prompts
+from jaxlm.training.setup import lay_mesh
 from jaxlm.training.stages import of_checkpoint
 from jaxlm.training.step import Trainer
 from jaxlm.training.trained import opened

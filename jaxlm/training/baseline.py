@@ -14,7 +14,7 @@ from jaxlm.runtime import processes
 from jaxlm.settings import Settings
 from jaxlm.storage.files import as_path, write_json
 from jaxlm.tasks.find import find_task
-from jaxlm.training.setup import Corpora
+from jaxlm.training.corpora import Corpora
 
 
 def check_baseline(settings: Settings) -> None:

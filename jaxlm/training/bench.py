@@ -15,10 +15,11 @@ from jaxlm.runtime.chips import products_peak
 from jaxlm.settings import Settings
 from jaxlm.stages import stages_of
 from jaxlm.tasks.find import find_task
+from jaxlm.training.feed import batch_shapes
 from jaxlm.training.footprint import training_flops
 from jaxlm.training.length import with_any_steps
-from jaxlm.training.setup import batch_shapes, lay_mesh, start
-from jaxlm.training.step import Batch, batch_sharding
+from jaxlm.training.setup import lay_mesh
+from jaxlm.training.step import Batch, batch_sharding, start
 
 
 def bench(settings: Settings) -> dict[str, Any]:

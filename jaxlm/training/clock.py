@@ -9,8 +9,8 @@ import numpy as np
 
 from jaxlm.data.batches import Batches
 from jaxlm.runtime.chips import products_peak
+from jaxlm.training.feed import SkippedRows
 from jaxlm.training.footprint import training_flops
-from jaxlm.training.setup import SkippedRows
 from jaxlm.training.stages import Stage
 from jaxlm.training.step import Trainer
 

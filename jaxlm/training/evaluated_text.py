@@ -15,7 +15,8 @@ from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.settings import DataSettings, Settings
 from jaxlm.storage.files import Location, as_path, exists
-from jaxlm.training.setup import Corpora, check_corpora, make_validation_batches, open_corpora, settled
+from jaxlm.training.corpora import Corpora, check_corpora, open_corpora, settled
+from jaxlm.training.feed import make_validation_batches
 
 
 def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:

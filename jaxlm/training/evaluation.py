@@ -11,7 +11,8 @@ from jaxlm.data.corpus import bytes_per_token
 from jaxlm.errors import RunError
 from jaxlm.models.model import Params
 from jaxlm.models.objectives import Facts, Objectives
-from jaxlm.training.setup import Corpora, SkippedRows, on_devices
+from jaxlm.training.corpora import Corpora
+from jaxlm.training.feed import SkippedRows, on_devices
 from jaxlm.training.step import Batch, Terms, Trainer
 
 

@@ -28,14 +28,8 @@ from jaxlm.storage.files import as_path, plain, write_text
 from jaxlm.tasks.find import find_task
 from jaxlm.training.clock import Clock
 from jaxlm.training.evaluation import Evaluated, evaluate_run
+from jaxlm.training.feed import SkippedRows, abstract_batch, make_validation_batches, on_devices, place_in_schedule
 from jaxlm.training.length import Hours
-from jaxlm.training.setup import (
-    SkippedRows,
-    abstract_batch,
-    make_validation_batches,
-    on_devices,
-    place_in_schedule,
-)
 from jaxlm.training.stages import Stage
 from jaxlm.training.step import Batch, Trainer, TrainState, as_saved
 

@@ -35,43 +35,31 @@ from jaxlm.stages import STAGES
 from jaxlm.storage.files import Location, as_path, check_folder, lock, make_folder, plain, write_json, write_text
 from jaxlm.storage.remote import is_remote
 from jaxlm.tasks.find import find_task
-from jaxlm.training.baseline import beside, check_baseline
 from jaxlm.training.changes import (
     FIXED_KEYS,
-    MODEL_KEYS,
-    START_KEY,
     check_allowed,
     describe_change,
     find_changes,
     refuse_changes,
     refuse_rise,
 )
-from jaxlm.training.evaluated_text import describe, open_evaluated
-from jaxlm.training.evaluation import evaluate_run
+from jaxlm.training.corpora import Corpora
+from jaxlm.training.feed import micro_batch_size
 from jaxlm.training.footprint import count_parameters
-from jaxlm.training.length import last_step, length_lines, refuse_length, with_any_steps
+from jaxlm.training.length import last_step, length_lines, refuse_length
 from jaxlm.training.loop import Loop, Output, Sampler
-from jaxlm.training.origin import origin_of, say_which
-from jaxlm.training.setup import (
-    Corpora,
-    join,
-    lay_mesh,
-    make_validation_batches,
-    micro_batch_size,
-    settled,
-    start,
-)
+from jaxlm.training.origin import origin_of
+from jaxlm.training.setup import join
 from jaxlm.training.stages import (
     Stage,
     by_its_schedule,
     lay_stages,
-    of_checkpoint,
     open_stages,
     stage_after,
     stage_lines,
     stage_that_saved,
 )
-from jaxlm.training.step import Trainer, TrainState, from_saved
+from jaxlm.training.step import Trainer, TrainState, from_saved, start
 from jaxlm.training.transfer import Opener, RunWeights, begin_with
 
 SamplerMaker = Callable[[Trainer, Corpora], Sampler | None]
@@ -384,28 +372,3 @@ def _summary(run: Run, trainer: Trainer, loop: Loop) -> dict[str, Any]:
         "parameters": count_parameters(trainer.settings), "wall_seconds": loop.account.wall_seconds,
         "compile_seconds": loop.account.parts["compile"], "goodput": goodput(settings.run_dir),
     })
-
-
-def evaluate_checkpoint(settings: Settings, with_baseline: bool = False) -> dict[str, Any]:
-    """A checkpoint of run_dir over the whole validation set: `step` and the metrics; and as `baseline` what n-grams
-    make of it (`jaxlm.baselines`), if asked for. Raises UserError."""
-    if with_baseline:
-        check_baseline(settings)
-    settings, mesh = lay_mesh(of_checkpoint(settings))
-    with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
-        step = checkpoints.choose(settings.checkpoint.step)
-        saved = checkpoints.metadata(step)
-        corpora = open_evaluated(settings, saved)
-        trainer = start(with_any_steps(settled(settings, corpora)), mesh)
-        refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
-        if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
-            raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
-        validation = make_validation_batches(trainer.settings, corpora)
-        if validation is None:
-            raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
-        say_which(checkpoints.directory, step)
-        if processes.is_main():
-            print_line(describe(corpora))
-        params = checkpoints.restore_params(step, trainer.params)
-        row = {"step": step} | evaluate_run(trainer, params, validation, corpora, whole=True).metrics
-        return row | {"baseline": beside(trainer.settings, saved, corpora, validation)} if with_baseline else row

@@ -24,8 +24,10 @@ from jaxlm.errors import UserError
 from jaxlm.settings import ScheduleSettings, Settings, to_dict
 from jaxlm.stages import STAGES, check_schedule, goes_its_own_way, in_stage, stages_of
 from jaxlm.storage.files import Location, as_path, exists
+from jaxlm.tasks.find import find_task
+from jaxlm.training.corpora import Corpora, check_corpora, open_corpora, settled
 from jaxlm.training.length import schedule_of, with_steps
-from jaxlm.training.setup import Corpora, check_corpora, lay, make_training_batches, open_corpora, settled
+from jaxlm.training.setup import lay
 
 
 class Stage(NamedTuple):
@@ -88,7 +90,7 @@ def open_stages(settings: Settings, laid: Sequence[tuple[Settings, Mesh]]) -> li
             checked = own if alone else replace(own, schedule=ScheduleSettings())  # the run's is longer than the stage
             corpora = _corpora(checked, opened, stages[0].corpora if stages else None)
             resolved = settled(checked, corpora)
-            batches = make_training_batches(replace(resolved, seed=data_seed(own.seed, number)), corpora)
+            batches = find_task(replace(resolved, seed=data_seed(own.seed, number))).training_batches(corpora)
             resolved = replace(with_steps(resolved, batches), schedule=own.schedule)
         before = stages[-1] if stages else None
         stage = Stage(number, len(settings.stages), resolved, mesh, corpora, batches, before.stop if before else 0,

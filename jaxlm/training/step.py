@@ -19,6 +19,8 @@ from jaxlm.parallel.shapes import Array, Batch, Float32, Int32, RowKeys, Shaped,
 from jaxlm.parallel.sharding import Axes, constrain, for_each_copy, shardings, spec
 from jaxlm.safety.guards import Recent, is_good, nothing_yet, remembered
 from jaxlm.settings import Settings
+from jaxlm.tasks.find import find_task
+from jaxlm.training.footprint import logits_memory
 from jaxlm.training.length import schedule_of
 from jaxlm.training.optimizers import make_optimizer, state_axes
 
@@ -60,6 +62,21 @@ class Trainer(NamedTuple):
     def saved(self) -> Layout:
         """The layout of the state as checkpoints have it."""
         return self.layout.part(as_saved)
+
+
+def start(settings: Settings, mesh: Mesh, schedule: optax.Schedule | None = None) -> Trainer:
+    """Builds the model's functions on the mesh; `model.vocab_size` is known by now (see `resolve`). `schedule`: of the
+    learning rate; None: by the settings alone."""
+    device = mesh.devices.flat[0]
+    memory = logits_memory(settings, mesh.shape, device.platform, device.device_kind)
+    model = Model(settings.model, settings.train, find_task(settings).objectives(), memory)
+    return make_trainer(model, settings, mesh, schedule)
+
+
+def dropless(settings: Settings) -> Settings:
+    """The same without `model.capacity_factor`, which is for training: what is generated or measured must not depend on
+    the batch that it is in."""
+    return dataclasses.replace(settings, model=dataclasses.replace(settings.model, capacity_factor=None))
 
 
 def make_trainer(model: Model, settings: Settings, mesh: Mesh, schedule: optax.Schedule | None = None) -> Trainer:

@@ -12,10 +12,10 @@ from jaxlm.data.tokenizers import Tokenizer
 from jaxlm.models.model import Params
 from jaxlm.settings import Settings, to_dict
 from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
+from jaxlm.training.corpora import resolve
 from jaxlm.training.length import with_any_steps
 from jaxlm.training.origin import say_which
-from jaxlm.training.setup import dropless, resolve, start
-from jaxlm.training.step import Trainer
+from jaxlm.training.step import Trainer, dropless, start
 
 
 class Trained(NamedTuple):

@@ -12,7 +12,7 @@ from jaxlm.data.corpus import Corpus
 from jaxlm.data.description import describe
 from jaxlm.data.prepare import prepare
 from jaxlm.settings import DataSettings, Settings
-from jaxlm.training.setup import open_corpora
+from jaxlm.training.corpora import open_corpora
 
 
 @pytest.fixture

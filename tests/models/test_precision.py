@@ -21,7 +21,7 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.planning.lowering import trace_step
 from jaxlm.serving import sampling
 from jaxlm.settings import GenerateSettings, MeshSettings, ModelSettings, Settings
-from jaxlm.training.setup import start
+from jaxlm.training.step import start
 
 PRODUCTS = ("dot_general", "ragged_dot_general", "ragged_dot", "conv_general_dilated")
 LENGTH = 128  # what splash attention takes

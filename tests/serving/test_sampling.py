@@ -16,8 +16,8 @@ from jaxlm.parallel.mesh import make_mesh
 from jaxlm.parallel.sharding import shardings
 from jaxlm.serving.sampling import Sample, draw, generate
 from jaxlm.settings import DataSettings, GenerateSettings, MeshSettings, ModelSettings, Settings
-from jaxlm.training.setup import encode_prompts, start
-from jaxlm.training.step import Trainer
+from jaxlm.training.corpora import encode_prompts
+from jaxlm.training.step import Trainer, start
 
 VOCAB, MAX_LENGTH = 50, 16
 GPT2 = ModelSettings(num_layers=2, num_heads=4, hidden_size=16, vocab_size=VOCAB, max_length=MAX_LENGTH)

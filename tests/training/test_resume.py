@@ -36,9 +36,9 @@ from jaxlm.settings import (
 )
 from jaxlm.tasks.find import find_task
 from jaxlm.training.changes import refuse_rise
+from jaxlm.training.feed import on_devices
 from jaxlm.training.origin import origin_of
 from jaxlm.training.run import train
-from jaxlm.training.setup import on_devices
 from jaxlm.training.step import as_saved, from_saved, make_trainer
 
 TIMES = ("time", "tokens_per_second", "slots_per_second", "step_seconds", "data_wait_seconds")
