@@ -17,8 +17,8 @@ class Counted(NamedTuple):
 
     loss: Float32[Array, ""]
     count: Float32[Array, ""]  # rows
-    all_right: Float32[Array, ""]  # rows of which every label is right
-    counts: Float32[Array, "C C"] | Float32[Array, "C 4"]  # true, predicted class; or see `labels_figures`
+    all_right: Float32[Array, ""] | None = None  # rows of which every label is right
+    counts: Float32[Array, "C C"] | Float32[Array, "C 4"] | None = None  # true, predicted class; or see `labels_figures`
 
 
 class OneLabel(RowObjective):
@@ -76,21 +76,14 @@ class SeveralLabels(RowObjective):
         return validation(labels_figures(terms.counts, int(terms.all_right), int(terms.count)))
 
 
-class Squared(NamedTuple):
-    """Sums over rows."""
-
-    loss: Float32[Array, ""]  # (score - label)^2
-    count: Float32[Array, ""]
-
-
 class Score(RowObjective):
     """A number, by the squared error. Labels: float32 [B]."""
 
     name = "regression"
 
-    def terms(self, network: Any, states: States, batch: Batch) -> Squared:
+    def terms(self, network: Any, states: States, batch: Batch) -> Counted:
         off, mask = self.logits(network, states, batch)[:, 0] - batch["label"], batch["label_mask"]
-        return Squared(jnp.where(mask, off**2, 0).sum(), mask.sum(dtype=jnp.float32))
+        return Counted(jnp.where(mask, off**2, 0).sum(), mask.sum(dtype=jnp.float32))
 
     def answers(self, network: Any, states: States, batch: Batch) -> PerRow:
         return {"score": self.logits(network, states, batch)[:, 0]}
@@ -99,6 +92,6 @@ class Score(RowObjective):
         score, label = self.answers(network, states, batch)["score"], batch["label"]
         return {"mask": batch["label_mask"], "label": label, "predicted": score, "error": jnp.abs(score - label)}
 
-    def figures(self, terms: Squared, facts: Facts) -> Figures:
+    def figures(self, terms: Counted, facts: Facts) -> Figures:
         """Of every row's score: ranks are no sums."""
         return validation(score_figures(facts.verdicts["predicted"], facts.verdicts["label"]))
