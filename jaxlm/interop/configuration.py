@@ -342,7 +342,8 @@ def write_fields(family: Family, model: ModelSettings, pad_token: int) -> dict[s
         content["rope_theta"] = model.rope_theta
         if scaling:
             content["rope_scaling"] = {"rope_type": scaling["type"]} | {
-                theirs: scaling[ours] for theirs, ours in SCALINGS[scaling["type"]].items()}
+                theirs: int(scaling[ours]) if ours == "original_max_length" else scaling[ours]  # transformers 4 wants it whole
+                for theirs, ours in SCALINGS[scaling["type"]].items()}
     elif family.rope == "two":
         content |= {"global_rope_theta": model.rope_theta, "local_rope_theta": model.local_rope_theta}
     return content | _written_window(family, model)

@@ -1,8 +1,10 @@
 """Exports every golden folder that jaxlm reads, and compares what transformers computes with them with what it
 computed before.
 
-    python tests/golden/check_exports.py make FOLDER      # where jaxlm is installed: imports and exports
-    python tests/golden/check_exports.py check FOLDER     # where torch and transformers are: loads and compares
+    python tests/golden/check_exports.py make FOLDER            # where jaxlm is installed: imports and exports
+    python tests/golden/check_exports.py check FOLDER           # where torch and transformers are: loads and compares
+    python tests/golden/check_exports.py resave FOLDER SAVED    # there, too: as this version of transformers saves them
+    python tests/golden/check_exports.py make AGAIN SAVED       # and these go in and out
 
 Exits 1 where a class says of the export that a weight is missing or unexpected, or where a logit differs by more than
 1e-4 of the largest.
@@ -41,12 +43,12 @@ def with_tokenizer(folder: Path, copy: Path) -> Path:
     return copy
 
 
-def make(folder: Path) -> int:
+def make(folder: Path, saved: Path | None = None) -> int:
     from jaxlm.cli import main
 
     failed = []
     for golden in sorted(GOLDEN.iterdir()):
-        copy = with_tokenizer(golden, folder / "with_tokenizer" / golden.name)
+        copy = saved / golden.name if saved else with_tokenizer(golden, folder / "with_tokenizer" / golden.name)
         run, out = folder / "runs" / golden.name, folder / golden.name
         code = main(["import", str(copy), f"run_dir={run}", "devices.platform=cpu"])
         code = code or main(["export", str(run), f"out={out}"])
@@ -66,6 +68,17 @@ def check(folder: Path) -> int:
             problems += [f"{golden.name}: {problem}" for problem in compare(folder / golden.name, golden)]
     print("\n".join(problems or ["all the same"]))
     return bool(problems)
+
+
+def resave(folder: Path, saved: Path) -> int:
+    import transformers
+
+    for golden in sorted(GOLDEN.iterdir()):
+        [name] = json.loads((folder / golden.name / "config.json").read_text())["architectures"]
+        getattr(transformers, name).from_pretrained(folder / golden.name).save_pretrained(saved / golden.name)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(folder / golden.name / file, saved / golden.name)
+    return 0
 
 
 def compare(export: Path, golden: Path) -> list[str]:
@@ -100,4 +113,4 @@ def compare(export: Path, golden: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit({"make": make, "check": check}[sys.argv[1]](Path(sys.argv[2])))
+    sys.exit({"make": make, "check": check, "resave": resave}[sys.argv[1]](*map(Path, sys.argv[2:])))
