@@ -88,7 +88,7 @@ def prepare(settings: Settings, arguments: argparse.Namespace) -> None:
     from jaxlm.training.stages import prepare_stages
 
     check_held_out(settings)
-    mixtures = prepare_stages(settings) if settings.stages else [open_corpora(settings, notes=False)]
+    mixtures = prepare_stages(settings) if settings.stages else [open_corpora(settings, list, notes=False)]
     for corpus in {str(corpus.directory): corpus for corpora in mixtures for corpus, _ in corpora}.values():
         for line in describe(corpus, settings):
             print(line)

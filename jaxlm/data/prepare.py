@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -58,6 +58,7 @@ SHAPING_RECORDS = ("fields", "problem", "labels", "label_separator")
 DERIVED = ("model.vocab_size", "data.validation_split", "task.problem", "task.labels")  # null goes with whatever they became
 BEFORE_THERE_WAS = {"data.encoding": "utf-8"}  # a key: what corpora were prepared with that know nothing of it
 DESCRIPTOR = re.compile(r"/(dev|proc/self)/fd/\d+")  # the shell numbers them anew each time
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,22 +84,20 @@ class Plan:
         return (TEXT,) if columns is None else ROLES[:len(columns.texts)]
 
 
-def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None = None, processes: int | None = None,
-            accept: Callable[[Corpus], object] = lambda corpus: None, task: TaskSettings | None = None) -> Corpus:
-    """The corpus in `directory`, prepared from `data.raw` if it does not exist yet.
+def prepare(data: DataSettings, directory: str | Path, use: Callable[[Corpus], T] = lambda corpus: corpus, *,
+            vocab_size: int | None = None, processes: int | None = None, task: TaskSettings | None = None) -> T:
+    """What `use` makes of the corpus in `directory`, which is prepared from `data.raw` if it does not exist yet.
 
-    `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes; `accept` raises
-    UserError for a corpus that the caller cannot use; `task`: where it reads labelled records (see RECORD_TASKS), the
-    corpus is one of them, else of text. UserError when the input is wrong or not accepted (nothing is left behind), or
-    when `directory` was made with other settings.
+    `use` raises UserError for a corpus that the caller cannot use; a new one is shown to it before it gets its place,
+    too. `vocab_size`: the size to train a tokenizer to; `processes` overrides data.prepare_processes; `task`: where it
+    reads labelled records (see RECORD_TASKS), the corpus is one of them, else of text. UserError when the input is
+    wrong, or the corpus of no use (nothing is left behind), or when `directory` was made with other settings.
     """
     directory = absolute(directory)
     task = task if task and reads_records(task) else None
     settings = shaping_settings(data, vocab_size, task)
     if exists(directory / MANIFEST):
-        corpus = open_prepared(directory, settings if data.raw is not None else {}, data, task)
-        accept(corpus)
-        return corpus
+        return use(open_prepared(directory, settings if data.raw is not None else {}, data, task))
     check_place(data, directory, vocab_size)
     if task:
         refuse_keys_of_text(data)
@@ -113,7 +112,7 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
                 begun = []
                 folder = partial / plan.fingerprint[:16]
                 build(plan, folder, processes or data.prepare_processes or os.cpu_count() or 1)
-                accept(Corpus(folder / "corpus"))
+                use(Corpus(folder / "corpus"))
                 put_in_place(folder / "corpus", directory)
             remove_exclusive(partial)
         except OSError as error:
@@ -126,7 +125,7 @@ def prepare(data: DataSettings, directory: str | Path, *, vocab_size: int | None
                 for folder in created:
                     folder.rmdir()
             raise
-    return open_prepared(directory, settings, data, task)
+    return use(open_prepared(directory, settings, data, task))
 
 
 def workplace(directory: Location) -> Path:

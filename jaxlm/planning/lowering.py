@@ -1,5 +1,6 @@
 """The training step that `jaxlm train` runs, compiled for arrays and devices that need not be there."""
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,9 +21,9 @@ from jaxlm.runtime.compiler import programs_folder
 from jaxlm.settings import Settings
 from jaxlm.stages import stages_of
 from jaxlm.tasks.find import find_task
-from jaxlm.training.corpora import open_corpora, settled
+from jaxlm.training.corpora import open_corpora, usable
 from jaxlm.training.feed import abstract_batch
-from jaxlm.training.length import with_any_steps, with_steps
+from jaxlm.training.length import with_any_steps
 from jaxlm.training.setup import join, lay_mesh
 from jaxlm.training.stages import lay_stages, open_stages
 from jaxlm.training.step import Trainer, start
@@ -90,9 +91,7 @@ def compile_ahead(settings: Settings, target: Target | None) -> list[Path]:
     settings, mesh = (settings, lay(settings, target)[0]) if target else lay_mesh(settings)
     unknown = settings.train.steps is None and settings.train.hours is None
     if settings.model.vocab_size is None or find_task(settings).needs_corpus or unknown:
-        corpora = open_corpora(settings)
-        settings = settled(settings, corpora)
-        settings = with_steps(settings, find_task(settings).training_batches(corpora)) if unknown else settings
+        settings = open_corpora(settings, functools.partial(usable, settings)).settings
     return [_save(trace_step(settings, mesh)[0], mesh, folder)]
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 from jaxlm.console.progress import print_line
+from jaxlm.data.batches import Batches
 from jaxlm.data.changes import changes
 from jaxlm.data.corpus import Corpus
 from jaxlm.data.manifest import MANIFEST
@@ -20,11 +22,21 @@ from jaxlm.training.feed import make_validation_batches
 from jaxlm.training.length import with_steps
 
 Corpora = list[tuple[Corpus, float]]
+T = TypeVar("T")
 
 
-def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambda corpora: None,
-                 notes: bool = True) -> Corpora:
-    """Opens the corpus or the mixture; one that does not exist yet is prepared from data.raw.
+class Opened(NamedTuple):
+    """Corpora that a run can be trained on, and what it makes of them."""
+
+    settings: Settings  # with what the corpora decide: vocabulary, labels, steps
+    corpora: Corpora
+    training: Batches  # `batch(step)` of the whole run
+    validation: Batches | None  # the validation set, once through; None: nothing is held out
+
+
+def open_corpora(settings: Settings, use: Callable[[Corpora], T], notes: bool = True) -> T:
+    """Opens the corpus or the mixture, and gives what `use` makes of it. One that does not exist yet is prepared from
+    data.raw.
 
     Says on stderr where data.raw has changed since an earlier preparation.
 
@@ -33,7 +45,7 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
 
     Args:
       settings: of the run.
-      accept: raises UserError for corpora that this run cannot use; what has just been prepared is then removed again.
+      use: raises UserError for corpora that this run cannot use; what has just been prepared is then removed again.
       notes: print what a user would not expect of a text that has just been prepared (`Corpus.describe` has it, too).
     """
     if isinstance(settings.data.corpus, dict):
@@ -41,18 +53,17 @@ def open_corpora(settings: Settings, accept: Callable[[Corpora], object] = lambd
         corpora = [(Corpus(folder, whole), weight) for folder, weight in settings.data.corpus.items()]
         for corpus, _ in corpora:
             refuse_other_kind(corpus, settings.task)
-        accept(corpora)
-        return corpora
+        return use(corpora)
     folder = as_path(settings.data.corpus or as_path(settings.run_dir) / "corpus")
     is_new = not exists(folder / MANIFEST)
     if is_new:
         check_given_tokenizer(settings)
-    corpus = prepare(settings.data, folder, vocab_size=settings.model.vocab_size, accept=lambda corpus: accept([(corpus, 1.0)]),
-                     task=settings.task)
+    corpus, used = prepare(settings.data, folder, lambda corpus: (corpus, use([(corpus, 1.0)])),
+                           vocab_size=settings.model.vocab_size, task=settings.task)
     if processes.place()[0] == 0:
         for line in (corpus.notes if notes else []) if is_new else changes(corpus, settings.data):
             print_line(printable(f"note: {line}"))
-    return [(corpus, 1.0)]
+    return used
 
 
 def check_given_tokenizer(settings: Settings) -> None:
@@ -63,15 +74,17 @@ def check_given_tokenizer(settings: Settings) -> None:
         find_task(settings).check_tokenizer(tokenizer, f"data.tokenizer={settings.data.tokenizer}")
 
 
-def check_corpora(settings: Settings, corpora: Corpora) -> None:
+def usable(settings: Settings, corpora: Corpora) -> Opened:
     """Refuses corpora that this run cannot be trained on, evaluated on, or continue its prompts with. Raises
     UserError."""
     settings = settled(settings, corpora)
-    with_steps(settings, find_task(settings).training_batches(corpora))
-    make_validation_batches(settings, corpora)
+    training = find_task(settings).training_batches(corpora)
+    settings = with_steps(settings, training)
+    opened = Opened(settings, corpora, training, make_validation_batches(settings, corpora))
     task = find_task(settings)
     if task.best and task.continues_text:
         encode_prompts(settings, corpora[0][0].tokenizer)
+    return opened
 
 
 def encode_prompts(settings: Settings, tokenizer: Tokenizer) -> list[list[int]]:

@@ -5,9 +5,10 @@ import dataclasses
 import functools
 import hashlib
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlm.console.units import counted
+from jaxlm.data.batches import Batches
 from jaxlm.data.corpus import TOKENIZER
 from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.sources import find_sources
@@ -15,11 +16,19 @@ from jaxlm.data.tokenizers import load_tokenizer
 from jaxlm.errors import UserError
 from jaxlm.settings import DataSettings, Settings
 from jaxlm.storage.files import Location, as_path, exists
-from jaxlm.training.corpora import Corpora, check_corpora, open_corpora, settled
+from jaxlm.training.corpora import Corpora, open_corpora, settled
 from jaxlm.training.feed import make_validation_batches
 
 
-def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
+class Evaluated(NamedTuple):
+    """The text to evaluate a checkpoint on."""
+
+    settings: Settings  # with what the corpora decide
+    corpora: Corpora
+    validation: Batches
+
+
+def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Evaluated:
     """The corpora to evaluate a checkpoint on; `saved` is what the checkpoint says of itself.
 
     data.corpus alone names a corpus that is there, and is taken as it was prepared. data.raw alone, or text as
@@ -32,7 +41,7 @@ def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
     if isinstance(data.validation, str) and data.validation != own["validation"] and data.raw == own["raw"]:
         data = dataclasses.replace(data, raw=data.validation)
     if data.corpus == own["corpus"] and data.raw in (None, own["raw"]):
-        return open_corpora(settings, accept=functools.partial(check_corpora, settings))
+        return open_corpora(settings, functools.partial(_usable, settings, saved))
     if isinstance(data.corpus, str) and data.raw == own["raw"]:
         if not exists(as_path(data.corpus) / MANIFEST):
             inside = as_path(data.corpus) / "corpus"
@@ -41,8 +50,8 @@ def open_evaluated(settings: Settings, saved: dict[str, Any]) -> Corpora:
         data = dataclasses.replace(data, raw=None)
     elif data.raw is not None and data.tokenizer == own["tokenizer"]:
         data = _prepared_alike(settings, data, own, saved["tokenizer_digest"])
-    given = dataclasses.replace(settings, data=data)
-    return open_corpora(given, accept=functools.partial(_check, given, saved))
+    settings = dataclasses.replace(settings, data=data)
+    return open_corpora(settings, functools.partial(_usable, settings, saved))
 
 
 def _prepared_alike(settings: Settings, data: DataSettings, own: dict[str, Any], digest: str) -> DataSettings:
@@ -64,14 +73,18 @@ def _prepared_alike(settings: Settings, data: DataSettings, own: dict[str, Any],
     return dataclasses.replace(data, tokenizer=str(tokenizer), corpus=corpus)
 
 
-def _check(settings: Settings, saved: dict[str, Any], corpora: Corpora) -> None:
+def _usable(settings: Settings, saved: dict[str, Any], corpora: Corpora) -> Evaluated:
     """Refuses corpora that the checkpoint cannot be evaluated on. Raises UserError."""
-    tokenizer = corpora[0][0].tokenizer
+    own, tokenizer = saved["settings"]["data"], corpora[0][0].tokenizer
     if tokenizer.digest != saved["tokenizer_digest"]:
-        raise UserError(f"data.corpus={settings.data.corpus}: prepared with another tokenizer (model.vocab_size="
-                        f"{tokenizer.vocab_size}) than the model in {settings.run_dir} was trained with; "
-                        f"{_how_to_prepare(settings, saved['settings']['data'], 'NEW')}")
-    make_validation_batches(settled(settings, corpora), corpora)
+        where = settings.data.corpus if isinstance(settings.data.corpus, str) else _own_corpus(settings, own)
+        raise UserError(f"data.corpus={where}: prepared with another tokenizer (model.vocab_size={tokenizer.vocab_size}) than "
+                        f"the model in {settings.run_dir} was trained with; {_how_to_prepare(settings, own, 'NEW')}")
+    settings = settled(settings, corpora)
+    validation = make_validation_batches(settings, corpora)
+    if validation is None:
+        raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
+    return Evaluated(settings, corpora, validation)
 
 
 def _how_to_prepare(settings: Settings, own: dict[str, Any], corpus: str) -> str:

@@ -6,15 +6,12 @@ import jax
 
 from jaxlm.checkpoints.checkpoints import Checkpoints
 from jaxlm.console.progress import print_line
-from jaxlm.errors import UserError
 from jaxlm.runtime import processes
 from jaxlm.settings import Settings, to_dict
 from jaxlm.training.baseline import beside, check_baseline
 from jaxlm.training.changes import MODEL_KEYS, START_KEY, refuse_changes
-from jaxlm.training.corpora import settled
 from jaxlm.training.evaluated_text import describe, open_evaluated
 from jaxlm.training.evaluation import evaluate_run
-from jaxlm.training.feed import make_validation_batches
 from jaxlm.training.length import with_any_steps
 from jaxlm.training.origin import say_which
 from jaxlm.training.setup import lay_mesh
@@ -31,14 +28,9 @@ def evaluate_checkpoint(settings: Settings, with_baseline: bool = False) -> dict
     with Checkpoints(settings.run_dir) as checkpoints, jax.set_mesh(mesh):
         step = checkpoints.choose(settings.checkpoint.step)
         saved = checkpoints.metadata(step)
-        corpora = open_evaluated(settings, saved)
-        trainer = start(with_any_steps(settled(settings, corpora)), mesh)
+        settings, corpora, validation = open_evaluated(settings, saved)
+        trainer = start(with_any_steps(settings), mesh)
         refuse_changes(MODEL_KEYS | START_KEY, saved["settings"], to_dict(trainer.settings), checkpoints.directory)
-        if saved["tokenizer_digest"] != corpora[0][0].tokenizer.digest:
-            raise UserError(f"data.corpus: prepared with another tokenizer than the model in {settings.run_dir} was trained with")
-        validation = make_validation_batches(trainer.settings, corpora)
-        if validation is None:
-            raise UserError("data.validation: this corpus holds no validation text; prepare one with data.validation above 0")
         say_which(checkpoints.directory, step)
         if processes.is_main():
             print_line(describe(corpora))

@@ -28,7 +28,7 @@ from jaxlm.storage.files import as_path, plain, write_text
 from jaxlm.tasks.find import find_task
 from jaxlm.training.clock import Clock
 from jaxlm.training.evaluation import Evaluated, evaluate_run
-from jaxlm.training.feed import SkippedRows, abstract_batch, make_validation_batches, on_devices, place_in_schedule
+from jaxlm.training.feed import SkippedRows, abstract_batch, on_devices, place_in_schedule
 from jaxlm.training.length import Hours
 from jaxlm.training.stages import Stage
 from jaxlm.training.step import Batch, Trainer, TrainState, as_saved
@@ -80,7 +80,7 @@ class Loop:
         self.trainer, self.checkpoints, self.output, self.watch = trainer, checkpoints, output, watch
         self.settings, self.guards, self.account = trainer.settings, trainer.settings.guards, output.account
         self.batches, self.hours = stage.batches, None
-        self.validation = make_validation_batches(trainer.settings, stage.corpora)
+        self.validation = stage.validation
         self.preemption = Preemption()
         if trainer.settings.logging.samples_every_steps and sample is None:
             output.progress.print("WARNING: logging.samples_every_steps: there is nothing to show samples of, so none are made")

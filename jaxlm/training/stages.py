@@ -17,16 +17,15 @@ from jax.sharding import Mesh
 
 from jaxlm.checkpoints.manifest import CHECKPOINTS, Damaged, newest_step, read_manifest
 from jaxlm.data.batches import Batches
-from jaxlm.data.corpus import TOKENIZER
+from jaxlm.data.corpus import TOKENIZER, Corpus
 from jaxlm.data.manifest import MANIFEST
 from jaxlm.data.randomness import STAGE, make_keys
 from jaxlm.errors import UserError
 from jaxlm.settings import ScheduleSettings, Settings, to_dict
 from jaxlm.stages import STAGES, check_schedule, goes_its_own_way, in_stage, stages_of
 from jaxlm.storage.files import Location, as_path, exists
-from jaxlm.tasks.find import find_task
-from jaxlm.training.corpora import Corpora, check_corpora, open_corpora, settled
-from jaxlm.training.length import schedule_of, with_steps
+from jaxlm.training.corpora import Corpora, Opened, open_corpora, usable
+from jaxlm.training.length import schedule_of
 from jaxlm.training.setup import lay
 
 
@@ -39,6 +38,7 @@ class Stage(NamedTuple):
     mesh: Mesh
     corpora: Corpora
     batches: Batches  # batch 0 is that of step `start` + 1
+    validation: Batches | None
     start: int = 0  # steps of the stages before it
     epochs: float = 0.0  # of the stages before it
     schedule_start: int = 0  # the step before the first of its schedule: the run's, or the stage's own
@@ -85,15 +85,15 @@ def open_stages(settings: Settings, laid: Sequence[tuple[Settings, Mesh]]) -> li
     stages: list[Stage] = []
     opened: dict[str, Corpora] = {}
     for number, (own, mesh) in enumerate(laid, 1):
-        with in_stage(number if settings.stages else None):
+        with in_stage(number if settings.stages else None), jax.set_mesh(mesh):
             alone = not settings.stages or goes_its_own_way(settings.stages[number - 1])
             checked = own if alone else replace(own, schedule=ScheduleSettings())  # the run's is longer than the stage
-            corpora = _corpora(checked, opened, stages[0].corpora if stages else None)
-            resolved = settled(checked, corpora)
-            batches = find_task(replace(resolved, seed=data_seed(own.seed, number))).training_batches(corpora)
-            resolved = replace(with_steps(resolved, batches), schedule=own.schedule)
+            own_order = replace(checked, seed=data_seed(own.seed, number))
+            found = _opened(own_order, opened, stages[0].corpora[0][0] if stages else None)
+            resolved = replace(found.settings, seed=own.seed, schedule=own.schedule)
         before = stages[-1] if stages else None
-        stage = Stage(number, len(settings.stages), resolved, mesh, corpora, batches, before.stop if before else 0,
+        stage = Stage(number, len(settings.stages), resolved, mesh, found.corpora, found.training, found.validation,
+                      before.stop if before else 0,
                       before.epochs + before.settings.train.steps * _epochs(before.batches) if before else 0.0)
         stages.append(stage._replace(schedule_start=stage.start, schedule_steps=resolved.train.steps) if alone else stage)
     if settings.stages:
@@ -109,26 +109,27 @@ def data_seed(seed: int, number: int) -> int:
 def prepare_stages(settings: Settings) -> list[Corpora]:
     """The corpora of all stages, each once. Raises UserError."""
     opened: dict[str, Corpora] = {}
+    first = None
     for number, own in enumerate(stages_of(settings), 1):
         with in_stage(number):
-            _corpora(replace(own, schedule=ScheduleSettings()), opened, next(iter(opened.values()), None))
+            found = _opened(replace(own, schedule=ScheduleSettings()), opened, first)
+            first = first or found.corpora[0][0]
     return list(opened.values())
 
 
-def _corpora(own: Settings, opened: dict[str, Corpora], firsts: Corpora | None) -> Corpora:
-    """Those of a stage; the same ones as an earlier stage's where it names the same. `firsts`: of the first stage."""
+def _opened(own: Settings, opened: dict[str, Corpora], first: Corpus | None) -> Opened:
+    """What a stage reads: the same corpora as an earlier stage where it names the same. `first`: of the first stage."""
     place = json.dumps([own.data.corpus, own.data.raw])
     if place in opened:
-        check_corpora(own, opened[place])
-        return opened[place]
-    first = firsts and firsts[0][0]
+        return usable(own, opened[place])
     if first and isinstance(own.data.corpus, str) and not exists(as_path(own.data.corpus) / MANIFEST):
         own = replace(own, data=replace(own.data, tokenizer=str(first.directory / TOKENIZER)))  # the weights know it
-    opened[place] = corpora = open_corpora(own, accept=functools.partial(check_corpora, own))
-    if first and corpora[0][0].tokenizer.digest != first.tokenizer.digest:
-        raise UserError(f"data.corpus: {corpora[0][0].directory} was prepared with another tokenizer than {first.directory}; "
-                        f"prepare it with data.tokenizer={first.directory / TOKENIZER}")
-    return corpora
+    found = open_corpora(own, functools.partial(usable, own))
+    opened[place] = found.corpora
+    if first and found.corpora[0][0].tokenizer.digest != first.tokenizer.digest:
+        raise UserError(f"data.corpus: {found.corpora[0][0].directory} was prepared with another tokenizer than "
+                        f"{first.directory}; prepare it with data.tokenizer={first.directory / TOKENIZER}")
+    return found
 
 
 def _epochs(batches: Batches) -> float:

@@ -119,13 +119,13 @@ def test_a_manifest_of_before_knows_sizes_only(folder):
 
 def test_a_start_says_it_once_and_a_fresh_corpus_has_its_notes(folder, capsys):
     settings = Settings(run_dir="run", data=data(validation=0.3))
-    open_corpora(settings)
+    open_corpora(settings, list)
     first = capsys.readouterr().err
     assert "note: 1 file in in was passed over: .json without records 1\n" in first and "is not what" not in first
-    open_corpora(settings)
+    open_corpora(settings, list)
     assert capsys.readouterr().err == ""
     write_later(folder / "in" / "0.txt", "edited")
-    open_corpora(settings)
+    open_corpora(settings, list)
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("note: data.raw is not what ") and "1 file changed (in/0.txt: 17 to 6 bytes)" in line
     assert Corpus("run/corpus").train.num_documents > 0
