@@ -23,7 +23,7 @@ class Discounts(NamedTuple):
     kind: str  # modified, or what stands in where there are too few n-grams to estimate from
 
 
-class Weights(NamedTuple):
+class Shares(NamedTuple):
     """The two parts of a probability, for one order and one way of counting."""
 
     own: np.ndarray  # float64 [n], of each n-gram: its discounted share of its context
@@ -76,7 +76,7 @@ class KneserNey:
         return place
 
 
-def _interpolated(weights: Weights, context: np.ndarray, entry: np.ndarray, lower: np.ndarray) -> np.ndarray:
+def _interpolated(weights: Shares, context: np.ndarray, entry: np.ndarray, lower: np.ndarray) -> np.ndarray:
     own, backoff = np.zeros(len(lower)), np.ones(len(lower))
     own[entry >= 0] = weights.own[entry[entry >= 0]]
     backoff[context >= 0] = weights.backoff[context[context >= 0]]
@@ -102,8 +102,8 @@ def discounts_of(counts: np.ndarray) -> Discounts:
 
 
 def weights_of(level: Level, counts: np.ndarray, discounts: np.ndarray, contexts: int, vocab_size: int, scratch: Scratch
-               ) -> Weights:
-    """Weights of a level's n-grams by some way of counting them; the level below has `contexts` of them."""
+               ) -> Shares:
+    """Shares of a level's n-grams by some way of counting them; the level below has `contexts` of them."""
     totals, taken = scratch.new(contexts, float), scratch.new(contexts, float)
     for part in chunks(len(counts)):
         context = level.keys[part] // vocab_size
@@ -117,4 +117,4 @@ def weights_of(level: Level, counts: np.ndarray, discounts: np.ndarray, contexts
     for part in chunks(contexts):
         backoff[part] = np.where(totals[part] > 0, taken[part] / np.maximum(totals[part], 1), 1)
     scratch.drop([totals, taken])
-    return Weights(own, backoff)
+    return Shares(own, backoff)

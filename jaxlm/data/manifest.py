@@ -28,7 +28,7 @@ class ShardEntry(File):
     checksums: NotRequired[File]
 
 
-class Stream(TypedDict):
+class StreamEntry(TypedDict):
     documents: Count
     tokens: Count
     bytes: Count
@@ -45,8 +45,8 @@ class Column(File):
     width: NotRequired[Annotated[int, Gt(0)]]  # of an array for each document
 
 
-class Split(Stream):
-    streams: NotRequired[dict[Literal["pair"], Stream]]  # this and the next: of labelled records
+class Split(StreamEntry):
+    streams: NotRequired[dict[Literal["pair"], StreamEntry]]  # this and the next: of labelled records
     columns: NotRequired[dict[Literal["label"], Column]]
 
 
@@ -66,7 +66,7 @@ class Splits(TypedDict):
     validation: Split
 
 
-class Source(TypedDict):
+class SourceEntry(TypedDict):
     """A file of raw text as it was read. Older manifests have no `version` and `kind`."""
 
     path: str
@@ -83,8 +83,8 @@ class Manifest(TypedDict):
     token_dtype: Literal["<u2", "<u4"]
     splits: Splits
     settings: dict[str, Any]
-    sources: list[Source]
-    passed_over: NotRequired[list[Source]]  # found in a folder, and without records
+    sources: list[SourceEntry]
+    passed_over: NotRequired[list[SourceEntry]]  # found in a folder, and without records
     labels: NotRequired[LabelsEntry]
 
 

@@ -14,7 +14,7 @@ from jaxlm.data import tokenizer_json as parts
 from jaxlm.data.huggingface_files import ADDED, CONFIG, MAP, MERGES, MODEL_CONFIG, VOCABULARY, WORDS, object_of, text_of, words_of
 from jaxlm.data.sentencepiece_json import CONTROL, USER_DEFINED, Pieces, Sentencepiece, byte_fallback_decoder, pipeline
 from jaxlm.data.special_tokens import token_name
-from jaxlm.data.tokenizer_json import Part, Place
+from jaxlm.data.tokenizer_json import Json, Place
 from jaxlm.errors import UserError, nearest, shown
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # in the order in which transformers adds those that are missing
@@ -22,7 +22,7 @@ GENERIC = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")  # names
 # How Qwen2 cuts a text before byte-level BPE.
 QWEN_CUTS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-Pipeline = dict[str, Part | None]  # model, normalizer, pre_tokenizer, decoder
+Pipeline = dict[str, Json | None]  # model, normalizer, pre_tokenizer, decoder
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Older:
     ids: dict[str, int] = field(default_factory=dict)  # of the model's own vocabulary and, behind it, of added tokens
     free: int = 0  # the first id behind them
     own: dict[str, bool] = field(default_factory=dict)  # tokens that a SentencePiece model sets apart -> whether they are special
-    added: dict[int, Part] = field(default_factory=dict)
+    added: dict[int, Json] = field(default_factory=dict)
 
     def option(self, name: str, default: Any) -> Any:
         value = self.config.get(name)
@@ -63,7 +63,7 @@ class Kind:
 
     files: tuple[str, ...]
     pipeline: Callable[[Older], Pipeline]
-    frame: Callable[[Older], Part | None]
+    frame: Callable[[Older], Json | None]
     roles: Mapping[str, str]
 
 
@@ -90,13 +90,13 @@ def warn_of_options(older: Older) -> None:
         print_once(f"WARNING: {CONFIG}: {', '.join(ignored)} has no effect here, as in transformers 5")
 
 
-def bert_frame(older: Older) -> Part:
+def bert_frame(older: Older) -> Json:
     return pair_frame(older, "cls", ["sep"], second_type=1)
 
 
 # ------------------------------------------------------------------------------------------------------- byte-level BPE
 
-def byte_level_model(older: Older) -> Part:
+def byte_level_model(older: Older) -> Json:
     """vocab.json and merges.txt: two symbols a line, the most frequent pair first."""
     vocabulary = older.ids = ids_of(older.files)
     merges = []
@@ -136,7 +136,7 @@ def qwen2_pipeline(older: Older) -> Pipeline:
             "pre_tokenizer": parts.sequence("pretokenizers", cuts)}
 
 
-def start_end_frame(older: Older) -> Part | None:
+def start_end_frame(older: Older) -> Json | None:
     """bos and eos where tokenizer_config.json asks for them, around each text."""
     names = {role: older.role(role) for role in ("bos", "eos") if older.flag(f"add_{role}_token", False)}
     if not names:
@@ -146,7 +146,7 @@ def start_end_frame(older: Older) -> Part | None:
     return parts.template(one, one + two, older.ids)
 
 
-def roberta_frame(older: Older) -> Part:
+def roberta_frame(older: Older) -> Json:
     cls, sep = older.role("cls"), older.role("sep")
     return parts.roberta((cls, older.ids[cls]), (sep, older.ids[sep]), older.flag("trim_offsets", True),
                          older.flag("add_prefix_space", False))
@@ -191,7 +191,7 @@ def merges_by_id(ids: Mapping[str, int]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, left, right in sorted(found, key=lambda merge: merge[:2])]
 
 
-def words_pipeline(older: Older, found: Sentencepiece, pieces: Pieces, unknown: int, before: Iterable[Part] = ()) -> Pipeline:
+def words_pipeline(older: Older, found: Sentencepiece, pieces: Pieces, unknown: int, before: Iterable[Json] = ()) -> Pipeline:
     """Unigram over words: cut at blanks, each with one before it (XLM-RoBERTa, ALBERT, T5)."""
     older.ids = {piece: number for number, (piece, _) in enumerate(pieces)}
     blank = parts.metaspace("always" if older.flag("add_prefix_space", True) else "never")
@@ -236,16 +236,16 @@ def t5_pipeline(older: Older) -> Pipeline:
     return words_pipeline(older, found, [*found.pieces, *((name, 0.0) for name in extra)], 2)
 
 
-def double_frame(older: Older) -> Part:
+def double_frame(older: Older) -> Json:
     return pair_frame(older, "bos", ["eos", "eos"], second_type=0)
 
 
-def t5_frame(older: Older) -> Part:
+def t5_frame(older: Older) -> Json:
     end = (older.role("eos"), 0)
     return parts.template([("$A", 0), end], [("$A", 0), end, ("$B", 0), end], older.ids)
 
 
-def pair_frame(older: Older, start: str, between: list[str], second_type: int) -> Part:
+def pair_frame(older: Older, start: str, between: list[str], second_type: int) -> Json:
     """start A between[0], or start A between B between[0]."""
     def places(roles: Iterable[str], kind: int) -> list[Place]:
         return [(older.role(role), kind) for role in roles]
@@ -391,10 +391,10 @@ def extra_tokens(older: Older) -> list[Any]:
     return [token for token in (found.values() if isinstance(found, dict) else found) if token_name(token)]
 
 
-def declared_tokens(older: Older, special: set[str]) -> dict[int, Part]:
+def declared_tokens(older: Older, special: set[str]) -> dict[int, Json]:
     """Of tokenizer_config.json (added_tokens_decoder), or of added_tokens.json."""
     decoder = older.config.get("added_tokens_decoder")
-    found: dict[int, Part] = {}
+    found: dict[int, Json] = {}
     if decoder is not None:
         for key, token in decoder.items() if isinstance(decoder, dict) else [("", decoder)]:
             if not key.isdecimal() or not token_name(token) or not isinstance(token, dict):
@@ -411,7 +411,7 @@ def declared_tokens(older: Older, special: set[str]) -> dict[int, Part]:
     return found
 
 
-def add(older: Older, name: str, number: int, token: Part) -> None:
+def add(older: Older, name: str, number: int, token: Json) -> None:
     """UserError unless the id is the token's own, or the first behind the vocabulary."""
     own = older.ids.get(name)
     if own is not None and own != number:

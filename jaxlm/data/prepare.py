@@ -62,7 +62,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Plan:
+class Preparation:
     """What there is to do. The user's own validation text, if any, is the first `num_validation` units."""
 
     data: DataSettings
@@ -201,7 +201,7 @@ def check_place(data: DataSettings, directory: Location, vocab_size: int | None)
 
 
 def make_plan(data: DataSettings, settings: dict[str, Any], vocab_size: int | None, partial: Path,
-              task: TaskSettings | None) -> Plan:
+              task: TaskSettings | None) -> Preparation:
     """Finds the files, looks at each, and checks what can be checked before any work. Pipes are copied into
     `partial`."""
     tokenizer = stages.given_tokenizer(data)
@@ -232,8 +232,8 @@ def make_plan(data: DataSettings, settings: dict[str, Any], vocab_size: int | No
     identity = [RECORDS_FORMAT if task else FORMAT, settings, state, [unit.bytes for unit in units],
                 tokenizer.digest if tokenizer else None]
     fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return Plan(data, vocab_size, settings, units, len(validation_units), reading, passed_over, notes, tokenizer, fingerprint,
-                task)
+    return Preparation(data, vocab_size, settings, units, len(validation_units), reading, passed_over, notes, tokenizer,
+                       fingerprint, task)
 
 
 def refuse_useless_keys(data: DataSettings, files: list[SourceFile], units: list[sources.Unit], reading: Reading) -> None:
@@ -253,7 +253,7 @@ def refuse_useless_keys(data: DataSettings, files: list[SourceFile], units: list
 
 # ---------------------------------------------------------------------------------------------------------------- build
 
-def build(plan: Plan, folder: Path, processes: int) -> None:
+def build(plan: Preparation, folder: Path, processes: int) -> None:
     """Runs the stages; `folder/corpus` is complete when its manifest is there, and then the only thing left."""
     for other in folder.parent.iterdir():  # of an interrupted preparation with other settings or files
         if other.is_dir() and other != folder:
@@ -296,7 +296,7 @@ def build(plan: Plan, folder: Path, processes: int) -> None:
     shutil.rmtree(work, ignore_errors=True)
 
 
-def clean(plan: Plan, workers: Workers) -> tuple[Cleaned, list[Result]]:
+def clean(plan: Preparation, workers: Workers) -> tuple[Cleaned, list[Result]]:
     tasks = [CleanTask(unit, plan.reading, plan.data.cleaning) for unit in plan.units]
     results = workers.run("read", stages.clean_unit, tasks, [unit.bytes for unit in plan.units], "bytes")
     refuse_many_replaced(results)
@@ -304,7 +304,7 @@ def clean(plan: Plan, workers: Workers) -> tuple[Cleaned, list[Result]]:
     return Cleaned([workers.stem("read", number) for number in range(len(tasks))], first), results
 
 
-def select(plan: Plan, cleaned: Cleaned, results: list[Result], path: Path) -> np.ndarray:
+def select(plan: Preparation, cleaned: Cleaned, results: list[Result], path: Path) -> np.ndarray:
     def why(held_out: bool) -> str:
         return why_dropped(plan.data, results[:plan.num_validation] if held_out else results[plan.num_validation:])
 
@@ -314,14 +314,14 @@ def select(plan: Plan, cleaned: Cleaned, results: list[Result], path: Path) -> n
     return np.load(path)
 
 
-def choose_tokenizer(plan: Plan, cleaned: Cleaned, fate: np.ndarray, folder: Path) -> Tokenizer:
+def choose_tokenizer(plan: Preparation, cleaned: Cleaned, fate: np.ndarray, folder: Path) -> Tokenizer:
     if not (folder / DESCRIPTION).exists():
         tokenizer = plan.tokenizer or stages.make_tokenizer(cleaned, fate, plan.data, plan.vocab_size)
         tokenizer.save(folder)
     return load_tokenizer(folder)
 
 
-def tokenize(plan: Plan, workers: Workers, cleaned: Cleaned, fate: np.ndarray, tokenizer: Path, tail: Fraction | None,
+def tokenize(plan: Preparation, workers: Workers, cleaned: Cleaned, fate: np.ndarray, tokenizer: Path, tail: Fraction | None,
              dtype: np.dtype) -> list[Result]:
     bounds = list(zip(cleaned.first, cleaned.first[1:], strict=False))
     tasks = [TokenizeTask(stem, fate[start:stop], tokenizer, tail, dtype, plan.streams)
@@ -329,7 +329,7 @@ def tokenize(plan: Plan, workers: Workers, cleaned: Cleaned, fate: np.ndarray, t
     return workers.run("tokenize", stages.tokenize_unit, tasks, [stop - start for start, stop in bounds], "documents")
 
 
-def write_split(plan: Plan, split: str, workers: Workers, counts: list[Result], corpus: Path, dtype: np.dtype) -> Result:
+def write_split(plan: Preparation, split: str, workers: Workers, counts: list[Result], corpus: Path, dtype: np.dtype) -> Result:
     """The streams of one split, and their entry in the manifest: the first one's, with the others in it."""
     entry, *others = [write_stream(stream_name(split, stream), workers, counts, corpus, plan.data.shard_tokens, dtype)
                       for stream in plan.streams]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxlm.data import tokenizer_json as parts
-from jaxlm.data.tokenizer_json import Part
+from jaxlm.data.tokenizer_json import Json
 from jaxlm.errors import UserError
 
 MARK = "\u2581"  # a blank inside a piece
@@ -66,7 +66,7 @@ class Sentencepiece:
         return [piece.piece for piece in self.proto.pieces if piece.type in types]
 
     @property
-    def charsmap(self) -> Part | None:
+    def charsmap(self) -> Json | None:
         """Its normalization rules."""
         rules = self.proto.normalizer_spec.precompiled_charsmap
         return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(rules).decode()} if rules else None
@@ -77,7 +77,7 @@ class Sentencepiece:
         return charsmap_rules(self.proto.normalizer_spec.precompiled_charsmap)
 
 
-def pipeline(found: Sentencepiece, blanks: bool = False) -> dict[str, Part | None]:
+def pipeline(found: Sentencepiece, blanks: bool = False) -> dict[str, Json | None]:
     """model, normalizer, pre_tokenizer and decoder.
 
     Args:
@@ -94,14 +94,14 @@ def pipeline(found: Sentencepiece, blanks: bool = False) -> dict[str, Part | Non
             "pre_tokenizer": parts.sequence("pretokenizers", cuts), "decoder": byte_fallback_decoder(prefix, escaped)}
 
 
-def byte_fallback_decoder(prefix: bool, escaped: bool = True) -> Part | None:
+def byte_fallback_decoder(prefix: bool, escaped: bool = True) -> Json | None:
     """Blanks for U+2581, characters for bytes, and the first blank away where one was put before the text."""
     found = [*([parts.replace(MARK, " ")] if escaped else []), {"type": "ByteFallback"}, {"type": "Fuse"},
              *([parts.strip_start()] if prefix else [])]
     return parts.sequence("decoders", found)
 
 
-def normalization(found: Sentencepiece, prefix: bool, escaped: bool) -> list[Part]:
+def normalization(found: Sentencepiece, prefix: bool, escaped: bool) -> list[Json]:
     """Rules, blanks that are too many, the blank before a text, U+2581 for blanks: in SentencePiece's order."""
     steps = rule_steps(found)
     if found.proto.normalizer_spec.remove_extra_whitespaces:  # unescaped, a text is read in the parts between its U+2581
@@ -112,7 +112,7 @@ def normalization(found: Sentencepiece, prefix: bool, escaped: bool) -> list[Par
     return [*steps, parts.replace(" ", MARK)] if escaped else steps
 
 
-def rule_steps(found: Sentencepiece) -> list[Part]:
+def rule_steps(found: Sentencepiece) -> list[Json]:
     """The rules; those that delete a character before the others, since `tokenizers` 0.23 fails at them."""
     if not found.charsmap:
         return []
@@ -187,7 +187,7 @@ def vocabulary(found: Sentencepiece, blanks: bool = False) -> list[str]:
     return [named(piece.piece, blanks and piece.type in (NORMAL, UNUSED, USER_DEFINED)) for piece in found.proto.pieces]
 
 
-def bpe_model(found: Sentencepiece, blanks: bool) -> Part:
+def bpe_model(found: Sentencepiece, blanks: bool) -> Json:
     """Every way to make a piece of two others, the best score first."""
     rank = {named(piece.piece, blanks): (-piece.score, number) for number, piece in enumerate(found.proto.pieces)
             if piece.type == NORMAL}
@@ -198,7 +198,7 @@ def bpe_model(found: Sentencepiece, blanks: bool) -> Part:
                      byte_fallback=found.proto.trainer_spec.byte_fallback, ignore_merges=cut_user_defined(found) is not None)
 
 
-def unigram_model(found: Sentencepiece, blanks: bool) -> Part:
+def unigram_model(found: Sentencepiece, blanks: bool) -> Json:
     """Control tokens and bytes are so improbable that any other way to spell them is taken."""
     normal = [piece.score for piece in found.proto.pieces if piece.type == NORMAL]
     lowest, highest = min(normal, default=0.0), max(normal, default=0.0)

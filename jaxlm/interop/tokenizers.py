@@ -19,7 +19,7 @@ from jaxlm.data.framing import Framing
 from jaxlm.data.huggingface_files import CONFIG, MAP, TOKENIZER
 from jaxlm.data.sentencepiece_json import CONTROL, Sentencepiece, pipeline, vocabulary
 from jaxlm.data.special_tokens import SpecialTokens
-from jaxlm.data.tokenizer_json import Part
+from jaxlm.data.tokenizer_json import Json
 from jaxlm.data.tokenizers import (
     MODEL_FILE,
     ByteTokenizer,
@@ -168,7 +168,7 @@ def characters_content(tokenizer: CharacterTokenizer, framing: Framing) -> bytes
                           post_processor=post_processor(framing, names))
 
 
-def post_processor(framing: Framing, names: dict[int, str]) -> Part | None:
+def post_processor(framing: Framing, names: dict[int, str]) -> Json | None:
     return None if framing == Framing() else parts.framed(framing, names)
 
 

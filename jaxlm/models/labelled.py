@@ -21,7 +21,7 @@ class Counted(NamedTuple):
     counts: Float32[Array, "C C"] | Float32[Array, "C 4"] | None = None  # true, predicted class; or see `labels_figures`
 
 
-class OneLabel(RowObjective):
+class OneLabelObjective(RowObjective):
     """One of C classes, by softmax. Labels: int32 [B]."""
 
     name = "classification"
@@ -47,7 +47,7 @@ class OneLabel(RowObjective):
         return validation(confusion_figures(terms.counts))
 
 
-class SeveralLabels(RowObjective):
+class SeveralLabelsObjective(RowObjective):
     """Any of C labels, each by a sigmoid of its own. Labels: bool [B, C]."""
 
     name = "classification"
@@ -76,7 +76,7 @@ class SeveralLabels(RowObjective):
         return validation(labels_figures(terms.counts, int(terms.all_right), int(terms.count)))
 
 
-class Score(RowObjective):
+class ScoreObjective(RowObjective):
     """A number, by the squared error. Labels: float32 [B]."""
 
     name = "regression"

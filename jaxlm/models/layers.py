@@ -28,7 +28,7 @@ from jaxlm.models.sizes import (
 )
 from jaxlm.parallel import products
 from jaxlm.parallel.dropout import fold_in
-from jaxlm.parallel.experts import Mixture, RouterSums, mixture
+from jaxlm.parallel.experts import MixtureOfExperts, RouterSums, mixture
 from jaxlm.parallel.pipeline import num_stages, run_pipeline
 from jaxlm.parallel.products import TOKENS, Names, residual_axes
 from jaxlm.parallel.shapes import Array, Bool, Cache, Float, Float32, Int32, TokenKeys
@@ -265,7 +265,7 @@ class Experts(nnx.Module):
         self.gate = linear(experts | embed, inner, stddev=stddev) if activation in GATED else None
         self.down = linear(experts | inner, embed, stddev=output_stddev(settings))
         self.activation = activation
-        self.routing = Mixture(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
+        self.routing = MixtureOfExperts(settings.num_experts, settings.experts_per_token, settings.capacity_factor)
 
     @jax.named_scope("experts")
     def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], RouterSums]:

@@ -30,7 +30,7 @@ KERNELS = {"up": ("experts", "embed", "mlp"), "gate": ("experts", "embed", "mlp"
 SENT = "sent_to_experts"  # what an exchange has brought: to come by it again, it would have to travel again
 
 
-class Mixture(NamedTuple):
+class MixtureOfExperts(NamedTuple):
     """Static facts of a mixture."""
 
     num_experts: int
@@ -48,11 +48,11 @@ class RouterSums(NamedTuple):
     dropped: Float32[Array, ""]  # choices that found their expert full
 
 
-Run = Callable[[Array, Array | None], Array]  # experts' MLPs over rows sorted by expert, and how many each has; or [E, C, D]
+ExpertMLPs = Callable[[Array, Array | None], Array]  # over rows sorted by expert, and how many each has; or [E, C, D]
 
 
 def mixture(x: Float[Array, "B T D"], router: Float32[Array, "D E"], kernels: dict[str, Float[Array, "E _ _"]],
-            activate: Callable, routing: Mixture) -> tuple[Float[Array, "B T D"], RouterSums]:
+            activate: Callable, routing: MixtureOfExperts) -> tuple[Float[Array, "B T D"], RouterSums]:
     """The residual stream through the experts, back into it.
 
     Args:
@@ -87,7 +87,7 @@ class MixtureCuts(NamedTuple):
 # ---- one device ------------------------------------------------------------------------------------------------------
 
 def _mixture(x: Float[Array, "B T_own D"], router: Float32[Array, "D_own E"], kernels: dict[str, Float[Array, "E_own _ _"]], *,
-             activate: Callable, routing: Mixture, cuts: MixtureCuts) -> tuple[Float[Array, "B T_own D"], RouterSums]:
+             activate: Callable, routing: MixtureOfExperts, cuts: MixtureCuts) -> tuple[Float[Array, "B T_own D"], RouterSums]:
     # The backward pass finds the products and what has travelled; kernels are fetched for it again.
     policy = jax.checkpoint_policies.save_only_these_names("mlp_hidden", SENT)
     run = jax.checkpoint(functools.partial(_routed, activate=activate, routing=routing, cuts=cuts), policy=policy)
@@ -95,7 +95,7 @@ def _mixture(x: Float[Array, "B T_own D"], router: Float32[Array, "D_own E"], ke
 
 
 def _routed(x: Float[Array, "B T_own D"], router: Float32[Array, "D_own E"], kernels: dict[str, Float[Array, "E_own _ _"]], *,
-            activate: Callable, routing: Mixture, cuts: MixtureCuts) -> tuple[Float[Array, "B T_own D"], RouterSums]:
+            activate: Callable, routing: MixtureOfExperts, cuts: MixtureCuts) -> tuple[Float[Array, "B T_own D"], RouterSums]:
     x = gather(x, cuts.scattered, axis=1)
     rows, length, width = x.shape
     tokens = x.reshape(-1, width)
@@ -115,8 +115,8 @@ def _routed(x: Float[Array, "B T_own D"], router: Float32[Array, "D_own E"], ker
     return out, _router_sums(logits.reshape(rows, length, -1), chosen.reshape(rows, length, -1), dropped, routing, cuts)
 
 
-def _router_sums(logits: Float32[Array, "B T E"], chosen: Int32[Array, "B T k"], dropped: Float32[Array, ""], routing: Mixture,
-                 cuts: MixtureCuts) -> RouterSums:
+def _router_sums(logits: Float32[Array, "B T E"], chosen: Int32[Array, "B T k"], dropped: Float32[Array, ""],
+                 routing: MixtureOfExperts, cuts: MixtureCuts) -> RouterSums:
     length = logits.shape[1] * _size(cuts.sequence)
     picks = jax.nn.one_hot(chosen, routing.num_experts).sum((1, 2))  # [B, E]
     probability = sum_over(jax.nn.softmax(logits).sum(1), cuts.sequence)
@@ -126,8 +126,8 @@ def _router_sums(logits: Float32[Array, "B T E"], chosen: Int32[Array, "B T k"],
     return RouterSums(sum_over(balance, rows), *(sum_over(part, cuts.tokens) for part in (z, picks.sum(0), dropped)))
 
 
-def _dropless(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights: Float32[Array, "n k"], experts: Run,
-              routing: Mixture, cuts: MixtureCuts) -> Float32[Array, "n D"]:
+def _dropless(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights: Float32[Array, "n k"], experts: ExpertMLPs,
+              routing: MixtureOfExperts, cuts: MixtureCuts) -> Float32[Array, "n D"]:
     """Each token's sum over its experts."""
     order = jnp.argsort(chosen.ravel())  # stable
     rows, sizes = tokens[order // routing.per_token], jnp.bincount(chosen.ravel(), length=routing.num_experts)
@@ -149,7 +149,7 @@ def _dropless(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights:
 # do not reach. Results go back through the inverse of that sort and the same exchange, and `slots` puts each where
 # it came from. Padding must be zeroed on the way back: beyond its sizes a grouped product promises nothing, and
 # runs of neighbours overlap in `slots`, so what is not zero there would be added to somebody else's row.
-def _there_and_back(rows: Float[Array, "m D"], sizes: Int32[Array, " E"], experts: Run, cuts: MixtureCuts
+def _there_and_back(rows: Float[Array, "m D"], sizes: Int32[Array, " E"], experts: ExpertMLPs, cuts: MixtureCuts
                     ) -> Float[Array, "m D"]:
     """`experts` for sorted rows of which expert e has sizes[e], on the devices where the experts are."""
     devices, most = _size(cuts.experts), len(rows)
@@ -169,8 +169,8 @@ def _there_and_back(rows: Float[Array, "m D"], sizes: Int32[Array, " E"], expert
     return jnp.zeros((most, rows.shape[1]), returned.dtype).at[slots].add(returned, mode="drop")
 
 
-def _with_capacity(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights: Float32[Array, "n k"], experts: Run,
-                   routing: Mixture, cuts: MixtureCuts) -> tuple[Float32[Array, "n D"], Float32[Array, ""]]:
+def _with_capacity(tokens: Float[Array, "n D"], chosen: Int32[Array, "n k"], weights: Float32[Array, "n k"], experts: ExpertMLPs,
+                   routing: MixtureOfExperts, cuts: MixtureCuts) -> tuple[Float32[Array, "n D"], Float32[Array, ""]]:
     """The same, and how many choices found their expert full."""
     number = routing.num_experts
     capacity = max(1, round(routing.capacity_factor * len(tokens) * routing.per_token / number))

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxlm.planning.dataflow import Dataflow, Origin
+from jaxlm.planning.dataflow import Dataflow, ProgramValue
 from jaxlm.planning.hlo import Module, Operation, array_sizes
 from jaxlm.planning.plan import Collective
 
@@ -117,7 +117,7 @@ def _as_asked(sum_of_all: Exchange, operation: Operation, computation: str, flow
         yield sum_of_all._replace(kind=kind, size=part if kind == "all-reduce" else part / 2)
 
 
-def _is_padded(operand: Origin, flow: Dataflow, pieces: int) -> bool:
+def _is_padded(operand: ProgramValue, flow: Dataflow, pieces: int) -> bool:
     """Whether an array is one of so many pieces, in its place among zeros."""
     padded = operand.operation
     if padded is None or padded.opcode != "dynamic-update-slice":

@@ -18,7 +18,7 @@ FUSIONS = ("fusion", "fusion-start")
 Around = tuple[str, Operation, Any] | None  # the computation that a fusion stands in, the fusion, and what is around that
 
 
-class Origin(NamedTuple):
+class ProgramValue(NamedTuple):
     """An operation, None where it is not known; its computation, and the fusion in which that stands."""
 
     operation: Operation | None
@@ -120,7 +120,7 @@ class Dataflow:
         results = self.results(fusion.called[0])
         return self.written(fusion.called[0], results[number]) if number < len(results) else 1.0
 
-    def origin(self, computation: str, name: str, around: Around = None) -> Origin:
+    def origin(self, computation: str, name: str, around: Around = None) -> ProgramValue:
         """What makes a value, behind fusions and other forms of it."""
         value = self.find(computation, name)
         while value is not None:
@@ -136,9 +136,9 @@ class Dataflow:
                 value = self.find(computation, fusion.operands[number])
             else:
                 break
-        return Origin(value, computation, around)
+        return ProgramValue(value, computation, around)
 
-    def operand(self, origin: Origin, number: int) -> Origin:
+    def operand(self, origin: ProgramValue, number: int) -> ProgramValue:
         """The same of one of the operands of what was found."""
         return self.origin(origin.computation, origin.operation.operands[number], origin.around)
 

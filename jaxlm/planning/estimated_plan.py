@@ -87,7 +87,7 @@ EXPOSED = {chip.kind: GPU_EXPOSED for chip in GPUS.values()} | {
     "TPU v5 lite": {"all-gather": 0.2}, "TPU7x": {"all-gather": 0.12, "reduce-scatter": 0.08}}
 
 
-class Head(NamedTuple):
+class HeadShare(NamedTuple):
     """What one device has of the output head, in one micro-batch."""
 
     rows: int  # of the table
@@ -125,7 +125,7 @@ def estimated_plan(settings: Settings, target: Target) -> Plan:
                 largest, None)
 
 
-def head_of(settings: Settings, sizes: Sizes, target: Target, tokens: float) -> Head:
+def head_of(settings: Settings, sizes: Sizes, target: Target, tokens: float) -> HeadShare:
     """The head of so many tokens; in chunks as `jaxlm.models.loss` takes them."""
     model, length = settings.model, settings.data.sequence_length
     rows, positions = padded_vocab_size(model.vocab_size) // sizes["tensor"], tokens * predictions(settings) / length
@@ -133,12 +133,12 @@ def head_of(settings: Settings, sizes: Sizes, target: Target, tokens: float) -> 
     each = max(1, round(positions / sequences))
     memory = logits_memory(settings, sizes, target.platform, target.device_kind)
     chunk = loss_chunk(each, sequences, rows, model.hidden_size, settings.train.loss_chunk, memory)
-    return Head(rows, positions, sequences * chunk, math.ceil(each / chunk))
+    return HeadShare(rows, positions, sequences * chunk, math.ceil(each / chunk))
 
 
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
-def memory_of(settings: Settings, sizes: Sizes, share: Share, head: Head, habits: Habits, state: dict[str, float]
+def memory_of(settings: Settings, sizes: Sizes, share: Share, head: HeadShare, habits: Habits, state: dict[str, float]
               ) -> tuple[Memory, list[Buffer]]:
     """The larger of two moments: the head with all layers' activations kept, and the first layer of the backward
     pass."""
@@ -171,7 +171,7 @@ def memory_of(settings: Settings, sizes: Sizes, share: Share, head: Head, habits
     return Memory(round(arguments), round(temporaries), round(on_host), round(arguments + temporaries)), largest
 
 
-def _head_memory(settings: Settings, head: Head, habits: Habits) -> float:
+def _head_memory(settings: Settings, head: HeadShare, habits: Habits) -> float:
     element, width = element_size(settings), settings.model.hidden_size
     logits, states = FLOAT32 * head.chunk * head.rows, (2 * element + FLOAT32) * head.positions * width
     return (element + FLOAT32) * head.rows * width + habits.logits * logits + states
@@ -227,7 +227,8 @@ def recompute(settings: Settings) -> dict[str, bool]:
     return {name: choices.get(name) == "recompute" for name in ACTIVATIONS}
 
 
-def memory_traffic(settings: Settings, sizes: Sizes, share: Share, head: Head, habits: Habits, state: dict[str, float]) -> float:
+def memory_traffic(settings: Settings, sizes: Sizes, share: Share, head: HeadShare, habits: Habits, state: dict[str, float]
+                   ) -> float:
     """Bytes: products' operands and results, elementwise work as a multiple of them, the head's chunks, the
     optimizer."""
     model, element = settings.model, element_size(settings)

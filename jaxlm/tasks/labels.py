@@ -19,7 +19,7 @@ Words = dict[str, Any]
 
 
 class OneLabel:
-    kind = "OneLabel"  # of `jaxlm.models.labelled`
+    kind = "OneLabelObjective"  # of `jaxlm.models.labelled`
     figures = SHARES | {"matthews": "max"}  # of an evaluation, and whether more is better; the first is the usual one
 
     def __init__(self, names: tuple[str, ...]):
@@ -62,7 +62,7 @@ class OneLabel:
 
 
 class SeveralLabels(OneLabel):
-    kind = "SeveralLabels"
+    kind = "SeveralLabelsObjective"
     figures = {"micro_f1": "max"} | SHARES
 
     def spec(self) -> Spec:
@@ -89,7 +89,7 @@ class SeveralLabels(OneLabel):
 
 
 class Score(OneLabel):
-    kind = "Score"
+    kind = "ScoreObjective"
     figures = CLOSENESS
 
     def __init__(self, names: tuple[str, ...] = ()):

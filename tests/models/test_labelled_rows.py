@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import scipy.special
 
-from jaxlm.models.labelled import OneLabel, Score, SeveralLabels
+from jaxlm.models.labelled import OneLabelObjective, ScoreObjective, SeveralLabelsObjective
 from jaxlm.models.model import Model
 from jaxlm.settings import ModelSettings, TrainSettings
 from jaxlm.training.step import batch_sharding
@@ -15,7 +15,7 @@ from jaxlm.training.step import batch_sharding
 CLASSES = 3
 SHAPE = {"num_layers": 2, "num_heads": 2, "hidden_size": 16, "vocab_size": 300, "max_length": 32}
 FAMILIES = ("bert", "distilbert", "modernbert", "gpt")  # tanh, relu, gelu and norm, no pooler
-OBJECTIVES = {"one": OneLabel(CLASSES), "several": SeveralLabels(CLASSES), "score": Score(1)}
+OBJECTIVES = {"one": OneLabelObjective(CLASSES), "several": SeveralLabelsObjective(CLASSES), "score": ScoreObjective(1)}
 
 
 def labelled_batch(kind, rows=16, length=16, seed=0):

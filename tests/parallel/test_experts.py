@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxlm.parallel.experts import Mixture, mixture
+from jaxlm.parallel.experts import MixtureOfExperts, mixture
 from jaxlm.parallel.mesh import make_mesh
 from jaxlm.settings import MeshSettings
 
@@ -46,7 +46,7 @@ def with_gradients(function):
 
 def routed(capacity_factor):
     def run(x, router, kernels):
-        out, sums = mixture(x, router, kernels, jax.nn.silu, Mixture(EXPERTS, CHOSEN, capacity_factor))
+        out, sums = mixture(x, router, kernels, jax.nn.silu, MixtureOfExperts(EXPERTS, CHOSEN, capacity_factor))
         return out, sums.balance, sums.z, sums.load
 
     return run
@@ -66,11 +66,11 @@ def test_what_finds_its_expert_full_is_counted_and_passed_by():
     x, _, kernels, _ = draw()
     router = jnp.zeros((WIDTH, EXPERTS)).at[:, 3].set(100.0).at[:, 5].set(50.0)
     x = jnp.abs(x)  # every token wants experts 3 and 5
-    out, sums = jax.jit(lambda x: mixture(x, router, kernels, jax.nn.silu, Mixture(EXPERTS, CHOSEN, 1.0)))(x)
+    out, sums = jax.jit(lambda x: mixture(x, router, kernels, jax.nn.silu, MixtureOfExperts(EXPERTS, CHOSEN, 1.0)))(x)
     tokens, room = ROWS * LENGTH, ROWS * LENGTH * CHOSEN // EXPERTS
     np.testing.assert_array_equal(sums.load, tokens * np.isin(np.arange(EXPERTS), [3, 5]))
     assert float(sums.dropped) == 2 * (tokens - room)
     flat = np.asarray(out).reshape(tokens, WIDTH)
     assert np.abs(flat[:room]).max() > 0 and np.abs(flat[room:]).max() == 0
-    _, dropless = jax.jit(lambda x: mixture(x, router, kernels, jax.nn.silu, Mixture(EXPERTS, CHOSEN, None)))(x)
+    _, dropless = jax.jit(lambda x: mixture(x, router, kernels, jax.nn.silu, MixtureOfExperts(EXPERTS, CHOSEN, None)))(x)
     assert float(dropless.dropped) == 0
