@@ -14,6 +14,7 @@ from jaxlm.models.sizes import (
     intermediate_size,
     is_recurrent,
     kv_heads,
+    pooling,
     recurrent_width,
 )
 from jaxlm.settings import (
@@ -119,6 +120,9 @@ def model_problems(model: ModelSettings) -> Iterator[str]:
         yield f"model.global_every={model.global_every} needs local layers; set model.attention_window, or leave it null"
     if not model.first_norm and model.norm_position != "pre":
         yield "model.first_norm=false needs model.norm_position=pre; after a block every norm counts"
+    if pooling(model) == ("first" if model.causal else "last"):
+        kind, usual = ("a causal", "last") if model.causal else ("not a causal", "first")
+        yield f"model.pooling={model.pooling}: this is {kind} model; expected {usual} or mean"
     yield from rope_scaling_problems(model)
     if model.next_sentence and model.causal:
         yield f"model.next_sentence=true needs a model that is not causal, as model.family=bert is, not {model.family}"

@@ -153,6 +153,9 @@ class ModelSettings:
     pooler: Literal["tanh", "relu", "gelu"] | None = key(
         None, "what is between a sequence's state and a classifier: a dense layer with this activation (gelu: and a norm); null: "
               "the family's, or nothing")
+    pooling: Literal["first", "last", "mean"] | None = key(
+        None, "which state a classifier reads: of the first token, of the last, or the mean of all; null: the first, in causal "
+              "models the last")
     initializer_range: PositiveFloat = key(0.02, "standard deviation of the initial weights")
     scaled_initialization: bool | None = key(
         None, "layers that write into the residual stream begin smaller by the root of their number; null: the family's")

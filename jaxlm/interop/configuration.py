@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxlm.errors import UserError, clipped, nearest, shown
 from jaxlm.interop.families import FAMILIES, Family
 from jaxlm.interop.safetensors import read_json
-from jaxlm.models.sizes import head_dim, intermediate_size, kv_heads
+from jaxlm.models.sizes import head_dim, intermediate_size, kv_heads, pooling
 from jaxlm.presets import PRESETS, TRUNKS
 from jaxlm.settings import ModelSettings
 from jaxlm.storage.files import Location
@@ -120,10 +120,7 @@ def _heads(content: dict[str, Any], family: Family) -> tuple[str, ...] | None:
     if names[0] not in family.heads:
         raise _Refused(f"architectures={shown(names)}: not supported; expected one of {', '.join(family.heads)}"
                        f"{nearest(names[0], family.heads)}")
-    heads = family.heads[names[0]]
-    if "classification" in heads and content.get("classifier_pooling", "cls") != "cls":
-        raise _Refused(f"classifier_pooling={shown(content['classifier_pooling'])}: not supported; expected \"cls\"")
-    return heads
+    return family.heads[names[0]]
 
 
 def _plain_fields(content: dict[str, Any], family: Family) -> Iterator[tuple[str, str, Any]]:
@@ -308,7 +305,8 @@ def class_of(family: Family, heads: Sequence[str]) -> str | None:
 def decisive(model: ModelSettings) -> dict[str, Any]:
     """What a model computes, by key: without what has no effect, numbers that are derived filled in."""
     values = {key: value for key, value in dataclasses.asdict(model).items() if key not in WITHOUT_EFFECT}
-    values |= {"num_kv_heads": kv_heads(model), "head_dim": head_dim(model), "intermediate_size": intermediate_size(model)}
+    values |= {"num_kv_heads": kv_heads(model), "head_dim": head_dim(model), "intermediate_size": intermediate_size(model),
+               "pooling": pooling(model)}
     if model.positions == "learned":
         values |= dict.fromkeys(("rope_theta", "local_rope_theta", "rope_scaling"))
     if model.normalization == "rmsnorm":
@@ -325,7 +323,8 @@ def decisive(model: ModelSettings) -> dict[str, Any]:
 def write_fields(family: Family, model: ModelSettings, pad_token: int) -> dict[str, Any]:
     """config.json of a model, as far as `parse` goes by it. Values that the family has no word for get its own: what is
     read back differs, then."""
-    derived = {"num_kv_heads": kv_heads(model), "head_dim": head_dim(model), "intermediate_size": intermediate_size(model)}
+    derived = {"num_kv_heads": kv_heads(model), "head_dim": head_dim(model), "intermediate_size": intermediate_size(model),
+               "pooling": pooling(model)}
     content: dict[str, Any] = {"model_type": family.model_type}
     for name, field in family.fields.items():
         value = derived.get(field.key, getattr(model, field.key))

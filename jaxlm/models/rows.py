@@ -8,6 +8,7 @@ from flax import nnx
 
 from jaxlm.models.layers import ACTIVATIONS, Linear, column_parallel
 from jaxlm.models.objectives import FIRST_TOKEN, Figures, Objective
+from jaxlm.models.sizes import pooling
 from jaxlm.models.states import States
 from jaxlm.models.transformer import residual_norm
 from jaxlm.parallel.dropout import dropout, fold_in, token_keys
@@ -51,10 +52,7 @@ class RowObjective(Objective):
         return RowHead(settings, self.outputs, rngs)
 
     def logits(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B C"]:
-        """From the state of the first token ([CLS]); of a causal model from that of the last,
-        the only one that has seen all of the row (last_position int32 [B])."""
-        state = states.at(batch["last_position"][:, None])[:, :1] if network.settings.causal else states.x[:, :1]
-        return network.heads[self.name](state, states.dropout_keys)
+        return network.heads[self.name](pooled(pooling(network.settings), states, batch), states.dropout_keys)
 
     def every_logit(self, network: Any, states: States, batch: Batch) -> Float32[Array, "B C"]:
         return self.logits(network, states, batch)
@@ -67,6 +65,18 @@ class RowObjective(Objective):
 
     def predictions(self, data: DataSettings) -> int:
         return 0  # of a whole sequence; its products are not worth counting
+
+
+def pooled(how: str, states: States, batch: Batch) -> Float[Array, "B 1 D"]:
+    """The state that stands for a row: of its `first` token ([CLS]), of its `last` (last_position int32 [B]), or the
+    `mean` of all that are no padding (segment_ids > 0), summed in float32."""
+    if how == "first":
+        return states.x[:, :1]
+    if how == "last":
+        return states.at(batch["last_position"][:, None])[:, :1]
+    present = states.in_order(batch["segment_ids"] > 0)[..., None]
+    total = jnp.where(present, states.x.astype(jnp.float32), 0).sum(1, keepdims=True)
+    return (total / jnp.maximum(present.sum(1, keepdims=True), 1)).astype(states.x.dtype)
 
 
 def validation(figures: dict[str, float]) -> Figures:

@@ -49,6 +49,11 @@ def kv_heads(model: ModelSettings) -> int:
     return 0 if is_recurrent(model) else model.num_kv_heads or model.num_heads
 
 
+def pooling(model: ModelSettings) -> str:
+    """Which state stands for a whole row: `first`, `last` or `mean`. In a causal model only the last has seen all."""
+    return model.pooling or ("last" if model.causal else "first")
+
+
 def norm_bias(model: ModelSettings) -> bool:
     """Whether layernorms have an offset."""
     return bool(model.bias) if model.norm_bias is None else model.norm_bias

@@ -124,6 +124,8 @@ CASES = {
     "modernbert": Case("ModernBertForMaskedLM", masked_tokens, MODERNBERT),
     "modernbert_untied": Case("ModernBertForMaskedLM", masked_tokens, MODERNBERT | {"tie_word_embeddings": False}),
     "modernbert_classes": Case("ModernBertForSequenceClassification", classes, MODERNBERT | {"num_labels": 3}),
+    "modernbert_mean": Case("ModernBertForSequenceClassification", classes, MODERNBERT | {
+        "num_labels": 3, "classifier_pooling": "mean"}),
 }
 
 

@@ -67,7 +67,7 @@ QWEN3 = QWEN2 | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "
     (ROBERTA, ("masked_token",), ModelSettings(family="roberta", vocab_size=50265, max_length=512)),
     (DISTILBERT, ("masked_token",), ModelSettings(family="distilbert", num_layers=6, vocab_size=30522, max_length=512)),
     (MODERNBERT, ("masked_token",), ModelSettings(
-        family="modernbert", num_layers=22, intermediate_size=1152, vocab_size=50368, max_length=8192)),
+        family="modernbert", num_layers=22, intermediate_size=1152, vocab_size=50368, max_length=8192, pooling="mean")),
     (LLAMA, ("next_token",), ModelSettings(
         family="llama", num_layers=16, hidden_size=2048, num_heads=32, num_kv_heads=8, intermediate_size=8192, vocab_size=128256,
         max_length=131072, rope_theta=5e5, tied_embeddings=True, rope_scaling={
@@ -210,7 +210,7 @@ def test_every_preset_goes_out():
     (QWEN2 | {"layer_types": ["linear_attention"] * 24}, "layer_types="),
     (MODERNBERT | {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types=['full_attention', "),
     (MODERNBERT | {"layer_types": (["sliding_attention"] * 21) + ["full_attention"]}, "layer_types: global layers at [21]"),
-    (MODERNBERT | {"architectures": ["ModernBertForSequenceClassification"]}, "classifier_pooling='mean'"),
+    (MODERNBERT | {"classifier_pooling": "max"}, "classifier_pooling='max': not supported for modernbert"),
     (MODERNBERT | {"decoder_bias": False}, "decoder_bias=False"), (MODERNBERT | {"attention_bias": True}, "attention_bias=True"),
     (BERT | {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "a", "2": "b"}}, "id2label="),
     (BERT | {"architectures": ["BertForSequenceClassification"], "problem_type": "ranking"}, "problem_type='ranking'"),
